@@ -1,0 +1,181 @@
+"""Checkpoints: written whole or not at all, found, verified, retained.
+
+RUN/checkpoint-200/ is the model folder of step 200, with trainer_state/ beside the weights:
+
+    trainer_state/optimizer.safetensors   the optimizer's moments
+    trainer_state/state.json              the step, the recipe, the data's fingerprints
+    trainer_state/complete.json           every file's size and digest, written last: the marker
+
+A checkpoint is written under another name, flushed to the disk, marked, and renamed, so that a folder by the name
+checkpoint-N is complete even when the machine fails in the middle.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .errors import InputError
+
+_MARKER = "trainer_state/complete.json"
+_PARTIAL = ".partial"
+
+
+def save(run, step, write_model, optimizer_tensors, state, limit):
+    """Write RUN/checkpoint-<step>, then remove the oldest ones beyond `limit`.
+
+    Args:
+        write_model: called with a folder, writes the model into it.
+        optimizer_tensors, state: a flat dict of tensors, and what else to remember, as JSON allows it.
+    Returns:
+        the checkpoint's folder.
+    Raises:
+        InputError: it cannot be written (no space, no permission); the checkpoints before it are untouched.
+    """
+    final = Path(run) / f"checkpoint-{step}"
+    aside = final.with_name(final.name + _PARTIAL)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "trainer_state").mkdir(parents=True)
+        write_model(aside)
+        save_file(optimizer_tensors, aside / "trainer_state" / "optimizer.safetensors")
+        (aside / "trainer_state" / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        content = {str(path.relative_to(aside)): [path.stat().st_size, _digest(path)] for path in files}
+        (aside / _MARKER).write_text(json.dumps({"step": step, "files": content}, indent=1))
+        for path in [*files, aside / _MARKER, aside / "trainer_state", aside]:
+            _flush(path)
+        if final.exists():  # a damaged one, which find() passed over
+            _remove(final)
+        aside.rename(final)
+        _flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        before = [path.name for _, path in _complete(run)]
+        kept = f"{before[0]} is whole, and --init_from resume goes on from it" if before else "there is none before it"
+        raise InputError(f"cannot save {final}: {error}; {kept}") from None
+    for _, path in _complete(run)[limit:]:
+        _remove(path)
+    return final
+
+
+def find(run, warn=lambda message: None):
+    """The newest checkpoint of a run that is whole, or None when there is none at all.
+
+    Args:
+        warn: called with a line for each damaged checkpoint passed over.
+    Raises:
+        InputError: there are checkpoints, and none is whole.
+    """
+    problems = []
+    for path in sorted(Path(run).glob("checkpoint-*"), key=_step_of, reverse=True):
+        if _step_of(path) < 0:
+            continue
+        problem = damage(path)
+        if problem is None:
+            for line in problems:
+                warn(f"passed over {line}")
+            return path
+        problems.append(f"{path}: {problem}")
+    if problems:
+        raise InputError(f"no checkpoint in {run} is whole: {'; '.join(problems)}")
+    return None
+
+
+def damage(path):
+    """What is wrong with a checkpoint, in a few words, or None when every file is as it was written."""
+    try:
+        content = json.loads((path / _MARKER).read_text())["files"]
+    except FileNotFoundError:
+        return f"incomplete, it has no {_MARKER}"
+    except (OSError, ValueError, KeyError):
+        return f"its {_MARKER} cannot be read"
+    for name, (size, digest) in content.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _digest(file) != digest:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def load_state(path):
+    return json.loads((Path(path) / "trainer_state" / "state.json").read_text())
+
+
+def load_optimizer(path):
+    return load_file(Path(path) / "trainer_state" / "optimizer.safetensors")
+
+
+def sweep(run):
+    """Remove what a killed process left half-written or half-removed."""
+    for path in Path(run).glob(f"checkpoint-*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(checkpoint, run):
+    """Make the model of a checkpoint the model at the run's root: linked rather than copied where the disk can.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    try:
+        files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
+        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mean finished
+            aside = Path(run) / (path.name + _PARTIAL)
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(path, aside)
+            except OSError:
+                shutil.copyfile(path, aside)
+                _flush(aside)
+            aside.replace(Path(run) / path.name)
+        _flush(run)
+    except OSError as error:
+        raise InputError(f"cannot write the model into {run}: {error}; {checkpoint} has it whole") from None
+
+
+def is_finished(run):
+    return any((Path(run) / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def _step_of(path):
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def _complete(run):
+    """(step, folder) of the checkpoints that have a marker, newest first."""
+    found = [(_step_of(path), path) for path in Path(run).glob("checkpoint-*") if (path / _MARKER).exists()]
+    return sorted((pair for pair in found if pair[0] >= 0), reverse=True)
+
+
+def _remove(path):
+    # renamed first: a removal that is cut short leaves nothing by a checkpoint's name
+    doomed = path.with_name(path.name + _PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,363 @@
+"""Text into tokens on disk: tokenized once, memory-mapped, and read by index.
+
+The tokens of a text corpus lie in an Arrow file of the `datasets` cache, a document a row, each closed by the
+end-of-text token; a `.bin` of token ids is read where it is. Either way a run sees one flat stream ([`Tokens`]).
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+from tqdm import tqdm
+
+from ..errors import InputError
+from .tokenizer import end_of_document
+from .tokenizer import fingerprint as tokenizer_fingerprint
+
+_FORMAT = 1  # of the cache: raise it when what is cached changes
+_KINDS = {".jsonl": "json", ".parquet": "parquet", ".bin": "bin"}  # any other suffix is plain text
+_BATCH_CHARACTERS = 4_000_000  # text tokenized at once: enough for every core, little against memory
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from: files of one kind ("text", "json", "parquet", "bin"), or a Hub data set ("hub")."""
+
+    kind: str
+    name: str
+    files: tuple[str, ...] = ()
+    text_column: str = "text"
+    document: str = "file"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class Tokens:
+    """A stream of token ids, in one or more arrays of which only what is read comes into memory.
+
+    Args:
+        chunks: one-dimensional arrays of unsigned integers.
+        fingerprint: a digest of the stream's content.
+        max_id: the largest id in it.
+        position_of_max: where in the stream that id stands first.
+    """
+
+    def __init__(self, chunks, fingerprint, max_id, position_of_max=0):
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
+        self.fingerprint, self.max_id, self.position_of_max = fingerprint, max_id, position_of_max
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, start, length):
+        """The ids at start ... start + length - 1, which may lie in several chunks."""
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        offset = start - int(self.starts[number])
+        first = self.chunks[number][offset : offset + length]
+        if len(first) == length:
+            return first
+        return np.concatenate([first, self.read(start + len(first), length - len(first))])
+
+    def split(self, position):
+        """The stream before a position, and from it on."""
+        number = int(np.searchsorted(self.starts, position, side="right")) - 1
+        offset = position - int(self.starts[number])
+        before = [*self.chunks[:number], self.chunks[number][:offset]]
+        after = [self.chunks[number][offset:], *self.chunks[number + 1 :]]
+        parts = (("before", before), ("after", after))
+        return tuple(Tokens(c, f"{self.fingerprint}-{s}-{position}", self.max_id, self.position_of_max) for s, c in parts)
+
+
+def file_source(spec, text_column="text", document="file"):
+    """The source that `train_file` or `val_file` names: a file, a glob, a folder, or a list of them.
+
+    Raises:
+        InputError: a file is missing, empty or not readable, nothing matches, or the kinds are mixed.
+    """
+    patterns = [spec] if isinstance(spec, str) else list(spec)
+    files = []
+    for pattern in patterns:
+        files += _expand(pattern)
+    suffixes = {_KINDS.get(Path(file).suffix, "text") for file in files}
+    if len(suffixes) > 1:
+        raise InputError(f"{' '.join(patterns)}: files of several kinds ({', '.join(sorted(suffixes))}); give one kind")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{file} cannot be read: no permission")
+    if all(os.path.getsize(file) == 0 for file in files):
+        raise InputError(f"{' '.join(patterns)} is empty; give a file with text in it")
+    return Source(suffixes.pop(), " ".join(patterns), tuple(files), text_column, document)
+
+
+def _expand(pattern):
+    path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
+    if os.path.isdir(path):
+        for suffix in (".txt", ".jsonl", ".parquet", ".bin"):
+            if found := sorted(map(str, Path(path).rglob(f"*{suffix}"))):
+                return found
+        raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet or .bin; for others give a glob: {pattern}/*.md")
+    if os.path.exists(path):
+        return [path]
+    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not found:
+        raise InputError(f"{pattern} does not exist (looked in {os.getcwd()})")
+    return found
+
+
+def hub_source(name, config=None, split="train", revision=None, text_column="text"):
+    return Source("hub", name, (), text_column, "row", config, split, revision)
+
+
+def read_documents(source, progress=None):
+    """The documents of a source, one text after another; empty ones are left out.
+
+    Args:
+        progress: called with the bytes read since the last call.
+    Raises:
+        InputError: a file is not UTF-8 (with the offset), the column is missing or does not hold text, or the Hub
+            cannot be reached.
+    """
+    progress = progress or (lambda count: None)
+    if source.kind == "bin":
+        raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
+    if source.kind == "text":
+        for file in source.files:
+            with open(file, "rb") as lines:
+                offset = 0
+                for part in [lines.read()] if source.document == "file" else lines:
+                    text = _decode(part, file, offset)
+                    offset += len(part)
+                    progress(len(part))
+                    if text.strip():
+                        yield text
+        return
+    for number, row in enumerate(_load_rows(source)):
+        text = row.get(source.text_column)
+        if text is None and source.text_column not in row:
+            raise InputError(
+                f"{source.name} has no column '{source.text_column}'; it has {', '.join(row)}: say which with --text_column"
+            )
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{source.name}: row {number} of column '{source.text_column}' is not text: {text!r:.80}")
+        if text and text.strip():
+            progress(len(text))
+            yield text
+
+
+def _decode(part, file, offset):
+    try:
+        return part.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file} is not UTF-8: byte 0x{part[error.start]:02x} at offset {offset + error.start}; convert it, "
+            f"for example with iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _load_rows(source):
+    try:
+        if source.kind == "hub":
+            rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+        else:
+            rows = datasets.load_dataset(source.kind, data_files=list(source.files), split="train", streaming=True)
+        yield from rows
+    except InputError:
+        raise
+    except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        if source.kind == "hub":
+            raise InputError(
+                f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({reason[0][:200]}); to train "
+                "without the Hub, pass --train_file FILE (.txt, .jsonl, .parquet or .bin)"
+            ) from None
+        raise InputError(f"{source.name} cannot be read as {source.kind}: {reason[0][:300]}") from None
+
+
+def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False):
+    """A source as token streams, tokenized now or found in the cache.
+
+    Every process may call this: a lock lets one of each machine do the work, while the others wait for it.
+
+    Args:
+        tokenizer: needed for text; for a .bin it only tells which number type to expect.
+        val_fraction: share of the documents to hold out, evenly spread over the corpus. Where there are too few
+            documents to hold one out, and in a .bin, it is that share of the tokens, at the end.
+    Returns:
+        training and validation [`Tokens`], and a dict with the counts of documents, tokens and bytes of text;
+        validation is None when val_fraction is 0.
+    Raises:
+        InputError: the source cannot be read, or holds no token.
+    """
+    if source.kind == "bin":
+        training, account = _open_bin(source, tokenizer, bin_dtype)
+        held_out = None
+    else:
+        training, held_out, account = _open_tokenized(source, tokenizer, val_fraction, show_progress)
+    if val_fraction and held_out is None:
+        training, held_out = training.split(int(len(training) * (1 - val_fraction)))
+        account["held_out"] = f"the last {val_fraction:.0%} of the tokens"
+    return training, held_out, account
+
+
+def _cache(key):
+    digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_myllm" / digest
+
+
+def cached_folder(key, make):
+    """The folder of the cache that `make(folder)` fills, made now unless it is there already; whole or not at all."""
+    folder = _cache(key)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                aside = folder.with_suffix(".partial")  # left by a process that was killed, if it is there
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                try:
+                    make(aside)
+                except BaseException:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    raise
+                aside.rename(folder)
+    return folder
+
+
+def source_key(source):
+    """What a cached result of this source depends on; files by size and time of change, which is quick to look up."""
+    if source.kind == "hub":
+        return asdict(source)
+    stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
+    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return asdict(replace(source, files=(), name="")) | {"files": files}
+
+
+def _open_tokenized(source, tokenizer, val_fraction, show_progress):
+    key = ["tokens", source_key(source), tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
+    folder = cached_folder(key, lambda aside: _tokenize(source, tokenizer, val_fraction, aside, show_progress))
+    account = json.loads((folder / "account.json").read_text())
+    streams = {}
+    for part in ("train", "validation"):
+        if account[part]["tokens"]:
+            column = datasets.Dataset.from_file(str(folder / f"{part}.arrow")).data.column("input_ids")
+            chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
+            streams[part] = Tokens(chunks, account[part]["fingerprint"], account[part]["max_id"])
+    return streams["train"], streams.get("validation"), account
+
+
+def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    end = end_of_document(tokenizer)
+    parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
+    total = sum(os.path.getsize(file) for file in source.files) if source.kind == "text" else None
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not show_progress, leave=False) as bar:
+        number = 0
+        for texts in _batches(read_documents(source, bar.update)):
+            encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            batches = {"train": [], "validation": []}
+            for text, encoding in zip(texts, encoded, strict=True):
+                # the share of documents held out so far reaches one more: 0.05 holds out the 10th, 30th, 50th ...
+                is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
+                part = "validation" if is_held_out else "train"
+                batches[part].append(np.array([*encoding.ids, end], dtype=dtype))
+                parts[part].bytes += len(text.encode())
+                number += 1
+            for part, documents in batches.items():
+                parts[part].write(documents)
+    account = {part: writer.close() for part, writer in parts.items()}
+    if account["train"]["tokens"] == 0:
+        raise InputError(f"{source.name} holds no text to train on")
+    (folder / "account.json").write_text(json.dumps(account))
+
+
+def _batches(texts):
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Part:
+    """An Arrow file of documents being written, and the account of what is in it."""
+
+    def __init__(self, path, dtype):
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value(np.dtype(dtype).name))})
+        self.schema = features.arrow_schema
+        self.writer = ArrowWriter(path=str(path), features=features)
+        self.digest = hashlib.sha256()
+        self.documents = self.tokens = self.bytes = self.max_id = 0
+
+    def write(self, documents):
+        if not documents:
+            return
+        flat = np.concatenate(documents)
+        offsets = np.cumsum([0, *(len(document) for document in documents)], dtype=np.int32)
+        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        self.writer.write_table(pa.Table.from_arrays([column], schema=self.schema), writer_batch_size=len(documents))
+        self.digest.update(flat)
+        self.documents += len(documents)
+        self.tokens += len(flat)
+        self.max_id = max(self.max_id, int(flat.max()))
+
+    def close(self):
+        self.writer.finalize()
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "max_id": self.max_id,
+            "fingerprint": self.digest.hexdigest(),
+        }
+
+
+def _open_bin(source, tokenizer, bin_dtype):
+    chunks = [_map_bin(file, tokenizer, bin_dtype) for file in source.files if os.path.getsize(file)]
+
+    def measure(folder):  # once, for it reads every token
+        digest, max_id, position, seen = hashlib.sha256(), -1, 0, 0
+        for chunk in chunks:
+            for start in range(0, len(chunk), 1 << 24):
+                block = np.asarray(chunk[start : start + (1 << 24)])
+                digest.update(block)
+                if int(block.max()) > max_id:
+                    max_id, position = int(block.max()), seen + start + int(block.argmax())
+            seen += len(chunk)
+        account = {"max_id": max_id, "position_of_max": position, "fingerprint": digest.hexdigest()}
+        (folder / "account.json").write_text(json.dumps(account))
+
+    folder = cached_folder(["bin", source_key(source), [str(chunk.dtype) for chunk in chunks]], measure)
+    tokens = Tokens(chunks, **json.loads((folder / "account.json").read_text()))
+    return tokens, {"train": {"tokens": len(tokens)}}
+
+
+def _map_bin(file, tokenizer, bin_dtype):
+    size = os.path.getsize(file)
+    dtype = np.dtype(np.uint16 if bin_dtype == "auto" else bin_dtype).newbyteorder("<")
+    if bin_dtype == "auto" and size % 4 == 0:
+        halves = np.fromfile(file, dtype="<u2", count=4096)
+        is_large = tokenizer is not None and len(tokenizer) > 1 << 16
+        if is_large or not halves[1::2].any():  # 32-bit ids of a usual vocabulary have nothing in their upper half
+            dtype = np.dtype("<u4")
+    if size % dtype.itemsize:
+        raise InputError(
+            f"{file} is cut short: {size} bytes is not a whole number of {dtype.itemsize}-byte token ids; "
+            "copy or write it again"
+        )
+    return np.memmap(file, dtype=dtype, mode="r")

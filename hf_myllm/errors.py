@@ -1,0 +1,29 @@
+"""One clear line for a user's mistake, instead of a traceback."""
+
+import os
+import sys
+
+
+class InputError(Exception):
+    """Something that the user gave (a recipe, file, folder, data set, network) cannot be used as it is.
+
+    The message is one line: what is wrong, where, and what to do.
+    """
+
+
+def exit_on_input_error(main):
+    """Wrap a command's `main`: an InputError becomes one line on stderr and exit code 2.
+
+    On several processes, the first of each machine speaks for all.
+    """
+
+    def run(argv=None):
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except InputError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    run.__doc__ = main.__doc__
+    return run

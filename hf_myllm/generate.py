@@ -1,0 +1,127 @@
+"""Text from a trained folder: `python -m hf_myllm.generate RUN --prompt "Once upon a time"`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers.utils import logging
+
+from . import checkpoint
+from .errors import InputError, exit_on_input_error
+
+
+def generate_text(
+    model, tokenizer, prompt, max_new_tokens=100, temperature=0.8, top_k=50, top_p=1.0, seed=0, streamer=None
+):
+    """The prompt and its continuation.
+
+    Args:
+        prompt: text; "" starts from the token between documents.
+        max_new_tokens: at most, and no further than the model has positions.
+        temperature: 0 takes the likeliest token each time. top_k: 0 draws from all tokens.
+        seed: of torch's generator, which this sets.
+        streamer: gets the tokens as they come, as [`~transformers.TextStreamer`] does.
+    Raises:
+        InputError: the prompt leaves no position to generate at.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [start]
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, and the model {model.config.max_position_embeddings} positions: shorten it"
+        )
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, room),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=start,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    inputs = torch.tensor([ids], device=model.device)
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        output = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
+        )
+    model.train(was_training)
+    return tokenizer.decode(output[0][0 if prompt else 1 :], skip_special_tokens=True)
+
+
+def load(run, device="cpu"):
+    """The model and tokenizer of a run's folder, or of its newest checkpoint while it is still training."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
+    if not checkpoint.is_finished(folder):
+        folder = checkpoint.find(folder)
+        if folder is None:
+            raise InputError(f"{run} holds no trained model: no model.safetensors and no checkpoint")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception:
+        raise InputError(f"{folder} holds no tokenizer; save one there with tokenizer.save_pretrained") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+    return model.to(device), tokenizer
+
+
+class _Terminal(TextStreamer):
+    """Each word as soon as it is whole; what the prompt is stands before it."""
+
+    def on_finalized_text(self, text, stream_end=False):
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
+
+
+@exit_on_input_error
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m hf_myllm.generate", description=__doc__)
+    parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("--prompt", default="", help="text to continue (default: start from nothing)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate, at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many texts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first text; the next takes the next seed")
+    args = parser.parse_args(argv)
+    for name, low, high in (
+        ("max_new_tokens", 1, None),
+        ("temperature", 0, None),
+        ("top_k", 0, None),
+        ("top_p", 0, 1),
+        ("num_samples", 1, None),
+    ):
+        value = getattr(args, name)
+        if not value >= low or (high is not None and value > high) or (name == "top_p" and value == 0):
+            raise InputError(f"--{name} cannot be {value}; it must be {'in (0, 1]' if high else f'at least {low}'}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model, tokenizer = load(args.run, device)
+    for number in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"--- sample {number + 1} of {args.num_samples}, seed {args.seed + number}")
+        generate_text(
+            model,
+            tokenizer,
+            args.prompt,
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.seed + number,
+            streamer=_Terminal(tokenizer, skip_prompt=not args.prompt, skip_special_tokens=True),
+        )
+
+
+if __name__ == "__main__":
+    main()

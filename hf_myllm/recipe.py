@@ -1,0 +1,402 @@
+"""What a recipe may say.
+
+A recipe is a YAML file whose keys are grouped in sections. Every key's name is unique over all sections, so each is
+also a flag, and flags win over the file: `train recipes/quickstart.yaml --learning_rate 1e-4`. The section `config`
+takes the architecture's own names from its stock configuration class.
+
+Nothing is loaded or written here: a recipe that cannot work is refused before anything happens, in one line that
+names the key, the file and the nearest known key.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+
+import yaml
+from transformers import PreTrainedConfig
+
+from .errors import InputError
+
+
+def word(default, help, *, on_resume="refuse", **limits):
+    """A key of a recipe: its default, its help with units, and what values it takes.
+
+    Args:
+        on_resume: "refuse" when a run with another value would be another run, "accept" when it may change midway.
+        limits: `minimum`, `above` (exclusive), `maximum`, `below` (exclusive), `choices`.
+    """
+    return field(default=default, metadata={"help": help, "on_resume": on_resume, **limits})
+
+
+@dataclass
+class Data:
+    train_file: str | list[str] | None = word(
+        None,
+        "text to train on: .txt (or any text, by a glob), .jsonl, .parquet, a folder of one of these, or a .bin of "
+        "token ids; {stdlib} stands for the folder of the running Python's standard library",
+    )
+    val_file: str | list[str] | None = word(None, "text to validate on, of the same kinds")
+    dataset: str | None = word(None, "a data set of the Hugging Face Hub, instead of train_file")
+    dataset_config: str | None = word(None, "its configuration")
+    dataset_split: str = word("train", "its split to train on")
+    dataset_revision: str | None = word(None, "its revision: a branch, tag or commit")
+    text_column: str = word("text", "the column that holds the text in .jsonl, .parquet and Hub data")
+    document: str = word("file", "what a document is in a text file", choices=("file", "line"))
+    val_fraction: float = word(
+        0.05, "share of the documents held out to validate on when there is no val_file", minimum=0, below=1
+    )
+    bin_dtype: str = word("auto", "number type of a .bin", choices=("auto", "uint16", "uint32"))
+    tokenizer: str | dict | None = word(
+        None,
+        "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text; "
+        "default: the one of the model in init_from",
+    )
+    max_len: int | None = word(None, "tokens per row; default: as many as the model has positions", minimum=1)
+    stride: int | None = word(
+        None, "tokens from the start of a training row to the start of the next; default: max_len", minimum=1
+    )
+
+
+@dataclass
+class Training:
+    epochs: float = word(1.0, "times over the training rows", above=0)
+    max_steps: int | None = word(None, "optimizer steps, instead of epochs", minimum=1)
+    batch_size: int = word(8, "rows per process per micro-batch", minimum=1, on_resume="accept")
+    total_batch_size: int | None = word(None, "rows per optimizer step over all processes", minimum=1)
+    gradient_accumulation_steps: int | None = word(
+        None, "micro-batches per optimizer step, instead of total_batch_size", minimum=1
+    )
+    optimizer: str = word("adamw", "the optimizer", choices=("adamw",))
+    learning_rate: float = word(3e-4, "peak learning rate", above=0)
+    min_lr: float = word(0.0, "learning rate at the end of a linear, cosine or wsd schedule", minimum=0)
+    lr_schedule: str = word(
+        "cosine", "shape of the learning rate after the warm-up", choices=("constant", "linear", "cosine", "wsd")
+    )
+    warmup_steps: int = word(0, "steps over which the learning rate rises to its peak", minimum=0)
+    decay_steps: int | None = word(None, "steps of the final fall of wsd; default: a fifth of all", minimum=1)
+    weight_decay: float = word(0.1, "weight decay, on matrices only", minimum=0)
+    beta1: float = word(0.9, "AdamW's first-moment decay", minimum=0, below=1)
+    beta2: float = word(0.95, "AdamW's second-moment decay", minimum=0, below=1)
+    epsilon: float = word(1e-8, "AdamW's epsilon", above=0)
+    grad_clip: float = word(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
+    compile: bool = word(False, "compile the model with torch.compile", on_resume="accept")
+
+
+@dataclass
+class Evaluation:
+    eval_freq: int | None = word(None, "steps between evaluations; default: one at the end", minimum=1, on_resume="accept")
+    eval_iter: int | None = word(
+        None,
+        "batches of total_batch_size rows in each evaluation of the training and of the validation loss; default: 20. "
+        "The one at the end reads all validation rows",
+        minimum=1,
+        on_resume="accept",
+    )
+    start_context: str | None = word(
+        None, 'text that the sample at each evaluation continues; "": from nothing; default: no sample', on_resume="accept"
+    )
+    max_new_tokens: int = word(100, "tokens of a sample", minimum=1, on_resume="accept")
+    temperature: float = word(0.8, "temperature of a sample; 0: the likeliest token each time", minimum=0, on_resume="accept")
+    top_k: int = word(50, "draw a sample from the k likeliest tokens; 0: from all", minimum=0, on_resume="accept")
+    eval_only: bool = word(False, "evaluate on all validation rows, print, and write nothing", on_resume="accept")
+
+
+@dataclass
+class Run:
+    save_model: str = word("out", "the run's folder", on_resume="accept")
+    init_from: str = word(
+        "scratch",
+        "scratch; resume: continue the run in save_model from its newest checkpoint (from the start where it has "
+        "none); or a folder or Hub id of a model of this family",
+        on_resume="accept",
+    )
+    resume: bool = word(False, "the same as --init_from resume", on_resume="accept")
+    allow_changed: bool = word(False, "resume although the recipe or the data has changed", on_resume="accept")
+    save_freq: int | None = word(500, "steps between checkpoints; null: one at the end", minimum=1, on_resume="accept")
+    save_total_limit: int = word(2, "newest checkpoints to keep", minimum=1, on_resume="accept")
+    log_freq: int = word(1, "steps between lines of metrics.jsonl", minimum=1, on_resume="accept")
+    seed: int = word(1337, "seed of the initial weights, the order of rows, and dropout", minimum=0)
+
+
+@dataclass
+class Recipe:
+    model: str = word("gpt", "the family of the model")
+    config: dict = field(default_factory=dict, metadata={"help": "the architecture, in the stock config's own names"})
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: Run = field(default_factory=Run)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    def to_yaml(self):
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def identity(self):
+        """The keys whose value makes the run what it is, flat: two recipes with equal ones train the same."""
+        keys = {"model": self.model, **{f"config.{key}": value for key, value in self.config.items()}}
+        for section in SECTIONS:
+            values = getattr(self, section)
+            for key in dataclasses.fields(values):
+                if key.metadata["on_resume"] == "refuse":
+                    keys[key.name] = getattr(values, key.name)
+        return keys
+
+
+SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "run": Run}
+ALIASES = {
+    "num_epochs": "epochs",
+    "save_path": "save_model",
+    "valid_file": "val_file",
+    "load_model": "init_from",
+}
+# leaf name -> (section, type, field); a test holds that no name stands in two sections
+WORDS = {
+    key.name: (section, typing.get_type_hints(owner)[key.name], key)
+    for section, owner in SECTIONS.items()
+    for key in dataclasses.fields(owner)
+}
+
+
+def parse(argv, families):
+    """The recipe that a command line asks for.
+
+    Args:
+        argv: an optional recipe file first, then `--key value`, `--key=value` or, for a yes-or-no key, `--key`.
+        families: family name -> its configuration class, whose fields `config` may set.
+
+    Raises:
+        InputError: an unknown key, a wrong type, an impossible value or combination, a file that is not a recipe.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(describe(families))
+        raise SystemExit(0)
+    recipe = Recipe()
+    given = {}  # key -> where it was said, for messages
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("--"):
+        path = arguments.pop(0)
+        _read_file(recipe, path, families, given)
+    _read_flags(recipe, arguments, families, given)
+    _check(recipe, families, given)
+    return recipe
+
+
+def config_types(config_class):
+    """The names that `config` may set for a family, with their types: the stock class's own and their synonyms."""
+    common = {key.name for key in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    own = {key.name: key.type for key in dataclasses.fields(config_class) if key.name not in common}
+    return own | {alias: own[name] for alias, name in config_class.attribute_map.items() if name in own}
+
+
+def describe(families):
+    """The text of --help, from the one place that describes each key."""
+    lines = ["usage: accelerate launch -m hf_myllm.train [recipe.yaml] [--key value ...]", ""]
+    lines.append(f"--model  the family: {', '.join(families)} (default: gpt)")
+    for section, owner in SECTIONS.items():
+        lines += ["", f"{section}:"]
+        for key in dataclasses.fields(owner):
+            choices = f" [{', '.join(key.metadata['choices'])}]" if "choices" in key.metadata else ""
+            default = "" if key.default is None else f" (default: {key.default})"
+            lines.append(f"  --{key.name}{choices}  {key.metadata['help']}{default}")
+    lines += ["", "aliases: " + ", ".join(f"--{alias} for --{name}" for alias, name in ALIASES.items())]
+    for name, config_class in families.items():
+        lines += ["", f"config of {name}: " + ", ".join(f"--{key}" for key in config_types(config_class))]
+    return "\n".join(lines)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, of which plain YAML silently drops the first."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(recipe, path, families, given):
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, _UniqueKeys)
+    except FileNotFoundError:
+        raise InputError(f"recipe {path} does not exist; the ones that ship are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"recipe {path}:{line} not valid YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"recipe {path} holds no keys; a recipe is a YAML mapping, see recipes/quickstart.yaml")
+    family = content.get("model", recipe.model)
+    for key, value in content.items():
+        if key == "model":
+            recipe.model = _coerce(value, str, "model", path)
+        elif key == "config" or key in SECTIONS:
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: '{key}' is a section, and must hold keys, not {value!r}")
+            for leaf, leaf_value in value.items():
+                _assign(recipe, leaf, leaf_value, path, families, given, section=key, family=family)
+        elif key in WORDS:
+            raise InputError(f"{path}: '{key}' belongs in the section '{WORDS[key][0]}:'")
+        else:
+            raise InputError(f"{path}: unknown key '{key}'{_nearest(key, families, family)}")
+
+
+def _read_flags(recipe, arguments, families, given):
+    pairs = []
+    while arguments:
+        flag = arguments.pop(0)
+        if not flag.startswith("--"):
+            raise InputError(f"unexpected argument '{flag}'; a recipe comes first, and then --key value")
+        key, equals, value = flag[2:].partition("=")
+        values = [value] if equals else []
+        while not equals and arguments and not arguments[0].startswith("--"):
+            values.append(arguments.pop(0))
+        pairs.append((key.replace("-", "_"), values))
+    for key, values in pairs:  # the family first: it says which names `config` has
+        if key == "model":
+            recipe.model = _coerce(values[-1] if values else None, str, "model", "--model")
+    for key, values in pairs:
+        if key == "model":
+            continue
+        name = ALIASES.get(key, key)
+        is_switch = name in WORDS and WORDS[name][1] is bool
+        takes_many = name in WORDS and list[str] in typing.get_args(WORDS[name][1])
+        if not values and not is_switch:
+            raise InputError(f"--{key} needs a value")
+        if len(values) > 1 and not takes_many:
+            raise InputError(f"--{key} takes one value, and got {len(values)}: {' '.join(values)}")
+        value = True if not values else values if len(values) > 1 else values[0]
+        _assign(recipe, key, value, "the command line", families, given, family=recipe.model)
+
+
+def _assign(recipe, key, value, where, families, given, section=None, family="gpt"):
+    name = ALIASES.get(key, key)
+    config = config_types(families[family]) if family in families else {}
+    if section == "config" or (section is None and name not in WORDS and name in config):
+        if name not in config:
+            raise InputError(f"{where}: unknown key '{key}' in config of {family}{_nearest(key, families, family)}")
+        recipe.config[name] = _coerce(value, config[name], key, where)
+    elif name not in WORDS or (section is not None and WORDS[name][0] != section):
+        if name in WORDS:
+            raise InputError(f"{where}: '{key}' belongs in the section '{WORDS[name][0]}:', not in '{section}:'")
+        shown = f"--{key}" if section is None else f"'{key}' in {section}"
+        raise InputError(f"{where}: unknown key {shown}{_nearest(key, families, family)}")
+    else:
+        owner, hint, declared = WORDS[name]
+        value = _coerce(value, hint, key, where)
+        _limit(value, declared.metadata, key, where)
+        if name == "init_from" and value == "resume":  # what the run started from stays known
+            name, value = "resume", True
+        setattr(getattr(recipe, owner), name, value)
+    given[name] = where
+
+
+def _coerce(value, hint, key, where):
+    """`value` as the type `hint`, from YAML or from a flag's text; YAML 1.1 reads 1e-3 as text, so text may be a
+    number."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if is_union else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in options):
+        if type(None) in options:
+            return None
+        raise InputError(f"{where}: '{key}' has no value")
+    if isinstance(value, str) and dict in options and value.lstrip().startswith("{"):
+        try:
+            value = yaml.load(value, _UniqueKeys)
+        except yaml.YAMLError:
+            raise InputError(f"{where}: '{key}' is not a valid mapping: {value!r}") from None
+    for option in options:
+        if option is bool:
+            words = {"true": True, "false": False, "yes": True, "no": False}
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in words:
+                return words[value.lower()]
+        elif option in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+                if math.isfinite(number) and (option is float or number == int(number)):
+                    exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
+                    return option(int(value) if exact else number)
+            except (ValueError, OverflowError):
+                pass
+        elif option is str and isinstance(value, str):
+            return value
+        elif option is dict and isinstance(value, dict):
+            return value
+        elif typing.get_origin(option) is list and isinstance(value, list):
+            return [_coerce(item, typing.get_args(option)[0], key, where) for item in value]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    wanted = " or ".join(dict.fromkeys(names.get(o, "a list") for o in options if o is not type(None)))
+    raise InputError(f"{where}: '{key}' must be {wanted}, not {value!r}")
+
+
+def _limit(value, limits, key, where):
+    if value is None:
+        return
+    checks = {
+        "minimum": (lambda bound: value >= bound, "at least"),
+        "above": (lambda bound: value > bound, "more than"),
+        "maximum": (lambda bound: value <= bound, "at most"),
+        "below": (lambda bound: value < bound, "less than"),
+    }
+    for name, (holds, phrase) in checks.items():
+        if name in limits and not holds(limits[name]):
+            raise InputError(f"{where}: '{key}' must be {phrase} {limits[name]}, not {value}")
+    if "choices" in limits and value not in limits["choices"]:
+        raise InputError(f"{where}: '{key}' must be one of {', '.join(limits['choices'])}, not '{value}'")
+
+
+def _check(recipe, families, given):
+    """What no key can know alone."""
+    data, training, evaluation = recipe.data, recipe.training, recipe.evaluation
+    if recipe.model not in families:
+        raise InputError(f"model '{recipe.model}' is not known; there is {', '.join(families)}")
+    if recipe.run.resume and recipe.run.init_from == "resume":
+        recipe.run.init_from = "scratch"
+    if data.train_file and data.dataset:
+        raise InputError("train_file and dataset are both given: give one of them")
+    if not evaluation.eval_only and not data.train_file and not data.dataset:
+        raise InputError("there is nothing to train on: give --train_file FILE, or --dataset ID of the Hugging Face Hub")
+    if evaluation.eval_only and not (data.val_file or data.train_file or data.dataset):
+        raise InputError("there is nothing to evaluate on: give --val_file FILE")
+    if isinstance(data.tokenizer, dict):
+        _check_trained_tokenizer(data.tokenizer, given.get("tokenizer"))
+    if training.total_batch_size and training.gradient_accumulation_steps:
+        raise InputError(
+            "total_batch_size and gradient_accumulation_steps are both given: one follows from the other, give one"
+        )
+    if training.min_lr > training.learning_rate:
+        raise InputError(f"min_lr ({training.min_lr}) must not be above learning_rate ({training.learning_rate})")
+    if training.max_steps and training.warmup_steps > training.max_steps:
+        raise InputError(f"warmup_steps ({training.warmup_steps}) must not be above max_steps ({training.max_steps})")
+    if not recipe.run.save_model:
+        raise InputError("save_model is empty: name the run's folder")
+
+
+def _check_trained_tokenizer(settings, where):
+    unknown = set(settings) - {"train", "vocab_size"}
+    if unknown or settings.get("train") not in ("bpe",) or not isinstance(settings.get("vocab_size"), int):
+        raise InputError(f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}}, not {settings}")
+    if settings["vocab_size"] < 257:
+        raise InputError(
+            f"{where}: a byte-level tokenizer has 256 bytes and an end-of-text token: vocab_size must be at least 257, "
+            f"not {settings['vocab_size']}"
+        )
+
+
+def _nearest(key, families, family):
+    known = [*WORDS, *ALIASES, *SECTIONS, "model", "config"]
+    if family in families:
+        known += config_types(families[family])
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else "; --help lists the keys"

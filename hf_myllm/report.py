@@ -1,0 +1,160 @@
+"""What a person sees of a run: the progress line, metrics.jsonl, and loss.png."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Report:
+    """The terminal and the metrics file of a run. Only the main process's speaks.
+
+    Args:
+        folder: the run's folder; None writes no file.
+        start, total_steps: where the run begins and ends.
+        is_main: whether this process speaks.
+    """
+
+    def __init__(self, folder, start, total_steps, is_main=True):
+        self.is_main = is_main
+        self.file = None
+        self.lines_seconds = 10  # between progress lines where there is no terminal to redraw
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = None
+        self.last_line = time.monotonic()
+        self.clock, self.clock_tokens = time.monotonic(), 0
+        self.start, self.total_steps = start, total_steps
+        if is_main and folder is not None:
+            path = Path(folder) / "metrics.jsonl"
+            _forget_after(path, start)
+            self.file = open(path, "a", encoding="utf-8")
+        if is_main and self.is_terminal and total_steps > start:
+            self.bar = tqdm(
+                total=total_steps,
+                initial=start,
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix}, {remaining} left",
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def say(self, text=""):
+        """A line for the reader, above the progress bar."""
+        if self.is_main:
+            if self.bar is not None:
+                tqdm.write(text)
+            else:
+                print(text, flush=True)
+
+    def step(self, step, loss, learning_rate, tokens, grad_norm=None, write=True):
+        """A training step done: `step` counts from 1, `tokens` are those of this step over all processes."""
+        if not self.is_main:
+            return
+        self.clock_tokens += tokens
+        elapsed = time.monotonic() - self.clock
+        speed = self.clock_tokens / elapsed if elapsed else 0.0
+        status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.update()
+        elif time.monotonic() - self.last_line > self.lines_seconds:
+            self.last_line = time.monotonic()
+            left = elapsed / max(1, step - self.start) * (self.total_steps - step)
+            print(f"step {step}/{self.total_steps}, {status}, {tqdm.format_interval(left)} left", flush=True)
+        if write:
+            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
+            if grad_norm is not None:
+                line["grad_norm"] = grad_norm
+            self.write(line | {"tokens_per_second": round(speed, 1), "time": round(time.time(), 3)})
+
+    def pause(self):
+        """Leave what follows, until [`resume`], out of the tokens per second."""
+        self._paused = time.monotonic()
+
+    def resume(self):
+        self.clock += time.monotonic() - self._paused
+
+    def write(self, line):
+        """A line of metrics.jsonl."""
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl; one that a killed process left unfinished is passed over."""
+    lines = []
+    path = Path(folder) / "metrics.jsonl"
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _forget_after(path, step):
+    """Drop what a killed run logged beyond the checkpoint that is being resumed: those steps are run again."""
+    lines = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def plot(folder, unigram=None):
+    """Draw RUN/loss.png from RUN/metrics.jsonl: the training loss of each step, smoothed, and both evaluated losses.
+
+    Args:
+        unigram: a loss to draw as a level to compare with, in nats per token.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(folder)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val_loss" in line]
+    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    if steps:
+        x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
+        axes.plot(x, y, color="#9ecae1", linewidth=0.7, label="training, each step")
+        if len(y) >= 20:
+            axes.plot(x, _smooth(y, weight=1 - 10 / len(y)), color="#08519c", linewidth=1.4, label="training, smoothed")
+    for key, color, label in (("train_loss", "#6baed6", "training, evaluated"), ("val_loss", "#d94801", "validation")):
+        points = [(line["step"], line[key]) for line in evaluations if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3.5, linewidth=1.2, label=label)
+    if unigram is not None:
+        axes.axhline(unigram, color="#737373", linestyle="--", linewidth=1, label="unigram level (validation)")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(Path(folder).resolve().name)
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    aside = Path(folder) / "loss.png.partial"
+    figure.savefig(aside, format="png")
+    plt.close(figure)
+    os.replace(aside, Path(folder) / "loss.png")
+
+
+def _smooth(values, weight):
+    """Exponential moving average, corrected for its start as Adam's moments are (Kingma and Ba 2015)."""
+    average, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
