@@ -128,7 +128,8 @@ def publish(checkpoint, run):
     """
     try:
         files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
-        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mean finished
+        files.sort(key=lambda path: path.suffix == ".safetensors")  # the weights last: they mean that all is there
+        for path in files:
             aside = Path(run) / (path.name + _PARTIAL)
             aside.unlink(missing_ok=True)
             try:
@@ -140,6 +141,10 @@ def publish(checkpoint, run):
         _flush(run)
     except OSError as error:
         raise InputError(f"cannot write the model into {run}: {error}; {checkpoint} has it whole") from None
+
+
+def has_checkpoints(run):
+    return any(_step_of(path) >= 0 for path in Path(run).glob("checkpoint-*"))
 
 
 def is_finished(run):
@@ -159,7 +164,7 @@ def _complete(run):
 
 def _remove(path):
     # renamed first: a removal that is cut short leaves nothing by a checkpoint's name
-    doomed = path.with_name(path.name + _PARTIAL)
+    doomed = path.with_name(path.name + ".old" + _PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -1,6 +1,7 @@
 """One clear line for a user's mistake, instead of a traceback."""
 
 import os
+import signal
 import sys
 
 
@@ -24,6 +25,8 @@ def exit_on_input_error(main):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
 
     run.__doc__ = main.__doc__
     return run

@@ -31,7 +31,7 @@ def generate_text(
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise InputError(
-            f"the prompt has {len(ids)} tokens, and the model {model.config.max_position_embeddings} positions: shorten it"
+            f"the prompt has {len(ids)} tokens, and the model only {model.config.max_position_embeddings} positions"
         )
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
     config = GenerationConfig(
@@ -89,7 +89,7 @@ def main(argv):
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate, at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest of this total probability")
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first text; the next takes the next seed")
     args = parser.parse_args(argv)

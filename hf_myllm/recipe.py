@@ -25,7 +25,8 @@ def word(default, help, *, on_resume="refuse", **limits):
     """A key of a recipe: its default, its help with units, and what values it takes.
 
     Args:
-        on_resume: "refuse" when a run with another value would be another run, "accept" when it may change midway.
+        on_resume: "refuse" when a run with another value would be another run; "accept" when it may change midway, or
+            when something surer than its name is compared (for files, the tokens in them).
         limits: `minimum`, `above` (exclusive), `maximum`, `below` (exclusive), `choices`.
     """
     return field(default=default, metadata={"help": help, "on_resume": on_resume, **limits})
@@ -37,18 +38,21 @@ class Data:
         None,
         "text to train on: .txt (or any text, by a glob), .jsonl, .parquet, a folder of one of these, or a .bin of "
         "token ids; {stdlib} stands for the folder of the running Python's standard library",
+        on_resume="accept",
     )
-    val_file: str | list[str] | None = word(None, "text to validate on, of the same kinds")
-    dataset: str | None = word(None, "a data set of the Hugging Face Hub, instead of train_file")
-    dataset_config: str | None = word(None, "its configuration")
-    dataset_split: str = word("train", "its split to train on")
-    dataset_revision: str | None = word(None, "its revision: a branch, tag or commit")
-    text_column: str = word("text", "the column that holds the text in .jsonl, .parquet and Hub data")
-    document: str = word("file", "what a document is in a text file", choices=("file", "line"))
+    val_file: str | list[str] | None = word(None, "text to validate on, of the same kinds", on_resume="accept")
+    dataset: str | None = word(None, "a data set of the Hugging Face Hub, instead of train_file", on_resume="accept")
+    dataset_config: str | None = word(None, "its configuration", on_resume="accept")
+    dataset_split: str = word("train", "its split to train on", on_resume="accept")
+    dataset_revision: str | None = word(None, "its revision: a branch, tag or commit", on_resume="accept")
+    text_column: str = word(
+        "text", "the column that holds the text in .jsonl, .parquet and Hub data", on_resume="accept"
+    )
+    document: str = word("file", "what a document is in a text file", choices=("file", "line"), on_resume="accept")
     val_fraction: float = word(
         0.05, "share of the documents held out to validate on when there is no val_file", minimum=0, below=1
     )
-    bin_dtype: str = word("auto", "number type of a .bin", choices=("auto", "uint16", "uint32"))
+    bin_dtype: str = word("auto", "number type of a .bin", choices=("auto", "uint16", "uint32"), on_resume="accept")
     tokenizer: str | dict | None = word(
         None,
         "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text; "
@@ -67,7 +71,7 @@ class Training:
     batch_size: int = word(8, "rows per process per micro-batch", minimum=1, on_resume="accept")
     total_batch_size: int | None = word(None, "rows per optimizer step over all processes", minimum=1)
     gradient_accumulation_steps: int | None = word(
-        None, "micro-batches per optimizer step, instead of total_batch_size", minimum=1
+        None, "micro-batches per optimizer step, instead of total_batch_size", minimum=1, on_resume="accept"
     )
     optimizer: str = word("adamw", "the optimizer", choices=("adamw",))
     learning_rate: float = word(3e-4, "peak learning rate", above=0)
@@ -87,7 +91,9 @@ class Training:
 
 @dataclass
 class Evaluation:
-    eval_freq: int | None = word(None, "steps between evaluations; default: one at the end", minimum=1, on_resume="accept")
+    eval_freq: int | None = word(
+        None, "steps between evaluations; default: one at the end", minimum=1, on_resume="accept"
+    )
     eval_iter: int | None = word(
         None,
         "batches of total_batch_size rows in each evaluation of the training and of the validation loss; default: 20. "
@@ -96,10 +102,14 @@ class Evaluation:
         on_resume="accept",
     )
     start_context: str | None = word(
-        None, 'text that the sample at each evaluation continues; "": from nothing; default: no sample', on_resume="accept"
+        None,
+        'text that the sample of an evaluation continues; "": from nothing; default: no sample',
+        on_resume="accept",
     )
     max_new_tokens: int = word(100, "tokens of a sample", minimum=1, on_resume="accept")
-    temperature: float = word(0.8, "temperature of a sample; 0: the likeliest token each time", minimum=0, on_resume="accept")
+    temperature: float = word(
+        0.8, "temperature of a sample; 0: the likeliest token each time", minimum=0, on_resume="accept"
+    )
     top_k: int = word(50, "draw a sample from the k likeliest tokens; 0: from all", minimum=0, on_resume="accept")
     eval_only: bool = word(False, "evaluate on all validation rows, print, and write nothing", on_resume="accept")
 
@@ -366,9 +376,11 @@ def _check(recipe, families, given):
     if data.train_file and data.dataset:
         raise InputError("train_file and dataset are both given: give one of them")
     if not evaluation.eval_only and not data.train_file and not data.dataset:
-        raise InputError("there is nothing to train on: give --train_file FILE, or --dataset ID of the Hugging Face Hub")
+        raise InputError("there is nothing to train on: give --train_file FILE, or --dataset ID of the Hub")
     if evaluation.eval_only and not (data.val_file or data.train_file or data.dataset):
         raise InputError("there is nothing to evaluate on: give --val_file FILE")
+    if evaluation.eval_only and recipe.run.init_from == "scratch" and not recipe.run.resume:
+        raise InputError("eval_only needs a trained model: give --load_model FOLDER, or --init_from resume")
     if isinstance(data.tokenizer, dict):
         _check_trained_tokenizer(data.tokenizer, given.get("tokenizer"))
     if training.total_batch_size and training.gradient_accumulation_steps:
@@ -386,7 +398,7 @@ def _check(recipe, families, given):
 def _check_trained_tokenizer(settings, where):
     unknown = set(settings) - {"train", "vocab_size"}
     if unknown or settings.get("train") not in ("bpe",) or not isinstance(settings.get("vocab_size"), int):
-        raise InputError(f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}}, not {settings}")
+        raise InputError(f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}}: {settings}")
     if settings["vocab_size"] < 257:
         raise InputError(
             f"{where}: a byte-level tokenizer has 256 bytes and an end-of-text token: vocab_size must be at least 257, "

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .errors import InputError
+
 
 class Report:
     """The terminal and the metrics file of a run. Only the main process's speaks.
@@ -29,7 +31,7 @@ class Report:
         self.start, self.total_steps = start, total_steps
         if is_main and folder is not None:
             path = Path(folder) / "metrics.jsonl"
-            _forget_after(path, start)
+            _forget_after(path, start, total_steps)
             self.file = open(path, "a", encoding="utf-8")
         if is_main and self.is_terminal and total_steps > start:
             self.bar = tqdm(
@@ -79,8 +81,11 @@ class Report:
     def write(self, line):
         """A line of metrics.jsonl."""
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise InputError(f"cannot write {self.file.name}: {error}; --init_from resume goes on") from None
 
     def close(self):
         if self.bar is not None:
@@ -103,9 +108,12 @@ def read_metrics(folder):
     return lines
 
 
-def _forget_after(path, step):
-    """Drop what a killed run logged beyond the checkpoint that is being resumed: those steps are run again."""
+def _forget_after(path, step, total_steps):
+    """Drop what a killed run logged beyond the checkpoint that is being resumed: those steps are run again, and at the
+    last step so is the evaluation, which follows its checkpoint."""
     lines = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
+    if step == total_steps:
+        lines = [line for line in lines if line["step"] < step or "train_loss" not in line]
     aside = path.with_name(path.name + ".partial")
     aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(aside, path)

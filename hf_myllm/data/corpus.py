@@ -76,8 +76,10 @@ class Tokens:
         offset = position - int(self.starts[number])
         before = [*self.chunks[:number], self.chunks[number][:offset]]
         after = [self.chunks[number][offset:], *self.chunks[number + 1 :]]
-        parts = (("before", before), ("after", after))
-        return tuple(Tokens(c, f"{self.fingerprint}-{s}-{position}", self.max_id, self.position_of_max) for s, c in parts)
+        return (
+            Tokens(before, f"{self.fingerprint}[:{position}]", self.max_id, self.position_of_max),
+            Tokens(after, f"{self.fingerprint}[{position}:]", self.max_id, self.position_of_max),
+        )
 
 
 def file_source(spec, text_column="text", document="file"):
@@ -107,7 +109,7 @@ def _expand(pattern):
         for suffix in (".txt", ".jsonl", ".parquet", ".bin"):
             if found := sorted(map(str, Path(path).rglob(f"*{suffix}"))):
                 return found
-        raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet or .bin; for others give a glob: {pattern}/*.md")
+        raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet or .bin; give a glob: {pattern}/*.md")
     if os.path.exists(path):
         return [path]
     found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
@@ -143,16 +145,14 @@ def read_documents(source, progress=None):
                     if text.strip():
                         yield text
         return
-    for number, row in enumerate(_load_rows(source)):
+    for where, row in _read_json_lines(source, progress) if source.kind == "json" else _load_rows(source):
         text = row.get(source.text_column)
         if text is None and source.text_column not in row:
-            raise InputError(
-                f"{source.name} has no column '{source.text_column}'; it has {', '.join(row)}: say which with --text_column"
-            )
+            columns = f"{source.text_column!r}, but {', '.join(map(repr, row))}"
+            raise InputError(f"{where} has no column {columns}; name it with --text_column")
         if text is not None and not isinstance(text, str):
-            raise InputError(f"{source.name}: row {number} of column '{source.text_column}' is not text: {text!r:.80}")
+            raise InputError(f"{where}: column '{source.text_column}' does not hold text: {text!r:.80}")
         if text and text.strip():
-            progress(len(text))
             yield text
 
 
@@ -166,15 +166,34 @@ def _decode(part, file, offset):
         ) from None
 
 
+def _read_json_lines(source, progress):
+    for file in source.files:
+        with open(file, "rb") as lines:
+            offset = 0
+            for number, line in enumerate(lines, start=1):
+                where = f"{file} line {number}"
+                text = _decode(line, file, offset)
+                offset += len(line)
+                progress(len(line))
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    raise InputError(f"{where} is not JSON: {error}; each line must be an object of its own") from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{where} is not an object with columns: {text.strip():.80}")
+                yield where, row
+
+
 def _load_rows(source):
     try:
         if source.kind == "hub":
             rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
         else:
-            rows = datasets.load_dataset(source.kind, data_files=list(source.files), split="train", streaming=True)
-        yield from rows
-    except InputError:
-        raise
+            rows = datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{source.name} row {number}", row
     except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         if source.kind == "hub":
@@ -219,19 +238,22 @@ def _cache(key):
 def cached_folder(key, make):
     """The folder of the cache that `make(folder)` fills, made now unless it is there already; whole or not at all."""
     folder = _cache(key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.exists():
+    if folder.exists():
+        return folder
+    aside = folder.with_suffix(".partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                aside = folder.with_suffix(".partial")  # left by a process that was killed, if it is there
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True)  # a process that was killed may have left one
                 aside.mkdir()
                 try:
                     make(aside)
-                except BaseException:
+                    aside.rename(folder)
+                finally:
                     shutil.rmtree(aside, ignore_errors=True)
-                    raise
-                aside.rename(folder)
+    except OSError as error:
+        raise InputError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
     return folder
 
 
@@ -261,8 +283,9 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     end = end_of_document(tokenizer)
     parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
-    total = sum(os.path.getsize(file) for file in source.files) if source.kind == "text" else None
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not show_progress, leave=False) as bar:
+    total = sum(os.path.getsize(file) for file in source.files) if source.kind in ("text", "json") else None
+    silent = None if show_progress else True  # None: only on a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=silent, leave=False, delay=1) as bar:
         number = 0
         for texts in _batches(read_documents(source, bar.update)):
             encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -28,7 +28,7 @@ class Rows:
                 f"{name} has {len(tokens)} tokens, fewer than one row: max_len {max_len} inputs and the token after "
                 f"the last; give more text or a smaller max_len"
             )
-        self.tokens, self.max_len, self.stride = tokens, max_len, stride
+        self.tokens, self.max_len, self.stride, self.name = tokens, max_len, stride, name
         self.last_start = len(tokens) - 1 - max_len
         self.num_rows = -(-self.last_start // stride) + 1
         if stride > max_len:  # what would be a last row's new part may lie in a gap

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
+from transformers.activations import ACT2FN
 
 
 @strict
@@ -12,7 +13,7 @@ class GPTConfig(GPT2Config):
     reads GPT-2 reads our folders, with no custom code. It is never registered with `AutoConfig`.
 
     Raises:
-        ValueError: `n_head` does not divide `n_embd`, a size is not positive, or cross-attention is asked for.
+        ValueError: `n_head` does not divide `n_embd`, a value is out of range, or cross-attention is asked for.
     """
 
     _stock_architectures = {"GPTModel": "GPT2Model", "GPTForCausalLM": "GPT2LMHeadModel"}
@@ -21,6 +22,13 @@ class GPTConfig(GPT2Config):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner is {self.n_inner}, and must be at least 1, or null for 4 * n_embd")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and a dropout must be at least 0 and below 1")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function '{self.activation_function}' is not one of {', '.join(ACT2FN)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head ({self.n_head}) must divide n_embd ({self.n_embd})")
         if self.add_cross_attention:

@@ -63,9 +63,7 @@ class GPTAttention(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            part.view(heads).transpose(1, 2) for part in self.c_attn(hidden_states).chunk(3, dim=-1)
-        )
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(hidden_states).chunk(3, dim=-1))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)

@@ -1,0 +1,93 @@
+"""What the tests share: an isolated cache, small text, a tiny recipe, the real assets where they are."""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# before any Hugging Face library is imported: no network, and a cache of the tests' own
+_home = tempfile.TemporaryDirectory(prefix="hf_myllm_tests_")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_home.name, ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="true")
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(os.environ.get("HF_MYLLM_ASSETS", ROOT.parent / "shared" / "assets"))
+
+
+@pytest.fixture(scope="session")
+def assets():
+    if not ASSETS.is_dir():
+        pytest.skip(f"no real data at {ASSETS}; HF_MYLLM_ASSETS names another place")
+    return ASSETS
+
+
+def write_story(number):
+    """A small document with some structure to learn."""
+    draw = random.Random(number)
+    names, verbs = ["Anna", "the cat", "a king", "my friend", "the old house"], ["sees", "likes", "finds", "forgets"]
+    lines = [f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}." for _ in range(draw.randint(4, 30))]
+    return " ".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory):
+    """A folder of 40 small .txt documents."""
+    folder = tmp_path_factory.mktemp("stories")
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(write_story(number), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny(stories, tmp_path):
+    """The flags of a run that takes a second: dropout on, accumulation, an epoch that ends within a step."""
+    return Flags(
+        train_file=stories,
+        tokenizer="{train: bpe, vocab_size: 300}",
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        max_len=32,
+        batch_size=4,
+        total_batch_size=8,
+        epochs=3,
+        learning_rate=3e-3,
+        warmup_steps=5,
+        eval_freq=20,
+        eval_iter=2,
+        save_freq=10,
+        start_context="Anna",
+        max_new_tokens=10,
+        save_model=tmp_path / "run",
+    )
+
+
+class Flags(dict):
+    """A recipe's keys, as a command line."""
+
+    def __call__(self, **changed):
+        flags = {**self, **changed}
+        return [text for key, value in flags.items() if value is not None for text in (f"--{key}", str(value))]
+
+
+def command(*arguments, module="hf_myllm.train"):
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def run_command(*arguments, module="hf_myllm.train", **options):
+    """A real process, its output as text."""
+    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options
+    return subprocess.run(command(*arguments, module=module), **options)
+
+
+def train(*arguments):
+    """The train command in this process; its exit code."""
+    from hf_myllm.train import main
+
+    try:
+        return main([str(argument) for argument in arguments]) or 0
+    except SystemExit as exit:
+        return exit.code

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from hf_myllm.data import tokenizer
+from hf_myllm.errors import InputError
+
+TEXT = "Anna likes the cat.\n\tdef f(x):\n        return 'naïve 漢字 🙂'\r\n"
+
+
+def test_a_trained_tokenizer_is_what_autotokenizer_loads(tmp_path):
+    trained = tokenizer.train_bpe([TEXT] * 20, 320)
+    trained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "GPT2Tokenizer"
+    assert tokenizer.fingerprint(loaded) == tokenizer.fingerprint(trained)
+    assert loaded.decode(loaded(TEXT)["input_ids"]) == TEXT
+    unseen = "Ωmega \x00 \U0001f600"  # byte level: nothing is unknown
+    assert loaded.decode(loaded(unseen)["input_ids"]) == unseen
+    assert loaded.eos_token == "<|endoftext|>"
+    assert tokenizer.fingerprint(tokenizer.train_bpe([TEXT] * 20, 320)) == tokenizer.fingerprint(trained)
+
+
+def test_bytes_per_token_add_up_to_the_text():
+    trained = tokenizer.train_bpe([TEXT] * 20, 320)
+    counts = tokenizer.token_bytes(trained, 400)
+    ids = trained(TEXT)["input_ids"]
+    assert counts[ids].sum() == len(TEXT.encode())
+    assert counts[trained.eos_token_id] == 0
+    assert counts.shape == (400,)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_bytes_per_token_of_real_tokenizers(assets, name):
+    loaded = tokenizer.load(str(assets / "tokenizers" / name))
+    text = (assets / "corpora" / "tinyshakespeare.txt").read_text()[:20000]
+    ids = np.array(loaded(text, add_special_tokens=False)["input_ids"])
+    counts = tokenizer.token_bytes(loaded, len(loaded))
+    assert counts[ids].sum() == pytest.approx(len(text.encode()), abs=1)  # SentencePiece puts a space before the first
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    for name in (str(tmp_path), "no-such-tokenizer", str(tmp_path / "missing")):
+        with pytest.raises(InputError, match="cannot be found"):
+            tokenizer.load(name)

@@ -1,0 +1,220 @@
+"""Whatever a user gets wrong: one clear line, exit code 2, and nothing written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_command, train
+
+
+@pytest.fixture
+def place(tmp_path, stories):
+    """A folder with everything that the cases below get wrong."""
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 500)
+    (tmp_path / "short.txt").write_text("Anna.")
+    (tmp_path / "odd.bin").write_bytes(b"\1\0" * 400 + b"\1")
+    ids = np.full(400, 7, dtype=np.uint16)
+    ids[321] = 60000
+    ids.tofile(tmp_path / "large_ids.bin")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text"\n')
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "no_tokenizer").mkdir()
+    (tmp_path / "a_file").write_text("I am not a folder")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "no_weights").mkdir()
+    (tmp_path / "no_weights" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_head": 2}))
+    (tmp_path / "broken.yaml").write_text("training: {epochs: 1\n")
+    (tmp_path / "unknown.yaml").write_text("training: {lerning_rate: 1}\n")
+    return tmp_path
+
+
+# what is changed in a recipe that works -> what the one line must say; PLACE stands for the folder above
+CASES = {
+    "unknown key": ({"lerning_rate": 1}, "--lerning_rate; did you mean 'learning_rate'"),
+    "wrong type": ({"epochs": "many"}, "'epochs' must be a number, not 'many'"),
+    "stride of 0": ({"stride": 0}, "'stride' must be at least 1, not 0"),
+    "negative batch": ({"batch_size": -4}, "'batch_size' must be at least 1"),
+    "val file shorter than a row": ({"val_file": "PLACE/short.txt"}, "short.txt has . tokens, fewer than one row"),
+    "train file shorter than a row": ({"train_file": "PLACE/short.txt", "val_fraction": 0}, "short.txt has . tokens"),
+    "held-out part shorter than a row": ({"val_fraction": 0.0001}, "the validation part of .* fewer than one row"),
+    "heads that do not divide": ({"n_head": 5}, r"n_head \(5\) must divide n_embd \(32\)"),
+    "dropout of 2": ({"resid_pdrop": 2}, "resid_pdrop is 2"),
+    "unknown activation": ({"activation_function": "gelo"}, "activation_function 'gelo' is not one of"),
+    "rows longer than the positions": ({"n_positions": 16}, "max_len 32 is more than the 16 positions"),
+    "vocabulary smaller than the tokenizer": ({"vocab_size": 100}, "vocab_size 100 is smaller than .* 300"),
+    "vocabulary smaller than the data": (
+        {"train_file": "PLACE/large_ids.bin", "tokenizer": None, "vocab_size": 300},
+        r"token id 60000 \(at position 321\), and the model a vocabulary of 300",
+    ),
+    "missing file": ({"train_file": "PLACE/nope.txt"}, "nope.txt does not exist"),
+    "glob without match": ({"train_file": "PLACE/*.nope"}, "does not exist"),
+    "empty file": ({"train_file": "PLACE/empty.txt"}, "empty.txt is empty"),
+    "empty folder": ({"train_file": "PLACE/no_tokenizer"}, "holds no .txt"),
+    "not UTF-8": ({"train_file": "PLACE/latin1.txt"}, "latin1.txt is not UTF-8: byte 0xe9 at offset 3"),
+    "broken JSON": ({"train_file": "PLACE/bad.jsonl"}, "bad.jsonl line 2 is not JSON"),
+    "missing column": ({"train_file": "PLACE/other.jsonl"}, "other.jsonl line 1 has no column 'text', but 'body'"),
+    "truncated .bin": ({"train_file": "PLACE/odd.bin", "tokenizer": None}, "odd.bin is cut short: 801 bytes"),
+    "no tokenizer": ({"tokenizer": None}, "text needs a tokenizer"),
+    "tokenizer not found": ({"tokenizer": "PLACE/no_tokenizer"}, "no_tokenizer' cannot be found"),
+    "tokenizer not on the Hub": ({"tokenizer": "no-such-tokenizer"}, "'no-such-tokenizer' cannot be found"),
+    "data set out of reach": (
+        {"train_file": None, "dataset": "someone/some-corpus", "tokenizer": "PLACE/tokenizer"},
+        "'someone/some-corpus' cannot be loaded from the Hugging Face Hub .*--train_file FILE",
+    ),
+    "another family's model": ({"init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"}, "bert is a bert model"),
+    "a model without weights": (
+        {"init_from": "PLACE/no_weights", "tokenizer": "PLACE/tokenizer"},
+        "no_weights cannot be loaded",
+    ),
+    "a model that is not there": (
+        {"init_from": "PLACE/nope", "tokenizer": "PLACE/tokenizer"},
+        "nope cannot be found",
+    ),
+    "save_model is a file": ({"save_model": "PLACE/a_file"}, "a_file is a file"),
+    "warm-up longer than the run": ({"warmup_steps": 10000}, "warmup_steps .* the run's"),
+    "eval_only without a model": ({"eval_only": "true"}, "eval_only needs a trained model"),
+    "no recipe": ("PLACE/nope.yaml", "nope.yaml does not exist"),
+    "broken recipe": ("PLACE/broken.yaml", "broken.yaml: line 2: not valid YAML"),
+    "unknown key in a recipe": ("PLACE/unknown.yaml", "unknown.yaml: unknown key 'lerning_rate' in training"),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_line_and_nothing_written(case, place, tiny, capsys):
+    changed, message = CASES[case]
+    if "PLACE/tokenizer" in str(changed):
+        make_tokenizer(place / "tokenizer")
+    before = everything(place)
+    if isinstance(changed, str):
+        argv = [changed.replace("PLACE", str(place))]
+    else:
+        argv = tiny(**{key: str(value).replace("PLACE", str(place)) if value is not None else None
+                       for key, value in changed.items()})  # fmt: skip
+    code = train(*argv)
+    out, err = capsys.readouterr()
+    assert code == 2, (out, err)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert everything(place) == before
+
+
+def make_tokenizer(folder):
+    from hf_myllm.data.tokenizer import train_bpe
+
+    train_bpe(["Anna likes the cat."], 300).save_pretrained(folder)
+
+
+def everything(folder):
+    return {str(path): path.stat().st_size for path in folder.rglob("*")}
+
+
+def test_a_finished_run_is_not_written_over(tiny, capsys, tmp_path):
+    assert train(*tiny()) == 0
+    before = everything(tmp_path)
+    capsys.readouterr()
+    assert train(*tiny()) == 2
+    error = capsys.readouterr().err
+    assert "already holds a finished run" in error
+    assert "--init_from resume" in error
+    assert "--save_model" in error
+    assert everything(tmp_path) == before
+
+
+def test_an_unfinished_run_is_not_written_over(tiny, capsys, tmp_path):
+    assert train(*tiny()) == 0
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train(*tiny()) == 2
+    assert "checkpoints of an unfinished run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_recipe_says_what_differs(tiny, capsys, stories, tmp_path):
+    assert train(*tiny()) == 0
+    before = everything(tmp_path)
+    resumed = {"init_from": "resume"}
+    for changed, message in (
+        ({"learning_rate": 1e-2}, "learning_rate was 0.003 and is 0.01"),
+        ({"n_layer": 3}, "config.n_layer was 2 and is 3"),
+        ({"seed": 3, "epochs": 4}, "epochs was 3.0 and is 4.0; seed was 1337 and is 3"),
+        ({"train_file": f"{stories}/0*.txt", "val_file": f"{stories}/1*.txt"}, "the training data and the validation"),
+    ):
+        capsys.readouterr()
+        assert train(*tiny(**changed, **resumed)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "--allow_changed" in error
+    assert everything(tmp_path) == before
+    # what does not make it another run may change
+    assert train(*tiny(**resumed, eval_freq=7, batch_size=2, save_total_limit=5)) == 0
+
+
+def test_damaged_checkpoints_are_passed_over_or_refused(tiny, capsys, tmp_path):
+    assert train(*tiny()) == 0
+    run = tmp_path / "run"
+    reference = (run / "model.safetensors").read_bytes()
+    newest, before = sorted(run.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    with open(newest / "model.safetensors", "r+b") as file:  # as many bytes, one of them another
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\x55")
+    capsys.readouterr()
+    os.remove(run / "model.safetensors")
+    assert train(*tiny(init_from="resume")) == 0
+    assert "model.safetensors has other bytes than were written" in capsys.readouterr().err
+    assert (run / "model.safetensors").read_bytes() == reference
+
+    for path in run.glob("checkpoint-*"):
+        (path / "trainer_state" / "complete.json").unlink()
+    assert train(*tiny(init_from="resume")) == 2
+    error = capsys.readouterr().err
+    assert "no checkpoint in" in error
+    assert "incomplete" in error
+
+
+def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):
+    """A disk of its own, large enough for one checkpoint and not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        result = run_command(*tiny(save_model=disk / "run", save_total_limit=9, n_embd=48))
+        assert result.returncode == 2, result.stderr
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert len(errors) == 1, result.stderr
+        assert "Traceback" not in result.stderr
+        assert re.search("cannot save .*No space left.*is whole", errors[0]), errors
+        kept = [path.name for path in (disk / "run").glob("checkpoint-*")]
+        assert kept
+        assert not any(name.endswith(".partial") for name in kept)
+        shutil.copytree(disk / "run", tmp_path / "elsewhere")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert train(*tiny(save_model=tmp_path / "elsewhere", init_from="resume", n_embd=48)) == 0
+
+
+def test_as_a_command_too(tiny):
+    result = run_command(*tiny(lerning_rate=1))
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: the command line: unknown key --lerning_rate")
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_names_its_mistakes(tmp_path):
+    for arguments, message in (
+        ([tmp_path / "nope"], "is not a folder"),
+        ([tmp_path], "holds no trained model"),
+        ([tmp_path, "--top_p", "2"], "--top_p cannot be 2"),
+        ([tmp_path, "--temperature", "-1"], "--temperature cannot be -1"),
+    ):
+        result = run_command(*arguments, module="hf_myllm.generate", cwd=ROOT)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,68 @@
+"""The house keeps its layers: what may import what."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "hf_myllm"
+ALLOWED = {  # room -> the rooms of the package that it may import
+    "errors": set(),
+    "recipe": {"errors"},
+    "models": set(),
+    "data": {"errors", "models"},
+    "optim": {"models"},
+    "checkpoint": {"errors", "models"},
+    "evaluation": {"errors", "models", "data"},
+    "report": {"errors", "models"},
+    "generate": {"errors", "models", "checkpoint"},
+    "prepare": {"errors", "models", "recipe", "data", "checkpoint"},
+    "train": {
+        "errors",
+        "models",
+        "recipe",
+        "data",
+        "checkpoint",
+        "evaluation",
+        "report",
+        "generate",
+        "optim",
+        "prepare",
+    },
+}
+
+
+def imports(path):
+    """The modules that a file imports, by full name; a relative one resolved."""
+    package = ["hf_myllm", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            full = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{full}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_each_file_imports_only_what_its_room_may(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        assert not list(imports(path))
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "hf_myllm":
+            assert parts[1] in ALLOWED[room] | {room}, f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("family", sorted(path.name for path in (PACKAGE / "models").iterdir() if path.is_dir()))
+def test_a_family_is_self_contained(family):
+    if family.startswith("__"):
+        return
+    allowed = {"torch", "transformers", "math", "huggingface_hub"}
+    for path in (PACKAGE / "models" / family).glob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] in allowed or name.startswith(f"hf_myllm.models.{family}"), (
+                f"{path} imports {name}"
+            )

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
+from hf_myllm.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+
+
+def rates(schedule, total=100, **options):
+    return [learning_rate(step, total, 1.0, 0.1, schedule, **options) for step in range(total)]
+
+
+def test_schedules_have_their_shapes():
+    assert set(rates("constant")) == {1.0}
+    for schedule in ("linear", "cosine", "wsd"):
+        values = rates(schedule, warmup_steps=10)
+        assert values[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+        assert values[10] == pytest.approx(1.0)
+        assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+        assert 0.1 <= values[-1] < 0.16
+    assert rates("linear")[50] == pytest.approx(0.55) == rates("cosine")[50]
+    assert rates("cosine")[25] > rates("linear")[25]
+    wsd = rates("wsd", warmup_steps=10, decay_steps=30)
+    assert wsd[69] == 1.0 == wsd[70]
+    assert wsd[85] == pytest.approx(0.55)
+    assert rates("wsd")[80] == 1.0 > rates("wsd")[81]
+
+
+def test_a_schedule_survives_odd_sizes():
+    for schedule in ("constant", "linear", "cosine", "wsd"):
+        for total, warmup in ((1, 0), (1, 1), (5, 5), (3, 2)):
+            values = [learning_rate(s, total, 1.0, 0.1, schedule, warmup, None) for s in range(total)]
+            assert all(0 < value <= 1 for value in values)
+
+
+def small():
+    torch.manual_seed(0)
+    return GPTForCausalLM(GPTConfig(vocab_size=50, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0))
+
+
+def test_decay_is_on_matrices_only():
+    model = small()
+    optimizer = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (not name.endswith("bias") and ".ln_" not in name), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_the_state_by_name_comes_back_bit_for_bit():
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        ids = torch.randint(0, 50, (2, 8))
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, again = small(), small()
+    first = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    for seed in range(3):
+        step(model, first, seed)
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(model, first).items()}
+    assert {name.rpartition("/")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"}
+    again.load_state_dict(model.state_dict())
+    second = build_optimizer(again, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    load_optimizer_tensors(again, second, tensors)
+    step(model, first, 9)
+    step(again, second, 9)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,165 @@
+"""A recipe means one thing, from a file or from flags, and a wrong one is refused by name."""
+
+import dataclasses
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from hf_myllm.errors import InputError
+from hf_myllm.models import FAMILIES
+from hf_myllm.recipe import ALIASES, SECTIONS, WORDS, config_types, parse
+
+CONFIGS = {name: config for name, (config, _) in FAMILIES.items()}
+
+
+def read(*argv):
+    return parse([str(argument) for argument in argv], CONFIGS)
+
+
+def test_each_name_stands_in_one_section_and_in_no_config():
+    names = [field.name for owner in SECTIONS.values() for field in dataclasses.fields(owner)]
+    assert len(names) == len(set(names)) == len(WORDS)
+    for config in CONFIGS.values():
+        assert not set(names) & set(config_types(config))
+    assert not set(ALIASES) & set(names)
+    assert set(ALIASES.values()) <= set(names)
+
+
+def test_the_flags_that_users_know_work_without_a_recipe():
+    recipe = read(
+        *"--model gpt --train_file train.bin --val_file val.bin --epochs 1 --learning_rate 1e-4 --batch_size 8".split(),
+        *"--max_len 256 --stride 128 --eval_freq 20 --eval_iter 5 --tokenizer gpt2 --save_model out".split(),
+        *["--start_context", ""],
+    )
+    assert (recipe.data.train_file, recipe.data.val_file) == ("train.bin", "val.bin")
+    assert recipe.training.learning_rate == 1e-4
+    assert (recipe.data.max_len, recipe.data.stride) == (256, 128)
+    assert (recipe.evaluation.eval_freq, recipe.evaluation.eval_iter, recipe.evaluation.start_context) == (20, 5, "")
+    assert (recipe.data.tokenizer, recipe.run.save_model) == ("gpt2", "out")
+
+
+def test_aliases_and_ways_to_write_a_flag():
+    recipe = read(
+        "--train_file=a.txt", "--num_epochs", 2, "--save_path", "x", "--valid_file", "v.txt", "--load_model", "m",
+        "--compile", "--grad-clip", "0.5", "--n_layer", 3, "--hidden_size", 96, "--max_steps", "1e3",
+    )  # fmt: skip
+    assert (recipe.training.epochs, recipe.run.save_model, recipe.data.val_file) == (2.0, "x", "v.txt")
+    assert (recipe.run.init_from, recipe.training.compile, recipe.training.grad_clip) == ("m", True, 0.5)
+    assert recipe.config == {"n_layer": 3, "hidden_size": 96}
+    assert recipe.training.max_steps == 1000
+    assert read("--train_file", "a.txt", "b.txt").data.train_file == ["a.txt", "b.txt"]
+    assert read("--train_file", "a", "--save_freq", "null").run.save_freq is None
+
+
+def test_flags_win_over_the_file_and_yaml_numbers_are_numbers(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "config: {n_layer: 2, resid_pdrop: 0}\n"
+        "data: {train_file: [a.txt], tokenizer: {train: bpe, vocab_size: 300}}\n"
+        "training: {learning_rate: 1e-3, min_lr: 1e-4, epochs: 2}\n"
+    )
+    recipe = read(file, "--learning_rate", "2e-3", "--n_layer", "4")
+    assert (recipe.training.learning_rate, recipe.training.min_lr) == (2e-3, 1e-4)
+    assert recipe.config == {"n_layer": 4, "resid_pdrop": 0}
+    assert recipe.data.tokenizer == {"train": "bpe", "vocab_size": 300}
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe = read("--train_file", "a.txt", "--n_layer", 2, "--tokenizer", "{train: bpe, vocab_size: 300}", "--seed", 5)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert read(tmp_path / "recipe.yaml") == recipe
+
+
+def test_resume_keeps_what_the_run_started_from(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: {train_file: a.txt}\nrun: {init_from: some/model}\n")
+    recipe = read(tmp_path / "recipe.yaml", "--init_from", "resume")
+    assert (recipe.run.resume, recipe.run.init_from) == (True, "some/model")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_valid_and_says_what_it_does(path):
+    recipe = read(path)
+    name, config = recipe.model, recipe.config
+    assert CONFIGS[name](**config)
+    assert path.read_text().startswith("# ")
+    assert f"recipes/{path.name}" in path.read_text().split("\n\n")[0] + path.read_text()[:600]
+
+
+def test_help_names_every_key(capsys):
+    with pytest.raises(SystemExit) as exit:
+        read("--help")
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for name, (_, _, field) in WORDS.items():
+        assert f"--{name}" in shown
+        assert len(field.metadata["help"]) > 10
+
+
+FILES = {
+    "unknown key 'lerning_rate' in training; did you mean 'learning_rate'?": {"training": {"lerning_rate": 1}},
+    "'learning_rate' belongs in the section 'training:'": {"learning_rate": 1},
+    "'learning_rate' belongs in the section 'training:', not in 'data:'": {"data": {"learning_rate": 1}},
+    "unknown key 'optimisation'": {"optimisation": {}},
+    "unknown key 'n_layers' in config of gpt; did you mean 'n_layer'?": {"config": {"n_layers": 1}},
+    "'batch_size' must be a whole number, not 2.5": {"training": {"batch_size": 2.5}},
+    "'batch_size' must be a whole number, not True": {"training": {"batch_size": True}},
+    "'compile' must be true or false, not 3": {"training": {"compile": 3}},
+    "'stride' must be at least 1, not 0": {"data": {"stride": 0}},
+    "'learning_rate' must be a number, not nan": {"training": {"learning_rate": float("nan")}},
+    "'learning_rate' must be more than 0, not -1.0": {"training": {"learning_rate": -1}},
+    "'lr_schedule' must be one of constant, linear, cosine, wsd": {"training": {"lr_schedule": "cosin"}},
+    "'learning_rate' has no value": {"training": {"learning_rate": None}},
+    "'training' is a section": {"training": 3},
+    "there is nothing to train on": {"model": "gpt"},
+    "train_file and dataset are both given": {"data": {"train_file": "a", "dataset": "b"}},
+    "both given": {"data": {"train_file": "a"}, "training": {"total_batch_size": 8, "gradient_accumulation_steps": 2}},
+    "min_lr (0.1) must not be above": {"data": {"train_file": "a"}, "training": {"min_lr": 0.1}},
+    "model 'gtp' is not known; there is gpt": {"model": "gtp"},
+    "vocab_size must be at least 257": {"data": {"train_file": "a", "tokenizer": {"train": "bpe", "vocab_size": 3}}},
+    "tokenizer must be a name, a folder or": {"data": {"train_file": "a", "tokenizer": {"train": "bpe"}}},
+    "eval_only needs a trained model": {"data": {"val_file": "a"}, "evaluation": {"eval_only": True}},
+}
+
+
+@pytest.mark.parametrize("message", FILES, ids=str)
+def test_a_wrong_file_is_refused(message, tmp_path):
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(FILES[message]))
+    with pytest.raises(InputError) as error:
+        read(tmp_path / "wrong.yaml")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no keys"),
+        ("- a\n- b\n", "holds no keys"),
+        ("training:\n  epochs: [1\n", "not valid YAML"),
+        ("training: {epochs: 1, epochs: 2}\n", "'epochs' is given twice"),
+        ("run: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("a: \xe9", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text, message, tmp_path):
+    (tmp_path / "wrong.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n_layers", "2"], "--n_layers; did you mean 'n_layer'"),
+        (["--learning_rate"], "--learning_rate needs a value"),
+        (["--seed", "1", "2"], "--seed takes one value, and got 2"),
+        (["recipe.yml"], "recipe.yml does not exist"),
+        (["--epochs", "1", "stray.yaml"], "--epochs takes one value"),
+        (["--compile", "maybe"], "'compile' must be true or false"),
+        (["--n_head", "3.5"], "'n_head' must be a whole number"),
+    ],
+)
+def test_wrong_flags_are_refused(argv, message):
+    with pytest.raises(InputError) as error:
+        read(*argv)
+    assert message in str(error.value)

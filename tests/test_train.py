@@ -1,0 +1,289 @@
+"""The main job, as a user does it: train, look at the folder, use what came out, stop it, kill it, go on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, command, run_command, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hf_myllm.models.gpt import GPTForCausalLM
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return (Path(run) / "model.safetensors").read_bytes()
+
+
+def losses(run):
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, stories):
+    """A run that nothing disturbed, by the real launcher: its folder, what it printed, and its recipe."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = {
+        "model": "gpt",
+        "config": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "data": {"train_file": str(stories), "tokenizer": {"train": "bpe", "vocab_size": 300}, "max_len": 32},
+        "training": {
+            "epochs": 3, "batch_size": 4, "total_batch_size": 8, "learning_rate": "3e-3", "warmup_steps": 5,
+        },
+        "evaluation": {"eval_freq": 20, "eval_iter": 2, "start_context": "Anna", "max_new_tokens": 10},
+        "run": {"save_model": str(folder / "run"), "save_freq": 10},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launch = ["accelerate", "launch", "-m", "hf_myllm.train", str(folder / "recipe.yaml")]
+    result = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result, folder / "recipe.yaml"
+
+
+def test_the_run_folder_is_as_promised(finished):
+    run, _, _ = finished
+    names = {path.name for path in run.iterdir()}
+    expected = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == expected | {"recipe.yaml", "metrics.jsonl", "loss.png", "checkpoint-50", "checkpoint-52"}
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    state = {path.name for path in (run / "checkpoint-52" / "trainer_state").iterdir()}
+    assert state == {"optimizer.safetensors", "state.json", "complete.json"}
+    assert weights(run) == weights(run / "checkpoint-52")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["training"]["total_batch_size"] == 8
+    assert recipe["data"]["stride"] == 32
+    assert not any("/root/" in path.read_text() for path in run.glob("*config.json"))
+
+
+def test_what_is_printed(finished):
+    _, result, _ = finished
+    out = result.stdout
+    for text in ("unigram level", "bits per byte", "step 0: training loss", "step 20: training loss", "step 52:"):
+        assert text in out
+    assert out.count("  | ") >= 4  # a sample at each evaluation
+    last = out.strip().splitlines()[-3:]
+    assert [line.split()[0] for line in last] == ["generate", "resume", "load"]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_loss_falls_and_is_logged(finished):
+    run, _, _ = finished
+    lines = metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 53))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    # each of the corpus's tokens but the first was predicted once an epoch, and none twice
+    assert sum(line["tokens"] for line in steps) == 3 * (training_tokens(finished[1].stdout) - 1)
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "time"} <= set(steps[0])
+    evaluations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 20, 40, 52]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 1
+    assert 0 < evaluations[-1]["val_bits_per_byte"] < evaluations[0]["val_bits_per_byte"]
+    assert all(line["sample"].startswith("Anna") for line in evaluations)
+
+
+def training_tokens(out):
+    return int(re.search(r"training +([\d,]+) tokens", out)[1].replace(",", ""))
+
+
+def test_stock_classes_use_it(finished):
+    run, _, _ = finished
+    stock, tokenizer = AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+    ours = GPTForCausalLM.from_pretrained(run).eval()
+    ids = torch.tensor([tokenizer("Anna likes the cat.")["input_ids"]])
+    torch.testing.assert_close(stock(ids).logits, ours(ids).logits, atol=1e-5, rtol=0)
+    assert pipeline("text-generation", model=str(run))("Anna", max_new_tokens=5)[0]["generated_text"].startswith("Anna")
+
+
+def test_the_printed_resume_command_goes_on(finished, tmp_path):
+    run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    longer = [tmp_path / "run" / "recipe.yaml", "--save_model", tmp_path / "run", "--init_from", "resume"]
+    assert train(*longer) == 0  # finished: nothing is done again
+    assert weights(tmp_path / "run") == weights(run)
+    assert train(*longer, "--allow_changed", "--max_steps", 60) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, 61))
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["max_steps"] == 60
+
+
+def test_the_kept_recipe_repeats_the_run(finished, tmp_path):
+    run, _, _ = finished
+    assert train(run / "recipe.yaml", "--save_model", tmp_path / "again") == 0
+    assert weights(tmp_path / "again") == weights(run)
+    assert losses(tmp_path / "again") == losses(run)
+
+
+def wait_until(process, condition, seconds=120):
+    """Wait for a state of the run's folder, and say whether it came before the process ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < end, "the run did not get there"
+        time.sleep(0.002)
+    return False
+
+
+def logged(run, step):
+    path = run / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text(errors="ignore")
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(finished, tmp_path):
+    """Dropout is on, and epochs of 138 rows end within steps of 8."""
+    reference, _, recipe = finished
+    run = tmp_path / "run"
+    resume = [recipe, "--save_model", run, "--init_from", "resume"]
+    moments = [
+        lambda: (run / "recipe.yaml").exists(),  # before the first step
+        lambda: logged(run, 7),  # before the first checkpoint
+        lambda: any(run.glob("checkpoint-*.partial")),  # inside a save
+        lambda: logged(run, 33),
+        lambda: (run / "checkpoint-50").exists(),
+        lambda: (run / "checkpoint-52").exists(),  # before the model is at the root
+    ]
+    kills = 0
+    for moment in moments:
+        process = subprocess.Popen(command(*resume), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if wait_until(process, moment):
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 4
+    assert run_command(*resume).returncode == 0
+    assert weights(run) == weights(reference)
+    assert losses(run) == losses(reference)
+    assert [line["step"] for line in metrics(run) if "val_loss" in line] == [0, 20, 40, 52]
+    assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(finished, tmp_path, number):
+    reference, _, recipe = finished
+    run = tmp_path / "run"
+    arguments = [recipe, "--save_model", run, "--save_freq", "null"]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert wait_until(process, lambda: logged(run, 5))
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "which is saved: --init_from resume goes on from it" in out
+    (saved,) = run.glob("checkpoint-*")
+    assert (saved / "trainer_state" / "complete.json").exists()
+    assert not (run / "model.safetensors").exists()
+    assert train(*arguments, "--init_from", "resume") == 0
+    assert weights(run) == weights(reference)
+
+
+def test_checkpoints_are_retained_and_hold_the_model(tiny, tmp_path):
+    assert train(*tiny(save_freq=10, save_total_limit=3)) == 0
+    run = tmp_path / "run"
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-40", "checkpoint-50", "checkpoint-52"}
+    assert AutoModelForCausalLM.from_pretrained(run / "checkpoint-40").config.n_embd == 32
+
+
+def test_accumulation_does_not_change_the_loss(tiny, tmp_path):
+    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "max_steps": 10}
+    for name, sizes in (
+        ("whole", {"batch_size": 8}),
+        ("halves", {"batch_size": 4}),
+        ("uneven", {"batch_size": 3}),  # the last micro-batch has two rows of three
+        ("steps", {"batch_size": 4, "total_batch_size": None, "gradient_accumulation_steps": 2}),
+    ):
+        assert train(*tiny(**still, **sizes, save_model=tmp_path / name)) == 0
+    whole = losses(tmp_path / "whole")
+    for name in ("halves", "uneven", "steps"):
+        assert losses(tmp_path / name) == pytest.approx(whole, abs=1e-5), name
+        last = [line["val_loss"] for line in metrics(tmp_path / name) if "val_loss" in line][-1]
+        assert last == pytest.approx(metrics(tmp_path / "whole")[-1]["val_loss"], abs=1e-5)
+
+
+def test_the_learning_rate_follows_its_schedule(tiny, tmp_path):
+    flags = {"lr_schedule": "wsd", "decay_steps": 4, "warmup_steps": 3, "max_steps": 12, "learning_rate": 1e-3}
+    assert train(*tiny(**flags, min_lr=1e-4)) == 0
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert rates[3:9] == pytest.approx([1e-3] * 6)
+    assert rates[9:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4])
+
+
+def test_eval_only_says_what_the_run_said_and_writes_nothing(finished, tmp_path, capsys, monkeypatch):
+    run, _, recipe = finished
+    last = [line for line in metrics(run) if "val_loss" in line][-1]["val_loss"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.chdir(tmp_path)
+    for how in (["--load_model", run], ["--init_from", "resume"], ["--load_model", run / "checkpoint-52"]):
+        capsys.readouterr()
+        assert train(recipe, "--eval_only", *how) == 0
+        out = capsys.readouterr().out
+        assert f"validation loss {last:.4f}" in out
+        assert "bits per byte" in out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_goes_on_from_someone_elses_weights(finished, tiny, tmp_path):
+    run, _, _ = finished
+    flags = {"n_layer": None, "n_head": None, "n_embd": None, "tokenizer": None, "load_model": run, "max_steps": 5}
+    assert train(*tiny(**flags)) == 0
+    assert metrics(tmp_path / "run")[0]["val_loss"] < 3  # far below a fresh model's 5.7
+    assert losses(tmp_path / "run")[0] < losses(run)[0] - 1
+
+
+def test_the_flags_of_single_file_trainers_work_on_bin_files(assets, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / "gpt2")
+    text = (assets / "corpora" / "tinyshakespeare.txt").read_text()
+    ids = np.array(tokenizer(text[:30000])["input_ids"], dtype=np.uint16)
+    ids[:8000].tofile(tmp_path / "train.bin")
+    ids[8000:].tofile(tmp_path / "val.bin")
+    flags = (
+        f"--model gpt --train_file {tmp_path}/train.bin --val_file {tmp_path}/val.bin --epochs 1 --learning_rate 1e-4 "
+        f"--batch_size 8 --max_len 64 --stride 32 --eval_freq 20 --eval_iter 1 --tokenizer {assets}/tokenizers/gpt2 "
+        f"--save_model {tmp_path}/out --n_layer 1 --n_head 2 --n_embd 16 --max_new_tokens 5"
+    )
+    assert train(*flags.split(), "--start_context", "") == 0
+    lines = metrics(tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 32  # 249 rows, 32 tokens apart, 8 at a time
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([15496]) == "Hello"
+
+
+def test_a_bin_without_a_tokenizer(tmp_path):
+    np.random.default_rng(0).integers(0, 90, 3000).astype(np.uint32).tofile(tmp_path / "a.bin")
+    flags = "--n_layer 1 --n_head 2 --n_embd 16 --max_len 16 --max_steps 5 --vocab_size 90 --val_fraction 0.2"
+    assert train(*flags.split(), "--train_file", tmp_path / "a.bin", "--save_model", tmp_path / "run") == 0
+    assert metrics(tmp_path / "run")[-1]["val_bits_per_byte"] is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torch.compile needs a C++ compiler at hand")
+def test_compiled_training_gives_the_same_losses(tiny, tmp_path):
+    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "max_steps": 6, "start_context": None}
+    assert train(*tiny(**still, save_model=tmp_path / "eager")) == 0
+    result = run_command(*tiny(**still, save_model=tmp_path / "compiled"), "--compile")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
+
+
+def test_mixed_precision_is_the_launchers_to_say(tiny, tmp_path):
+    result = run_command(*tiny(max_steps=5), env={**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert result.returncode == 0, result.stderr
+    assert "precision bf16" in result.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto").dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, capsys):
+    assert train(*tiny(learning_rate=1e9, grad_clip=0, warmup_steps=0)) == 2
+    assert "lower learning_rate" in capsys.readouterr().err
