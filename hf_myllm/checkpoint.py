@@ -46,6 +46,9 @@ def save(run, step, write_model, optimizer_tensors, state, limit):
         save_file(optimizer_tensors, aside / "trainer_state" / "optimizer.safetensors")
         (aside / "trainer_state" / "state.json").write_text(json.dumps(state, indent=1))
         files = sorted(path for path in aside.rglob("*") if path.is_file())
+        mode = (aside / "trainer_state" / "state.json").stat().st_mode
+        for path in files:
+            path.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
         content = {str(path.relative_to(aside)): [path.stat().st_size, _digest(path)] for path in files}
         (aside / _MARKER).write_text(json.dumps({"step": step, "files": content}, indent=1))
         for path in [*files, aside / _MARKER, aside / "trainer_state", aside]:

@@ -74,7 +74,9 @@ def prepare(recipe, accelerator, resume_from):
     data, section = recipe.data, recipe.run
     sources = find_sources(data, recipe.evaluation.eval_only)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
-    tokenizer = find_tokenizer(data, sources, pretrained, resume_from is not None)
+    if recipe.evaluation.eval_only and pretrained is None:
+        raise InputError(f"{section.save_model} holds no checkpoint to evaluate; give --load_model FOLDER")
+    tokenizer = find_tokenizer(data, sources, pretrained, resume_from is not None or recipe.evaluation.eval_only)
     config = build_config(recipe, tokenizer, pretrained)
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, accelerator, state)
@@ -123,12 +125,21 @@ def find_sources(data, eval_only):
     return training, validation
 
 
-def find_tokenizer(data, sources, pretrained, is_resumed):
-    """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from."""
-    if is_resumed and (Path(pretrained) / "tokenizer_config.json").exists():
+def find_tokenizer(data, sources, pretrained, keep):
+    """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from.
+
+    Args:
+        keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
+    """
+    if keep and (Path(pretrained) / "tokenizer_config.json").exists():
         return tokenizers.load(str(pretrained))
     if isinstance(data.tokenizer, str):
-        return tokenizers.load(data.tokenizer)
+        try:
+            return tokenizers.load(data.tokenizer)
+        except InputError as error:
+            if not data.dataset:
+                raise
+            raise InputError(f"{error}; and without the Hub, pass --train_file FILE in place of the data set") from None
     source = sources[0] or sources[1]
     if isinstance(data.tokenizer, dict):
         size = data.tokenizer["vocab_size"]
@@ -137,7 +148,7 @@ def find_tokenizer(data, sources, pretrained, is_resumed):
             tokenizers.train_bpe(corpus.read_documents(source), size).save_pretrained(folder)
 
         return tokenizers.load(str(corpus.cached_folder(["bpe", size, corpus.source_key(source)], train_tokenizer)))
-    if pretrained and not is_resumed:
+    if pretrained and not keep:
         return tokenizers.load(str(pretrained))
     if any(source and source.kind != "bin" for source in sources):
         raise InputError(
@@ -216,6 +227,8 @@ def resolve(recipe, config, accelerator, state):
         if state is not None:  # on another number of processes, the step stays what it was
             training.total_batch_size = state["recipe"]["total_batch_size"]
     training.gradient_accumulation_steps = None
+    if training.epochs is None and training.max_steps is None:
+        training.epochs = 1.0
 
 
 def load_data(data, sources, tokenizer, accelerator):

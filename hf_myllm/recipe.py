@@ -66,7 +66,7 @@ class Data:
 
 @dataclass
 class Training:
-    epochs: float = word(1.0, "times over the training rows", above=0)
+    epochs: float | None = word(None, "times over the training rows; default: 1", above=0)
     max_steps: int | None = word(None, "optimizer steps, instead of epochs", minimum=1)
     batch_size: int = word(8, "rows per process per micro-batch", minimum=1, on_resume="accept")
     total_batch_size: int | None = word(None, "rows per optimizer step over all processes", minimum=1)
@@ -158,12 +158,15 @@ class Recipe:
 
 
 SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "run": Run}
+COMMAND_LINE = "the command line"
 ALIASES = {
     "num_epochs": "epochs",
     "save_path": "save_model",
     "valid_file": "val_file",
     "load_model": "init_from",
 }
+# Of each pair, a recipe gives one; a flag takes the place of the file's.
+EXCLUSIVE = (("train_file", "dataset"), ("total_batch_size", "gradient_accumulation_steps"), ("epochs", "max_steps"))
 # leaf name -> (section, type, field); a test holds that no name stands in two sections
 WORDS = {
     key.name: (section, typing.get_type_hints(owner)[key.name], key)
@@ -285,7 +288,7 @@ def _read_flags(recipe, arguments, families, given):
         if len(values) > 1 and not takes_many:
             raise InputError(f"--{key} takes one value, and got {len(values)}: {' '.join(values)}")
         value = True if not values else values if len(values) > 1 else values[0]
-        _assign(recipe, key, value, "the command line", families, given, family=recipe.model)
+        _assign(recipe, key, value, COMMAND_LINE, families, given, family=recipe.model)
 
 
 def _assign(recipe, key, value, where, families, given, section=None, family="gpt"):
@@ -368,13 +371,18 @@ def _limit(value, limits, key, where):
 
 def _check(recipe, families, given):
     """What no key can know alone."""
+    for pair in EXCLUSIVE:
+        owners = [getattr(recipe, WORDS[name][0]) for name in pair]
+        if all(getattr(owner, name) is not None for owner, name in zip(owners, pair, strict=True)):
+            if given[pair[0]] == given[pair[1]]:
+                raise InputError(f"{given[pair[0]]}: {pair[0]} and {pair[1]} are both given: give one of them")
+            loser = pair.index(next(name for name in pair if given[name] != COMMAND_LINE))
+            setattr(owners[loser], pair[loser], None)
     data, training, evaluation = recipe.data, recipe.training, recipe.evaluation
     if recipe.model not in families:
         raise InputError(f"model '{recipe.model}' is not known; there is {', '.join(families)}")
     if recipe.run.resume and recipe.run.init_from == "resume":
         recipe.run.init_from = "scratch"
-    if data.train_file and data.dataset:
-        raise InputError("train_file and dataset are both given: give one of them")
     if not evaluation.eval_only and not data.train_file and not data.dataset:
         raise InputError("there is nothing to train on: give --train_file FILE, or --dataset ID of the Hub")
     if evaluation.eval_only and not (data.val_file or data.train_file or data.dataset):
@@ -383,10 +391,6 @@ def _check(recipe, families, given):
         raise InputError("eval_only needs a trained model: give --load_model FOLDER, or --init_from resume")
     if isinstance(data.tokenizer, dict):
         _check_trained_tokenizer(data.tokenizer, given.get("tokenizer"))
-    if training.total_batch_size and training.gradient_accumulation_steps:
-        raise InputError(
-            "total_batch_size and gradient_accumulation_steps are both given: one follows from the other, give one"
-        )
     if training.min_lr > training.learning_rate:
         raise InputError(f"min_lr ({training.min_lr}) must not be above learning_rate ({training.learning_rate})")
     if training.max_steps and training.warmup_steps > training.max_steps:

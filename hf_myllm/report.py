@@ -1,5 +1,6 @@
 """What a person sees of a run: the progress line, metrics.jsonl, and loss.png."""
 
+import itertools
 import json
 import os
 import sys
@@ -37,7 +38,7 @@ class Report:
             self.bar = tqdm(
                 total=total_steps,
                 initial=start,
-                bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix}, {remaining} left",
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left",
                 dynamic_ncols=True,
                 leave=False,
             )
@@ -59,7 +60,7 @@ class Report:
         speed = self.clock_tokens / elapsed if elapsed else 0.0
         status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.set_description_str(status, refresh=False)
             self.bar.update()
         elif time.monotonic() - self.last_line > self.lines_seconds:
             self.last_line = time.monotonic()
@@ -138,7 +139,7 @@ def plot(folder, unigram=None):
         x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
         axes.plot(x, y, color="#9ecae1", linewidth=0.7, label="training, each step")
         if len(y) >= 20:
-            axes.plot(x, _smooth(y, weight=1 - 10 / len(y)), color="#08519c", linewidth=1.4, label="training, smoothed")
+            axes.plot(x, _smooth(y, reach=len(y) // 40), color="#08519c", linewidth=1.4, label="training, smoothed")
     for key, color, label in (("train_loss", "#6baed6", "training, evaluated"), ("val_loss", "#d94801", "validation")):
         points = [(line["step"], line[key]) for line in evaluations if line.get(key) is not None]
         if points:
@@ -159,10 +160,11 @@ def plot(folder, unigram=None):
     os.replace(aside, Path(folder) / "loss.png")
 
 
-def _smooth(values, weight):
-    """Exponential moving average, corrected for its start as Adam's moments are (Kingma and Ba 2015)."""
-    average, smoothed = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
+def _smooth(values, reach):
+    """The mean over `reach` values on either side, and over fewer near the ends: without the lag of a running mean."""
+    sums = [0.0, *itertools.accumulate(values)]
+    smoothed = []
+    for place in range(len(values)):
+        side = min(reach, place, len(values) - 1 - place)
+        smoothed.append((sums[place + side + 1] - sums[place - side]) / (2 * side + 1))
     return smoothed

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
@@ -194,7 +195,7 @@ def report_evaluation(run, model, report, step, is_final=False):
     report.say(shown)
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and run.accelerator.is_main_process:
         line["sample"] = sample(run, step)
-        report.say("\n".join(f"  | {text}" for text in line["sample"].splitlines()))
+        report.say("\n".join(f"  | {printable(text)}" for text in line["sample"].splitlines()))
     report.write(line)
     return validation
 
@@ -202,6 +203,11 @@ def report_evaluation(run, model, report, step, is_final=False):
 def describe(figures):
     bits = "" if figures["bits_per_byte"] is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
     return f"{figures['loss']:.4f}{bits}"
+
+
+def printable(text):
+    """What an untrained model says may move a terminal's cursor: show such characters instead of sending them."""
+    return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
 
 
 def sample(run, step):
@@ -298,8 +304,8 @@ def finish(run, model, report, folder, unigram):
     prompt = run.recipe.evaluation.start_context or "Once upon a time"
     report.say(f"generate    python -m hf_myllm.generate {folder} --prompt {prompt!r}")
     report.say(
-        f"resume      accelerate launch -m hf_myllm.train {folder / 'recipe.yaml'} --init_from resume --allow_changed "
-        f"--max_steps {2 * run.total_steps}"
+        f"resume      accelerate launch -m hf_myllm.train {folder / 'recipe.yaml'} --max_steps {2 * run.total_steps} "
+        "--init_from resume --allow_changed"
     )
     report.say(f'load        AutoModelForCausalLM.from_pretrained("{folder}") in Python, with stock transformers')
 
@@ -329,6 +335,7 @@ def quiet_the_libraries():
     """Leave to the libraries only what a person must read."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

@@ -42,12 +42,12 @@ def test_the_flags_that_users_know_work_without_a_recipe():
 def test_aliases_and_ways_to_write_a_flag():
     recipe = read(
         "--train_file=a.txt", "--num_epochs", 2, "--save_path", "x", "--valid_file", "v.txt", "--load_model", "m",
-        "--compile", "--grad-clip", "0.5", "--n_layer", 3, "--hidden_size", 96, "--max_steps", "1e3",
+        "--compile", "--grad-clip", "0.5", "--n_layer", 3, "--hidden_size", 96, "--warmup_steps", "1e3",
     )  # fmt: skip
     assert (recipe.training.epochs, recipe.run.save_model, recipe.data.val_file) == (2.0, "x", "v.txt")
     assert (recipe.run.init_from, recipe.training.compile, recipe.training.grad_clip) == ("m", True, 0.5)
     assert recipe.config == {"n_layer": 3, "hidden_size": 96}
-    assert recipe.training.max_steps == 1000
+    assert recipe.training.warmup_steps == 1000
     assert read("--train_file", "a.txt", "b.txt").data.train_file == ["a.txt", "b.txt"]
     assert read("--train_file", "a", "--save_freq", "null").run.save_freq is None
 
@@ -63,6 +63,15 @@ def test_flags_win_over_the_file_and_yaml_numbers_are_numbers(tmp_path):
     assert (recipe.training.learning_rate, recipe.training.min_lr) == (2e-3, 1e-4)
     assert recipe.config == {"n_layer": 4, "resid_pdrop": 0}
     assert recipe.data.tokenizer == {"train": "bpe", "vocab_size": 300}
+
+
+def test_a_flag_takes_the_place_of_what_the_file_says_instead(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: {dataset: x/y}\ntraining: {max_steps: 100, total_batch_size: 8}\n")
+    recipe = read(file, "--train_file", "a.txt", "--epochs", 2, "--gradient_accumulation_steps", 4)
+    assert (recipe.data.dataset, recipe.data.train_file) == (None, "a.txt")
+    assert (recipe.training.max_steps, recipe.training.epochs) == (None, 2.0)
+    assert (recipe.training.total_batch_size, recipe.training.gradient_accumulation_steps) == (None, 4)
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
@@ -113,7 +122,11 @@ FILES = {
     "'training' is a section": {"training": 3},
     "there is nothing to train on": {"model": "gpt"},
     "train_file and dataset are both given": {"data": {"train_file": "a", "dataset": "b"}},
-    "both given": {"data": {"train_file": "a"}, "training": {"total_batch_size": 8, "gradient_accumulation_steps": 2}},
+    "epochs and max_steps are both given": {"data": {"train_file": "a"}, "training": {"epochs": 1, "max_steps": 1}},
+    "gradient_accumulation_steps are both given": {
+        "data": {"train_file": "a"},
+        "training": {"total_batch_size": 8, "gradient_accumulation_steps": 2},
+    },
     "min_lr (0.1) must not be above": {"data": {"train_file": "a"}, "training": {"min_lr": 0.1}},
     "model 'gtp' is not known; there is gpt": {"model": "gtp"},
     "vocab_size must be at least 257": {"data": {"train_file": "a", "tokenizer": {"train": "bpe", "vocab_size": 3}}},

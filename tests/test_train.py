@@ -61,6 +61,7 @@ def test_the_run_folder_is_as_promised(finished):
     state = {path.name for path in (run / "checkpoint-52" / "trainer_state").iterdir()}
     assert state == {"optimizer.safetensors", "state.json", "complete.json"}
     assert weights(run) == weights(run / "checkpoint-52")
+    assert (run / "model.safetensors").stat().st_mode == (run / "config.json").stat().st_mode
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["training"]["total_batch_size"] == 8
     assert recipe["data"]["stride"] == 32
