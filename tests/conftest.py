@@ -70,6 +70,8 @@ class Flags(dict):
 
     def __call__(self, **changed):
         flags = {**self, **changed}
+        if "max_steps" in changed:  # a recipe gives one of the two
+            flags["epochs"] = None
         return [text for key, value in flags.items() if value is not None for text in (f"--{key}", str(value))]
 
 
