@@ -176,7 +176,7 @@ def build_config(recipe, tokenizer, pretrained):
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                     settings.setdefault(name, getattr(tokenizer, name))
                 settings.setdefault("vocab_size", len(tokenizer))
-            positions = config_class.attribute_map["max_position_embeddings"]
+            positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
             if recipe.data.max_len and not {positions, "max_position_embeddings"} & set(settings):
                 settings[positions] = recipe.data.max_len  # positions that no row reaches would never be trained
             config = config_class(**settings)

@@ -1,0 +1,286 @@
+"""Each causal family is its stock architecture: same files, same logits, same loss, same gradients, same text."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hf_myllm.models import FAMILIES
+
+
+class Family:
+    """A small model of a family, and what it is on disk."""
+
+    def __init__(self, name, stock, sizes, still, variants, transposed=()):
+        self.name, self.stock, self.sizes, self.still, self.variants = name, stock, sizes, still, variants
+        self.transposed = transposed  # parameters whose files hold them the other way round
+        self.config_class, self.model_class = FAMILIES[name]
+
+    def make(self, **changed):
+        torch.manual_seed(0)
+        model = self.model_class(self.config_class(**{**self.sizes, **self.still, **changed}))
+        with torch.no_grad():  # weights far from their start, so that no bias or norm goes untested
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    def pair(self, folder, **changed):
+        """Our model and the stock one with the same weights."""
+        ours = self.make(**changed)
+        ours.save_pretrained(folder)
+        stock, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert type(stock).__name__ == self.stock
+        assert not any(loading.values())
+        return ours.eval(), stock.eval()
+
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 1}
+FAMILY = {
+    "gpt": Family(
+        "gpt",
+        "GPT2LMHeadModel",
+        {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4, **ENDS},
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        [
+            {},
+            {"activation_function": "gelu"},
+            {"n_inner": 100, "tie_word_embeddings": False},
+            {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+            {"reorder_and_upcast_attn": True, "attn_implementation": "eager"},
+            {"attn_implementation": "eager"},
+        ],
+        ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
+    ),
+    "llama": Family(
+        "llama",
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 48, "intermediate_size": 80,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, **ENDS,
+        },
+        {},
+        [
+            {},
+            {"num_key_value_heads": 4, "tie_word_embeddings": True},
+            {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "head_dim": 20},
+            {"attn_implementation": "eager"},
+            {"pad_token_id": 3, "rms_norm_eps": 1e-5, "hidden_act": "gelu"},
+            *(
+                {"rope_parameters": {"rope_theta": 500.0, **scaling}}
+                for scaling in (
+                    {"rope_type": "default"},
+                    {"rope_type": "linear", "factor": 2.0},
+                    {"rope_type": "dynamic", "factor": 2.0},
+                    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+                    {
+                        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32,
+                        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    },
+                    {
+                        "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32,
+                        "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+                    },
+                )
+            ),
+        ],
+    ),
+}  # fmt: skip
+families = pytest.mark.parametrize("family", FAMILY.values(), ids=FAMILY)
+
+
+def batch(rows=2, length=33, seed=1):
+    return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+CASES = [(family, variant) for family in FAMILY.values() for variant in family.variants]
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES, ids=[f"{family.name}-{variant}" for family, variant in CASES])
+def test_same_logits_loss_and_gradients_as_stock(tmp_path, family, variant):
+    ours, stock = family.pair(tmp_path, **variant)
+    if "attn_implementation" in variant:
+        stock.set_attn_implementation(variant["attn_implementation"])
+        ours.set_attn_implementation(variant["attn_implementation"])
+    ids, labels = batch(length=50), batch(length=50, seed=2)
+    labels[0, 5:9] = -100
+    mine, theirs = ours(ids, labels=labels), stock(ids, labels=labels)
+    torch.testing.assert_close(mine.logits, theirs.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
+    mine.loss.backward()
+    theirs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        expected = gradients[name].T if family.transposed and name.endswith(family.transposed) else gradients[name]
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=0)
+
+
+@families
+def test_padding_positions_and_embeddings_as_stock(tmp_path, family):
+    ours, stock = family.pair(tmp_path)
+    ids, mask = batch(), torch.ones(2, 33, dtype=torch.long)
+    mask[0, :7] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    packed = torch.cat([torch.arange(20), torch.arange(13)]).expand(2, -1)
+    several = [
+        {"input_ids": ids, "attention_mask": mask, "position_ids": positions},
+        {"input_ids": ids, "attention_mask": mask.flip(1)},
+        {"input_ids": ids, "position_ids": packed, "use_cache": False},
+        {"inputs_embeds": torch.randn(2, 33, 48)},
+        {"input_ids": ids, "logits_to_keep": 3},
+    ]
+    if family.name == "gpt":
+        several.append({"input_ids": ids, "token_type_ids": batch(seed=3)})
+    for inputs in several:
+        torch.testing.assert_close(ours(**inputs).logits, stock(**inputs).logits, atol=1e-5, rtol=0)
+
+
+@families
+def test_hidden_states_and_attentions_as_stock(tmp_path, family):
+    ours, stock = family.pair(tmp_path)
+    for model in (ours, stock):
+        model.set_attn_implementation("eager")
+    mine = ours(batch(), output_hidden_states=True, output_attentions=True)
+    theirs = stock(batch(), output_hidden_states=True, output_attentions=True)
+    assert len(mine.hidden_states) == len(theirs.hidden_states) == 4
+    for a, b in zip(mine.hidden_states + mine.attentions, theirs.hidden_states + theirs.attentions, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@families
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generates_what_stock_generates(tmp_path, family, use_cache, beams):
+    ours, stock = family.pair(tmp_path)
+    padded = batch(3, 12)
+    mask = torch.ones_like(padded)
+    mask[0, :5], mask[2, :1] = 0, 0  # padded on the left, as batches to generate from are
+    settings = {"max_new_tokens": 20, "do_sample": False, "use_cache": use_cache, **beams}
+    settings |= {"pad_token_id": 0, "eos_token_id": None}
+    mine = ours.generate(padded, attention_mask=mask, **settings)
+    assert torch.equal(mine, stock.generate(padded, attention_mask=mask, **settings))
+    alone = ours.generate(padded[:1, 5:], **settings)  # what a row says does not depend on its padding
+    assert torch.equal(alone[0, 7:], mine[0, 12:])
+
+
+@families
+def test_what_we_save_is_a_stock_folder(tmp_path, family):
+    family.make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [family.stock]
+    assert config["model_type"] == family.config_class.model_type
+    assert not {"auto_map", "_name_or_path"} & set(config)
+    weights = load_file(tmp_path / "model.safetensors")
+    stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    expected = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        expected.pop("lm_head.weight")
+    assert {name: tensor.shape for name, tensor in weights.items()} == expected
+
+
+@families
+def test_stock_folders_load_in_ours(tmp_path, family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family.config_class.model_type, **family.sizes, **family.still)
+    stock = AutoModelForCausalLM.from_config(config).eval()
+    stock.save_pretrained(tmp_path)
+    ours, loading = family.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    torch.testing.assert_close(ours(batch()).logits, stock(batch()).logits, atol=1e-5, rtol=0)
+    module = importlib.import_module(f"hf_myllm.models.{family.name}")
+    body_class = getattr(module, family.model_class.__name__.replace("ForCausalLM", "Model"))
+    body, loading = body_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    body.save_pretrained(tmp_path / "body")  # the body alone goes both ways too
+    again = AutoModel.from_pretrained(tmp_path / "body")
+    expected = stock.base_model(batch()).last_hidden_state
+    torch.testing.assert_close(again(batch()).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
+@families
+def test_a_sharded_save_and_a_bf16_load(tmp_path, family):
+    ours = family.make().eval()
+    ours.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = family.model_class.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(batch()).logits, ours(batch()).logits)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(stock(batch()).logits, ours(batch()).logits, atol=1e-5, rtol=0)
+    assert family.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@families
+def test_resized_embeddings_stay_tied_and_stock(tmp_path, family):
+    ours = family.make(tie_word_embeddings=True)
+    ours.resize_token_embeddings(120)
+    assert ours.lm_head.weight is ours.get_input_embeddings().weight
+    ours.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.out_features == 120
+
+
+@families
+@pytest.mark.parametrize("compiled", [False, True])
+def test_causal_training_builds_no_mask(family, compiled, monkeypatch):
+    """The kernel is told that attention is causal, and no tensor as large as length x length reaches it."""
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query, key, value, attn_mask=None, is_causal=False, **kwargs):
+        seen.append((attn_mask is None, is_causal))
+        return attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    def forbid(*args, **kwargs):
+        raise AssertionError("a mask was built")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    module = importlib.import_module(family.model_class.__module__)
+    monkeypatch.setattr(module, "create_causal_mask", forbid)
+    model = family.make().train()
+    # aot_eager traces the whole graph, forward and backward, without a C++ compiler
+    step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    loss = step(input_ids=batch(), shift_labels=batch(), use_cache=False, num_items_in_batch=torch.tensor(66)).loss
+    loss.backward()
+    assert seen
+    assert all(pair == (True, True) for pair in seen)
+
+
+@families
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    plain, saving = family.make().train(), family.make().train()
+    saving.gradient_checkpointing_enable()
+    for model in (plain, saving):
+        model(batch(), labels=batch(), use_cache=False).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+@families
+def test_shifted_labels_are_the_labels_moved(family):
+    ours = family.make()
+    ids = batch()
+    moved = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    assert torch.equal(ours(ids, labels=ids).loss, ours(ids, shift_labels=moved).loss)
+    summed = ours(ids, shift_labels=moved, num_items_in_batch=1).loss
+    torch.testing.assert_close(summed / 64, ours(ids, labels=ids).loss)
+
+
+@families
+@pytest.mark.parametrize("tokens", ["gpt2", "llama2"])
+def test_real_tokenizers_and_text_agree_with_stock(assets, tmp_path, family, tokens):
+    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / tokens)
+    text = (assets / "corpora" / "tinyshakespeare.txt").read_text()[:4000]
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[:512].view(2, 256)
+    positions = family.config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ours, stock = family.pair(tmp_path, vocab_size=len(tokenizer), **{positions: 256}, **ends)
+    mine, theirs = ours(ids, labels=ids), stock(ids, labels=ids)
+    torch.testing.assert_close(mine.logits, theirs.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
+    tokenizer.save_pretrained(tmp_path)
+    speaker = pipeline("text-generation", model=str(tmp_path))
+    said = speaker("ROMEO:", max_new_tokens=5, do_sample=False, return_tensors=True)
+    start = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("ROMEO:")["input_ids"]])
+    generated = ours.generate(start, max_new_tokens=5, do_sample=False)[0]
+    assert said[0]["generated_token_ids"] == generated.tolist()
