@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from .errors import InputError
 
 _MARKER = "trainer_state/complete.json"
+_STATE = "trainer_state/state.json"
+_OPTIMIZER = "trainer_state/optimizer.safetensors"
 _PARTIAL = ".partial"
 
 
@@ -43,10 +45,10 @@ def save(run, step, write_model, optimizer_tensors, state, limit):
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "trainer_state").mkdir(parents=True)
         write_model(aside)
-        save_file(optimizer_tensors, aside / "trainer_state" / "optimizer.safetensors")
-        (aside / "trainer_state" / "state.json").write_text(json.dumps(state, indent=1))
+        save_file(optimizer_tensors, aside / _OPTIMIZER)
+        (aside / _STATE).write_text(json.dumps(state, indent=1))
         files = sorted(path for path in aside.rglob("*") if path.is_file())
-        mode = (aside / "trainer_state" / "state.json").stat().st_mode
+        mode = (aside / _STATE).stat().st_mode
         for path in files:
             path.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
         content = {str(path.relative_to(aside)): [path.stat().st_size, _digest(path)] for path in files}
@@ -93,11 +95,14 @@ def find(run, warn=lambda message: None):
 def damage(path):
     """What is wrong with a checkpoint, in a few words, or None when every file is as it was written."""
     try:
-        content = json.loads((path / _MARKER).read_text())["files"]
+        content = {name: tuple(record) for name, record in _read_marker(path).items()}
+        assert all(len(record) == 2 for record in content.values())
     except FileNotFoundError:
         return f"incomplete, it has no {_MARKER}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return f"its {_MARKER} cannot be read"
+    if missing := {"config.json", _STATE, _OPTIMIZER} - set(content):
+        return f"its {_MARKER} does not list {', '.join(sorted(missing))}"
     for name, (size, digest) in content.items():
         file = path / name
         if not file.is_file():
@@ -110,11 +115,11 @@ def damage(path):
 
 
 def load_state(path):
-    return json.loads((Path(path) / "trainer_state" / "state.json").read_text())
+    return json.loads((Path(path) / _STATE).read_text())
 
 
 def load_optimizer(path):
-    return load_file(Path(path) / "trainer_state" / "optimizer.safetensors")
+    return load_file(Path(path) / _OPTIMIZER)
 
 
 def sweep(run):
@@ -146,6 +151,14 @@ def publish(checkpoint, run):
         raise InputError(f"cannot write the model into {run}: {error}; {checkpoint} has it whole") from None
 
 
+def is_published(checkpoint, run):
+    """Whether the model at the run's root is this checkpoint's, and not that of a shorter run before it."""
+    model = {name: record for name, record in _read_marker(checkpoint).items() if "/" not in name}
+    return all(
+        (Path(run) / name).is_file() and _digest(Path(run) / name) == digest for name, (_, digest) in model.items()
+    )
+
+
 def has_checkpoints(run):
     return any(_step_of(path) >= 0 for path in Path(run).glob("checkpoint-*"))
 
@@ -157,6 +170,10 @@ def is_finished(run):
 def _step_of(path):
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match[1]) if match else -1
+
+
+def _read_marker(path):
+    return json.loads((Path(path) / _MARKER).read_text())["files"]
 
 
 def _complete(run):

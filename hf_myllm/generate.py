@@ -20,26 +20,20 @@ def generate_text(
     Args:
         prompt: text; "" starts from the token between documents.
         max_new_tokens: at most, and no further than the model has positions.
-        temperature: 0 takes the likeliest token each time. top_k: 0 draws from all tokens.
+        temperature: 0, and anything below a thousandth, takes the likeliest token each time.
+        top_k: 0 draws from all tokens.
         seed: of torch's generator, which this sets.
         streamer: gets the tokens as they come, as [`~transformers.TextStreamer`] does.
     Raises:
         InputError: the prompt leaves no position to generate at.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [start]
-    room = model.config.max_position_embeddings - len(ids)
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, and the model only {model.config.max_position_embeddings} positions"
-        )
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
+    ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(max_new_tokens, model.config.max_position_embeddings - len(ids)),
         eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=start,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
+        **(sampling if temperature >= 1e-3 else {}),  # colder is the likeliest token, and divides by nothing
     )
     inputs = torch.tensor([ids], device=model.device)
     was_training = model.training
@@ -50,11 +44,28 @@ def generate_text(
             inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
         )
     model.train(was_training)
-    return tokenizer.decode(output[0][0 if prompt else 1 :], skip_special_tokens=True)
+    return tokenizer.decode(output[0][1 if is_empty else 0 :], skip_special_tokens=True)
+
+
+def encode_prompt(tokenizer, prompt, positions):
+    """The ids to start from, and whether they are only the token that stands between documents.
+
+    Raises:
+        InputError: the prompt leaves no position to generate at, or is empty and there is no token to start from.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    if len(ids) >= positions:
+        raise InputError(f"the prompt has {len(ids)} tokens, and the model only {positions} positions: shorten it")
+    if len(ids):
+        return list(ids), False
+    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
+        if start is not None:
+            return [start], True
+    raise InputError("the tokenizer has no token to start an empty prompt from: give some text")
 
 
 def load(run, device="cpu"):
-    """The model and tokenizer of a run's folder, or of its newest checkpoint while it is still training."""
+    """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
     folder = Path(run)
     if not folder.is_dir():
         raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
@@ -65,7 +76,9 @@ def load(run, device="cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception:
-        raise InputError(f"{folder} holds no tokenizer; save one there with tokenizer.save_pretrained") from None
+        tokenizer = ()
+    if len(tokenizer) < 2:  # what AutoTokenizer makes of a config.json alone
+        raise InputError(f"{folder} holds no tokenizer; save the data's own there with tokenizer.save_pretrained")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder)
     except Exception as error:
@@ -81,9 +94,14 @@ class _Terminal(TextStreamer):
         sys.stdout.flush()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the options")
+
+
 @exit_on_input_error
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m hf_myllm.generate", description=__doc__)
+    parser = _Parser(prog="python -m hf_myllm.generate", description=__doc__)
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue (default: start from nothing)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate, at most")
@@ -95,14 +113,16 @@ def main(argv):
     args = parser.parse_args(argv)
     for name, low, high in (
         ("max_new_tokens", 1, None),
-        ("temperature", 0, None),
+        ("temperature", 0, 100),
         ("top_k", 0, None),
         ("top_p", 0, 1),
         ("num_samples", 1, None),
+        ("seed", 0, 2**62),
     ):
         value = getattr(args, name)
-        if not value >= low or (high is not None and value > high) or (name == "top_p" and value == 0):
-            raise InputError(f"--{name} cannot be {value}; it must be {'in (0, 1]' if high else f'at least {low}'}")
+        if not low <= value or (high is not None and value > high) or (name == "top_p" and value == 0):
+            bound = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise InputError(f"--{name} cannot be {value}; it must be {bound}{', and not 0' * (name == 'top_p')}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

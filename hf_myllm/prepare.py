@@ -2,6 +2,7 @@
 
 import math
 import os
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from . import checkpoint
 from .data import corpus, order, packing
 from .data import tokenizer as tokenizers
 from .errors import InputError
+from .generate import encode_prompt
 from .models import FAMILIES
 from .recipe import Recipe
 
@@ -34,6 +36,7 @@ class Run:
     account: dict
     token_bytes: np.ndarray | None = None
     optimizer: object = None
+    lock: object = None
     start: int = 0
     total_steps: int = 0
     last_position: int | None = None
@@ -45,17 +48,24 @@ def check_folder(recipe):
     folder = Path(recipe.run.save_model)
     if recipe.evaluation.eval_only and not recipe.run.resume:
         return None
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"save_model {folder} is a file; name a folder")
+    try:
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise InputError(f"save_model {folder} is a file; name a folder")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"save_model {str(folder)[:100]!r} cannot be a folder: {error}") from None
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not os.access(existing, os.W_OK):
         raise InputError(f"save_model {folder} cannot be written: no permission in {existing}")
     if recipe.run.resume:
-        started_from = folder / "recipe.yaml"
-        if recipe.run.init_from == "scratch" and started_from.exists():  # in case no checkpoint was reached
-            recipe.run.init_from = yaml.safe_load(started_from.read_text(encoding="utf-8"))["run"]["init_from"]
         warn = (lambda line: print(f"warning: {line}", file=sys.stderr)) if is_first_process() else (lambda line: None)
-        return checkpoint.find(folder, warn)
+        newest = checkpoint.find(folder, warn)
+        if newest is None and recipe.evaluation.eval_only:
+            raise InputError(f"{folder} holds no checkpoint to evaluate; give --load_model FOLDER")
+        if newest is None and recipe.run.init_from == "scratch" and (folder / "recipe.yaml").exists():
+            recipe.run.init_from = what_it_started_from(folder / "recipe.yaml")
+        return newest
     if checkpoint.is_finished(folder):
         raise InputError(
             f"{folder} already holds a finished run: continue it with --init_from resume, or write elsewhere with "
@@ -69,19 +79,28 @@ def check_folder(recipe):
     return None
 
 
+def what_it_started_from(path):
+    """The init_from of a run that was stopped before its first checkpoint."""
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["init_from"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise InputError(f"{path} is not the recipe that the run wrote there; remove it to start anew") from None
+
+
 def prepare(recipe, accelerator, resume_from):
     """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
     data, section = recipe.data, recipe.run
     sources = find_sources(data, recipe.evaluation.eval_only)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
-    if recipe.evaluation.eval_only and pretrained is None:
-        raise InputError(f"{section.save_model} holds no checkpoint to evaluate; give --load_model FOLDER")
+    check_family(recipe, pretrained)
     tokenizer = find_tokenizer(data, sources, pretrained, resume_from is not None or recipe.evaluation.eval_only)
     config = build_config(recipe, tokenizer, pretrained)
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, accelerator, state)
-    if state is not None and not section.allow_changed and not recipe.evaluation.eval_only:
+    if state is not None and not recipe.evaluation.eval_only:
         check_same_recipe(recipe, state, resume_from)
+    if recipe.evaluation.start_context is not None and tokenizer is not None:
+        encode_prompt(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
     training, validation, account = load_data(data, sources, tokenizer, accelerator)
     for tokens, source in ((training, sources[0]), (validation, sources[1] or sources[0])):
@@ -163,31 +182,23 @@ def build_config(recipe, tokenizer, pretrained):
     config_class, _ = FAMILIES[recipe.model]
     settings = dict(recipe.config)
     try:
+        if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                settings.setdefault(name, getattr(tokenizer, name))
         if pretrained:
-            stored, _ = config_class.get_config_dict(str(pretrained))
-            if stored.get("model_type") not in (None, config_class.model_type):
-                raise InputError(
-                    f"{pretrained} is a {stored['model_type']} model, and the recipe's model is {recipe.model} "
-                    f"({config_class.model_type})"
-                )
             config = config_class.from_pretrained(str(pretrained), **settings)
         else:
             if tokenizer is not None:
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                    settings.setdefault(name, getattr(tokenizer, name))
                 settings.setdefault("vocab_size", len(tokenizer))
-            positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-            if recipe.data.max_len and not {positions, "max_position_embeddings"} & set(settings):
-                settings[positions] = recipe.data.max_len  # positions that no row reaches would never be trained
+            if recipe.data.max_len:  # positions that no row reaches would never be trained
+                settings.setdefault(positions_key(config_class), recipe.data.max_len)
             config = config_class(**settings)
-    except (StrictDataclassError, ValueError, TypeError, OSError) as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        if not pretrained or (Path(pretrained) / "config.json").exists():
-            raise InputError(f"config of {pretrained or recipe.model}: {reason}") from None
-        raise InputError(
-            f"the model {pretrained} cannot be found: it is not a folder with a config.json here, and the Hugging Face "
-            f"Hub did not give it ({reason[:200]})"
-        ) from None
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"config of {pretrained or recipe.model}: {first_line(error.__cause__ or error)}") from None
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        if isinstance(value, int) and not 0 <= value < config.vocab_size and name in recipe.config:
+            raise InputError(f"{name} is {value}, which the vocabulary of {config.vocab_size} does not have")
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise InputError(
             f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: "
@@ -196,20 +207,65 @@ def build_config(recipe, tokenizer, pretrained):
     return config
 
 
+def check_family(recipe, pretrained):
+    """Refuse to start from a model that is not there, or of another family."""
+    if not pretrained:
+        return
+    config_class, _ = FAMILIES[recipe.model]
+    try:
+        stored, _ = config_class.get_config_dict(str(pretrained))
+        kind = stored.get("model_type")
+    except Exception as error:  # the library's own errors are of many classes, and all mean this
+        if (Path(pretrained) / "config.json").exists():
+            raise InputError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
+        raise InputError(
+            f"the model {pretrained} cannot be found: it is not a folder with a config.json here, and the Hugging Face "
+            f"Hub did not give it ({first_line(error)[:200]})"
+        ) from None
+    if kind not in (None, config_class.model_type):
+        raise InputError(
+            f"{pretrained} is a {kind} model, and the recipe's model is {recipe.model} ({config_class.model_type})"
+        )
+
+
+def positions_key(config_class):
+    return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def build_model(recipe, config, pretrained):
     """The model in fp32, with fresh weights that only the seed decides, or with those of a checkpoint."""
     _, model_class = FAMILIES[recipe.model]
     if not pretrained:
         torch.manual_seed(order.derive_seed(recipe.run.seed, "initial weights"))
-        return model_class(config)
+        try:
+            return model_class(config)
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(f"a {recipe.model} of this config cannot be made: {first_line(error)}") from None
     try:
         model, loading = model_class.from_pretrained(
-            str(pretrained), config=config, dtype=torch.float32, output_loading_info=True
+            str(pretrained),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, in one line
         )
     except Exception as error:
-        raise InputError(f"the model {pretrained} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    if missing := sorted({*loading["missing_keys"], *loading["mismatched_keys"]}, key=str):
-        raise InputError(f"the model {pretrained} does not fit its configuration: {missing[0]} (of {len(missing)})")
+        raise InputError(f"the model {pretrained} cannot be loaded: {first_line(error)}") from None
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise InputError(
+            f"the model {pretrained} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
+            f"{tuple(wanted)} by the config ({len(mismatched)} such)"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"the model {pretrained} lacks weights: {missing[0]} ({len(missing)} such)")
+    if recipe.data.tokenizer:  # another tokenizer may end its text with another token
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.generation_config, name, getattr(config, name))
     return model
 
 
@@ -224,7 +280,9 @@ def resolve(recipe, config, accelerator, state):
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
         training.total_batch_size = training.batch_size * micro * accelerator.num_processes
-        if state is not None:  # on another number of processes, the step stays what it was
+        asked = training.gradient_accumulation_steps is not None
+        if state is not None and not (asked and state["num_processes"] == accelerator.num_processes):
+            # on another number of processes, the step stays what it was
             training.total_batch_size = state["recipe"]["total_batch_size"]
     training.gradient_accumulation_steps = None
     if training.epochs is None and training.max_steps is None:
@@ -252,6 +310,8 @@ def load_data(data, sources, tokenizer, accelerator):
 def plan(run, state):
     """From which step to which, of how many micro-batches; `state` is that of the checkpoint to go on from."""
     section = run.recipe.training
+    # no larger micro-batches than the step can fill
+    section.batch_size = min(section.batch_size, math.ceil(section.total_batch_size / run.accelerator.num_processes))
     run.accumulation = math.ceil(section.total_batch_size / (section.batch_size * run.accelerator.num_processes))
     if section.max_steps:
         run.total_steps = section.max_steps
@@ -287,7 +347,9 @@ def check_same_recipe(recipe, state, resume_from):
     then, now = state["recipe"], recipe.identity()
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
-    if changed:
+    if "tokenizer" in keys:
+        raise InputError(f"{resume_from} was trained with another tokenizer: {then['tokenizer']!r}; give that one")
+    if changed and not recipe.run.allow_changed:
         raise InputError(
             f"{resume_from} belongs to another recipe: {'; '.join(changed)}. Give what it had, or --allow_changed to "
             "go on with the new, or --save_model FOLDER for a run of its own"

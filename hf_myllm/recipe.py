@@ -32,6 +32,9 @@ def word(default, help, *, on_resume="refuse", **limits):
     return field(default=default, metadata={"help": help, "on_resume": on_resume, **limits})
 
 
+MANY = 1 << 24  # more of anything in one row or step is a mistake, better refused than run out of memory for
+
+
 @dataclass
 class Data:
     train_file: str | list[str] | None = word(
@@ -58,18 +61,23 @@ class Data:
         "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text; "
         "default: the one of the model in init_from",
     )
-    max_len: int | None = word(None, "tokens per row; default: as many as the model has positions", minimum=1)
+    max_len: int | None = word(
+        None, "tokens per row; default: as many as the model has positions", minimum=1, maximum=MANY
+    )
     stride: int | None = word(
-        None, "tokens from the start of a training row to the start of the next; default: max_len", minimum=1
+        None,
+        "tokens from the start of a training row to the start of the next; default: max_len",
+        minimum=1,
+        maximum=MANY,
     )
 
 
 @dataclass
 class Training:
-    epochs: float | None = word(None, "times over the training rows; default: 1", above=0)
-    max_steps: int | None = word(None, "optimizer steps, instead of epochs", minimum=1)
-    batch_size: int = word(8, "rows per process per micro-batch", minimum=1, on_resume="accept")
-    total_batch_size: int | None = word(None, "rows per optimizer step over all processes", minimum=1)
+    epochs: float | None = word(None, "times over the training rows; default: 1", above=0, maximum=MANY)
+    max_steps: int | None = word(None, "optimizer steps, instead of epochs", minimum=1, maximum=1 << 40)
+    batch_size: int = word(8, "rows per process per micro-batch", minimum=1, maximum=MANY, on_resume="accept")
+    total_batch_size: int | None = word(None, "rows per optimizer step over all processes", minimum=1, maximum=MANY)
     gradient_accumulation_steps: int | None = word(
         None, "micro-batches per optimizer step, instead of total_batch_size", minimum=1, on_resume="accept"
     )
@@ -99,6 +107,7 @@ class Evaluation:
         "batches of total_batch_size rows in each evaluation of the training and of the validation loss; default: 20. "
         "The one at the end reads all validation rows",
         minimum=1,
+        maximum=MANY,
         on_resume="accept",
     )
     start_context: str | None = word(
@@ -106,9 +115,9 @@ class Evaluation:
         'text that the sample of an evaluation continues; "": from nothing; default: no sample',
         on_resume="accept",
     )
-    max_new_tokens: int = word(100, "tokens of a sample", minimum=1, on_resume="accept")
+    max_new_tokens: int = word(100, "tokens of a sample", minimum=1, maximum=MANY, on_resume="accept")
     temperature: float = word(
-        0.8, "temperature of a sample; 0: the likeliest token each time", minimum=0, on_resume="accept"
+        0.8, "temperature of a sample; 0: the likeliest token each time", minimum=0, maximum=100, on_resume="accept"
     )
     top_k: int = word(50, "draw a sample from the k likeliest tokens; 0: from all", minimum=0, on_resume="accept")
     eval_only: bool = word(False, "evaluate on all validation rows, print, and write nothing", on_resume="accept")
@@ -128,7 +137,7 @@ class Run:
     save_freq: int | None = word(500, "steps between checkpoints; null: one at the end", minimum=1, on_resume="accept")
     save_total_limit: int = word(2, "newest checkpoints to keep", minimum=1, on_resume="accept")
     log_freq: int = word(1, "steps between lines of metrics.jsonl", minimum=1, on_resume="accept")
-    seed: int = word(1337, "seed of the initial weights, the order of rows, and dropout", minimum=0)
+    seed: int = word(1337, "seed of the initial weights, the order of rows, and dropout", minimum=0, maximum=1 << 62)
 
 
 @dataclass
@@ -189,7 +198,7 @@ def parse(argv, families):
         print(describe(families))
         raise SystemExit(0)
     recipe = Recipe()
-    given = {}  # key -> where it was said, for messages
+    given = {}  # key -> where it was said, and by which name, for messages
     arguments = list(argv)
     if arguments and not arguments[0].startswith("--"):
         path = arguments.pop(0)
@@ -240,8 +249,8 @@ def _read_file(recipe, path, families, given):
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist; the ones that ship are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+        raise InputError(f"recipe {path!r} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or error
@@ -297,7 +306,9 @@ def _assign(recipe, key, value, where, families, given, section=None, family="gp
     if section == "config" or (section is None and name not in WORDS and name in config):
         if name not in config:
             raise InputError(f"{where}: unknown key '{key}' in config of {family}{_nearest(key, families, family)}")
-        recipe.config[name] = _coerce(value, config[name], key, where)
+        value = _coerce(value, config[name], key, where)
+        name = families[family].attribute_map.get(name, name)  # hidden_size is GPT-2's n_embd
+        recipe.config[name] = value
     elif name not in WORDS or (section is not None and WORDS[name][0] != section):
         if name in WORDS:
             raise InputError(f"{where}: '{key}' belongs in the section '{WORDS[name][0]}:', not in '{section}:'")
@@ -309,8 +320,12 @@ def _assign(recipe, key, value, where, families, given, section=None, family="gp
         _limit(value, declared.metadata, key, where)
         if name == "init_from" and value == "resume":  # what the run started from stays known
             name, value = "resume", True
+        if value == "" and name != "start_context":
+            raise InputError(f"{where}: '{key}' is empty")
         setattr(getattr(recipe, owner), name, value)
-    given[name] = where
+    if given.get(name, (where, key)) != (where, key) and given[name][0] == where:
+        raise InputError(f"{where}: '{given[name][1]}' and '{key}' are the same: give one of them")
+    given[name] = (where, key)
 
 
 def _coerce(value, hint, key, where):
@@ -374,9 +389,10 @@ def _check(recipe, families, given):
     for pair in EXCLUSIVE:
         owners = [getattr(recipe, WORDS[name][0]) for name in pair]
         if all(getattr(owner, name) is not None for owner, name in zip(owners, pair, strict=True)):
-            if given[pair[0]] == given[pair[1]]:
-                raise InputError(f"{given[pair[0]]}: {pair[0]} and {pair[1]} are both given: give one of them")
-            loser = pair.index(next(name for name in pair if given[name] != COMMAND_LINE))
+            places = [given[name][0] for name in pair]
+            if places[0] == places[1]:
+                raise InputError(f"{places[0]}: {pair[0]} and {pair[1]} are both given: give one of them")
+            loser = 1 - places.index(COMMAND_LINE)
             setattr(owners[loser], pair[loser], None)
     data, training, evaluation = recipe.data, recipe.training, recipe.evaluation
     if recipe.model not in families:
@@ -390,19 +406,19 @@ def _check(recipe, families, given):
     if evaluation.eval_only and recipe.run.init_from == "scratch" and not recipe.run.resume:
         raise InputError("eval_only needs a trained model: give --load_model FOLDER, or --init_from resume")
     if isinstance(data.tokenizer, dict):
-        _check_trained_tokenizer(data.tokenizer, given.get("tokenizer"))
+        _check_trained_tokenizer(data.tokenizer, given["tokenizer"][0])
     if training.min_lr > training.learning_rate:
         raise InputError(f"min_lr ({training.min_lr}) must not be above learning_rate ({training.learning_rate})")
     if training.max_steps and training.warmup_steps > training.max_steps:
         raise InputError(f"warmup_steps ({training.warmup_steps}) must not be above max_steps ({training.max_steps})")
-    if not recipe.run.save_model:
-        raise InputError("save_model is empty: name the run's folder")
 
 
 def _check_trained_tokenizer(settings, where):
     unknown = set(settings) - {"train", "vocab_size"}
     if unknown or settings.get("train") not in ("bpe",) or not isinstance(settings.get("vocab_size"), int):
         raise InputError(f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}}: {settings}")
+    if settings["vocab_size"] > MANY:
+        raise InputError(f"{where}: vocab_size must be at most {MANY}, not {settings['vocab_size']}")
     if settings["vocab_size"] < 257:
         raise InputError(
             f"{where}: a byte-level tokenizer has 256 bytes and an end-of-text token: vocab_size must be at least 257, "

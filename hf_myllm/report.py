@@ -32,8 +32,11 @@ class Report:
         self.start, self.total_steps = start, total_steps
         if is_main and folder is not None:
             path = Path(folder) / "metrics.jsonl"
-            _forget_after(path, start, total_steps)
-            self.file = open(path, "a", encoding="utf-8")
+            try:
+                _forget_after(path, start, total_steps)
+                self.file = open(path, "a", encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error}") from None
         if is_main and self.is_terminal and total_steps > start:
             self.bar = tqdm(
                 total=total_steps,
@@ -101,11 +104,13 @@ def read_metrics(folder):
     """The lines of a run's metrics.jsonl; one that a killed process left unfinished is passed over."""
     lines = []
     path = Path(folder) / "metrics.jsonl"
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

@@ -5,6 +5,7 @@ from (recipe, s), never carried along. What a checkpoint holds is what training 
 optimizer's moments, so that a run that was killed goes on bit for bit.
 """
 
+import ctypes
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
+from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .data import objectives, order
@@ -38,13 +40,18 @@ from .report import Report, plot
 def main(argv):
     recipe = parse(argv, {name: config for name, (config, _) in FAMILIES.items()})
     quiet_the_libraries()
+    end_with_the_launcher()
     resume_from = check_folder(recipe)
     use_all_cores()
     accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if recipe.training.compile else None)
     run = prepare(recipe, accelerator, resume_from)
     if recipe.evaluation.eval_only:
         return evaluate_only(run)
-    code = train(run)
+    try:
+        code = train(run)
+    finally:
+        if run.lock is not None:
+            run.lock.release()
     accelerator.end_training()
     return code
 
@@ -55,12 +62,13 @@ def main(argv):
 def train(run):
     recipe, accelerator = run.recipe, run.accelerator
     section, folder = recipe.training, Path(recipe.run.save_model)
-    if run.resume_from is not None and run.start == run.total_steps and checkpoint.is_finished(folder):
+    if run.resume_from and run.start == run.total_steps and checkpoint.is_published(run.resume_from, folder):
         if accelerator.is_main_process:
             print(f"{folder} is finished, after {run.total_steps} steps; raise max_steps or epochs to go further")
         return 0
     stop = listen_for_signals()
-
+    if accelerator.is_main_process:
+        run.lock = lock_folder(folder)
     optimizer = build_optimizer(
         run.model, section.learning_rate, (section.beta1, section.beta2), section.epsilon, section.weight_decay
     )
@@ -93,8 +101,8 @@ def train(run):
         is_last = done == run.total_steps
         if not math.isfinite(loss):
             raise InputError(
-                f"the loss of step {done} is {loss}: lower learning_rate, or raise warmup_steps; "
-                "--init_from resume goes on from the newest checkpoint"
+                f"the loss of step {done} is {loss}: lower learning_rate, raise warmup_steps or set grad_clip "
+                "(--allow_changed goes on from the newest checkpoint with them)"
             )
         report.step(done, loss, rate, tokens, norm, write=done % recipe.run.log_freq == 0 or is_last)
 
@@ -251,10 +259,22 @@ def introduce(run, report):
     return unigram
 
 
+def lock_folder(folder):
+    """Keep other runs out of the folder; the operating system lets go of the lock when this process ends, however."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+        return lock
+    except Timeout:
+        raise InputError(f"{folder} is in use by a run that is going on; write elsewhere with --save_model") from None
+    except OSError as error:
+        raise InputError(f"the run's folder {folder} cannot be written: {error}") from None
+
+
 def open_folder(run, folder):
     """The run's folder with its resolved recipe, free of what a killed process left half-written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(folder)
         if run.start == 0 or run.recipe.run.allow_changed:
             kept = replace(run.recipe, run=replace(run.recipe.run, resume=False, allow_changed=False))
@@ -272,8 +292,10 @@ def open_folder(run, folder):
 def save_checkpoint(run, step):
     """The whole state at a step, written by the main process while the others wait."""
     accelerator, recipe = run.accelerator, run.recipe
-    if run.resume_from is not None and step == run.start:
-        return
+    if not all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
+        raise InputError(
+            f"the weights after step {step} are not all finite, and not saved: lower learning_rate, or set grad_clip"
+        )
     if accelerator.is_main_process:
 
         def write_model(folder):
@@ -281,7 +303,12 @@ def save_checkpoint(run, step):
             if run.tokenizer is not None:
                 run.tokenizer.save_pretrained(folder)
 
-        state = {"step": step, "recipe": recipe.identity(), "data": fingerprints(run)}
+        state = {
+            "step": step,
+            "num_processes": accelerator.num_processes,
+            "recipe": recipe.identity(),
+            "data": fingerprints(run),
+        }
         tensors = optimizer_tensors(run.model, run.optimizer.optimizer)
         checkpoint.save(recipe.run.save_model, step, write_model, tensors, state, recipe.run.save_total_limit)
     accelerator.wait_for_everyone()
@@ -301,8 +328,9 @@ def finish(run, model, report, folder, unigram):
             f"done        validation loss {describe(validation)} on all {validation['tokens']:,} tokens; "
             f"unigram level {unigram:.4f}"
         )
-    prompt = run.recipe.evaluation.start_context or "Once upon a time"
-    report.say(f"generate    python -m hf_myllm.generate {folder} --prompt {prompt!r}")
+    if run.tokenizer is not None:
+        prompt = run.recipe.evaluation.start_context or "Once upon a time"
+        report.say(f"generate    python -m hf_myllm.generate {folder} --prompt {prompt!r}")
     report.say(
         f"resume      accelerate launch -m hf_myllm.train {folder / 'recipe.yaml'} --max_steps {2 * run.total_steps} "
         "--init_from resume --allow_changed"
@@ -319,6 +347,21 @@ def evaluate_only(run):
         print(f"validation loss {describe(figures)}, perplexity {figures['perplexity']:.3f}")
         print(f"over all {figures['tokens']:,} tokens of {run.validation.name}")
     return 0
+
+
+def end_with_the_launcher():
+    """On Linux, take the death of a launcher for a SIGTERM: save and leave, rather than train on unseen.
+
+    accelerate's launcher passes no signal on when it is itself told to end. A shell is not a launcher: what it started
+    may outlive it.
+    """
+    try:
+        started_by = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return
+    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
+    if launchers & {Path(argument).name for argument in started_by[:4]}:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def use_all_cores():

@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_command, train
+from conftest import ROOT, command, run_command, train
+from filelock import FileLock
 
 
 @pytest.fixture
@@ -29,6 +31,14 @@ def place(tmp_path, stories):
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "no_weights").mkdir()
     (tmp_path / "no_weights" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_head": 2}))
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800 hello"}')
+    np.arange(1, 900, dtype=np.int64).tofile(tmp_path / "wide.bin")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "LICENSE.txt").write_text("You may.")
+    (tmp_path / "mixed" / "data.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "bad_config").mkdir()
+    (tmp_path / "bad_config" / "config.json").write_text("[1]")
     (tmp_path / "broken.yaml").write_text("training: {epochs: 1\n")
     (tmp_path / "unknown.yaml").write_text("training: {lerning_rate: 1}\n")
     return tmp_path
@@ -76,6 +86,16 @@ CASES = {
         {"init_from": "PLACE/nope", "tokenizer": "PLACE/tokenizer"},
         "nope cannot be found",
     ),
+    "another tokenizer's special token": ({"eos_token_id": 99999}, "eos_token_id is 99999"),
+    "a norm's epsilon below zero": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon must be above 0"),
+    "a context longer than the positions": ({"start_context": "Anna " * 99}, "the prompt has .* tokens, and the model"),
+    "half a character": ({"train_file": "PLACE/surrogate.jsonl"}, "line 1: half a character"),
+    "64-bit ids": ({"train_file": "PLACE/wide.bin", "tokenizer": None}, "wide.bin holds 64-bit numbers"),
+    "files of several kinds": ({"train_file": "PLACE/mixed"}, "files of several kinds"),
+    "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "is compressed"),
+    "a name that no folder can have": ({"save_model": "PLACE/" + "x" * 300}, "save_model .* cannot be a folder"),
+    "a config that is none": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
+    "a model that does not fit into memory": ({"vocab_size": 10**14}, "of this config cannot be made"),
     "save_model is a file": ({"save_model": "PLACE/a_file"}, "a_file is a file"),
     "warm-up longer than the run": ({"warmup_steps": 10000}, "warmup_steps .* the run's"),
     "eval_only without a model": ({"eval_only": "true"}, "eval_only needs a trained model"),
@@ -175,6 +195,51 @@ def test_damaged_checkpoints_are_passed_over_or_refused(tiny, capsys, tmp_path):
     error = capsys.readouterr().err
     assert "no checkpoint in" in error
     assert "incomplete" in error
+
+
+def test_edited_side_files_are_named_or_passed_over(tiny, capsys, tmp_path):
+    assert train(*tiny()) == 0
+    run = tmp_path / "run"
+    reference = (run / "model.safetensors").read_bytes()
+    (run / "recipe.yaml").write_text("{{{")  # of no use while there is a checkpoint
+    (run / "metrics.jsonl").write_text('[1]\n3\n{"a": 1}\nnonsense\n')
+    for content in ("[]", '{"files": []}', '{"files": {"config.json": 3}}', '{"files": {}}'):
+        (run / "checkpoint-52" / "trainer_state" / "complete.json").write_text(content)
+        (run / "model.safetensors").unlink()
+        capsys.readouterr()
+        assert train(*tiny(init_from="resume")) == 0
+        assert "passed over" in capsys.readouterr().err
+        assert (run / "model.safetensors").read_bytes() == reference
+
+
+def test_a_tokenizer_is_not_changed_in_the_middle_of_a_run(tiny, capsys):
+    assert train(*tiny()) == 0
+    assert train(*tiny(tokenizer="{train: bpe, vocab_size: 310}", init_from="resume"), "--allow_changed") == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, capsys, tmp_path):
+    flags = {"learning_rate": 1e38, "grad_clip": 0, "warmup_steps": 0, "max_steps": 1, "eval_freq": None}
+    assert train(*tiny(**flags)) == 2
+    assert "not all finite, and not saved" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
+    with subprocess.Popen(
+        command(*tiny(epochs=1000)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        while not (tmp_path / "run" / "checkpoint-10").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = run_command(*tiny(epochs=1000, init_from="resume"))
+        assert second.returncode == 2
+        assert "is in use by a run that is going on" in second.stderr
+        assert first.poll() is None
+        first.kill()
+    with FileLock(tmp_path / "run" / ".lock", timeout=10):  # a dead owner does not hold it
+        pass
 
 
 def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):

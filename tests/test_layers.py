@@ -16,7 +16,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "evaluation": {"errors", "models", "data"},
     "report": {"errors", "models"},
     "generate": {"errors", "models", "checkpoint"},
-    "prepare": {"errors", "models", "recipe", "data", "checkpoint"},
+    "prepare": {"errors", "models", "recipe", "data", "checkpoint", "generate"},
     "train": {
         "errors",
         "models",

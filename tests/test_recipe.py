@@ -46,7 +46,7 @@ def test_aliases_and_ways_to_write_a_flag():
     )  # fmt: skip
     assert (recipe.training.epochs, recipe.run.save_model, recipe.data.val_file) == (2.0, "x", "v.txt")
     assert (recipe.run.init_from, recipe.training.compile, recipe.training.grad_clip) == ("m", True, 0.5)
-    assert recipe.config == {"n_layer": 3, "hidden_size": 96}
+    assert recipe.config == {"n_layer": 3, "n_embd": 96}
     assert recipe.training.warmup_steps == 1000
     assert read("--train_file", "a.txt", "b.txt").data.train_file == ["a.txt", "b.txt"]
     assert read("--train_file", "a", "--save_freq", "null").run.save_freq is None
@@ -128,9 +128,12 @@ FILES = {
         "training": {"total_batch_size": 8, "gradient_accumulation_steps": 2},
     },
     "min_lr (0.1) must not be above": {"data": {"train_file": "a"}, "training": {"min_lr": 0.1}},
-    "model 'gtp' is not known; there is gpt": {"model": "gtp"},
+    "model 'gtp' is not known; there is gpt, llama": {"model": "gtp"},
     "vocab_size must be at least 257": {"data": {"train_file": "a", "tokenizer": {"train": "bpe", "vocab_size": 3}}},
     "tokenizer must be a name, a folder or": {"data": {"train_file": "a", "tokenizer": {"train": "bpe"}}},
+    "'epochs' and 'num_epochs' are the same": {"training": {"epochs": 1, "num_epochs": 2}},
+    "'hidden_size' and 'n_embd' are the same": {"config": {"n_embd": 64, "hidden_size": 32}},
+    "'batch_size' must be at most": {"training": {"batch_size": 10**15}},
     "eval_only needs a trained model": {"data": {"val_file": "a"}, "evaluation": {"eval_only": True}},
 }
 
@@ -152,6 +155,8 @@ def test_a_wrong_file_is_refused(message, tmp_path):
         ("training: {epochs: 1, epochs: 2}\n", "'epochs' is given twice"),
         ("run: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("a: \xe9", "cannot be read"),
+        ("training: {epochs: " + "9" * 5000 + "}", "not valid YAML|cannot be|must be"),
+        ("[" * 3000, "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_recipe(text, message, tmp_path):
@@ -169,6 +174,8 @@ def test_a_file_that_is_no_recipe(text, message, tmp_path):
         (["recipe.yml"], "recipe.yml does not exist"),
         (["--epochs", "1", "stray.yaml"], "--epochs takes one value"),
         (["--compile", "maybe"], "'compile' must be true or false"),
+        (["--load_model", ""], "'load_model' is empty"),
+        (["--init_from", "a", "--load_model", "b"], "'init_from' and 'load_model' are the same"),
         (["--n_head", "3.5"], "'n_head' must be a whole number"),
     ],
 )

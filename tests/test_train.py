@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_the_run_folder_is_as_promised(finished):
     run, _, _ = finished
     names = {path.name for path in run.iterdir()}
     expected = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert names == expected | {"recipe.yaml", "metrics.jsonl", "loss.png", "checkpoint-50", "checkpoint-52"}
+    assert names == expected | {".lock", "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoint-50", "checkpoint-52"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     state = {path.name for path in (run / "checkpoint-52" / "trainer_state").iterdir()}
     assert state == {"optimizer.safetensors", "state.json", "complete.json"}
@@ -170,6 +171,36 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(finished, 
     assert not list(run.glob("*.partial"))
 
 
+def test_an_extended_run_that_dies_before_its_model_is_at_the_root_is_not_finished(finished, tmp_path):
+    run, _, recipe = finished
+    shutil.copytree(run, tmp_path / "run")
+    longer = [recipe, "--save_model", tmp_path / "run", "--init_from", "resume", "--allow_changed", "--max_steps", 60]
+    assert train(*longer) == 0
+    expected = weights(tmp_path / "run")
+    assert expected != weights(run)
+    shutil.copy(run / "model.safetensors", tmp_path / "run" / "model.safetensors")  # as if it had died before
+    assert train(*longer) == 0
+    assert weights(tmp_path / "run") == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_a_launcher_that_is_told_to_end_takes_the_run_with_it(finished, tmp_path):
+    _, _, recipe = finished
+    run = tmp_path / "run"
+    arguments = [str(recipe), "--save_model", str(run), "--save_freq", "null", "--epochs", "1000"]
+    launcher = subprocess.Popen(
+        ["accelerate", "launch", "-m", "hf_myllm.train", *arguments],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert wait_until(launcher, lambda: logged(run, 5))
+    launcher.terminate()
+    launcher.wait()
+    end = time.monotonic() + 30
+    while not list(run.glob("checkpoint-*/trainer_state/complete.json")):
+        assert time.monotonic() < end, "nothing was saved"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(finished, tmp_path, number):
     reference, _, recipe = finished
@@ -243,6 +274,17 @@ def test_training_goes_on_from_someone_elses_weights(finished, tiny, tmp_path):
     assert losses(tmp_path / "run")[0] < losses(run)[0] - 1
 
 
+def test_another_tokenizer_brings_its_own_end_of_text(finished, tiny, tmp_path, assets):
+    run, _, _ = finished
+    flags = {"n_layer": None, "n_head": None, "n_embd": None, "load_model": run, "max_steps": 5}
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(7)})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert train(*tiny(**flags, tokenizer=tmp_path / "tokenizer")) == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "run" / name).read_text())["eos_token_id"] == 7
+
+
 def test_the_flags_of_single_file_trainers_work_on_bin_files(assets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / "gpt2")
     text = (assets / "corpora" / "tinyshakespeare.txt").read_text()
@@ -261,11 +303,15 @@ def test_the_flags_of_single_file_trainers_work_on_bin_files(assets, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([15496]) == "Hello"
 
 
-def test_a_bin_without_a_tokenizer(tmp_path):
+def test_a_bin_without_a_tokenizer(tmp_path, capsys):
     np.random.default_rng(0).integers(0, 90, 3000).astype(np.uint32).tofile(tmp_path / "a.bin")
     flags = "--n_layer 1 --n_head 2 --n_embd 16 --max_len 16 --max_steps 5 --vocab_size 90 --val_fraction 0.2"
     assert train(*flags.split(), "--train_file", tmp_path / "a.bin", "--save_model", tmp_path / "run") == 0
     assert metrics(tmp_path / "run")[-1]["val_bits_per_byte"] is None
+    assert "generate  " not in capsys.readouterr().out
+    result = run_command(tmp_path / "run", module="hf_myllm.generate")
+    assert result.returncode == 2
+    assert "holds no tokenizer" in result.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torch.compile needs a C++ compiler at hand")

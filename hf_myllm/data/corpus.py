@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
+from pyarrow import parquet
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -92,23 +93,32 @@ def file_source(spec, text_column="text", document="file"):
     files = []
     for pattern in patterns:
         files += _expand(pattern)
-    suffixes = {_KINDS.get(Path(file).suffix, "text") for file in files}
-    if len(suffixes) > 1:
-        raise InputError(f"{' '.join(patterns)}: files of several kinds ({', '.join(sorted(suffixes))}); give one kind")
     for file in files:
+        if not os.path.isfile(file):
+            raise InputError(f"{file} is not a file")
         if not os.access(file, os.R_OK):
             raise InputError(f"{file} cannot be read: no permission")
+        if Path(file).suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"):
+            raise InputError(f"{file} is compressed: decompress it first")
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"{' '.join(patterns)}: files of several kinds ({', '.join(sorted(kinds))}); give one kind")
     if all(os.path.getsize(file) == 0 for file in files):
         raise InputError(f"{' '.join(patterns)} is empty; give a file with text in it")
-    return Source(suffixes.pop(), " ".join(patterns), tuple(files), text_column, document)
+    return Source(kinds.pop(), " ".join(patterns), tuple(files), text_column, document)
+
+
+def _kind(file):
+    return _KINDS.get(Path(file).suffix.lower(), "text")
 
 
 def _expand(pattern):
     path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
     if os.path.isdir(path):
-        for suffix in (".txt", ".jsonl", ".parquet", ".bin"):
-            if found := sorted(map(str, Path(path).rglob(f"*{suffix}"))):
-                return found
+        endings = (".txt", *_KINDS)
+        found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in endings)
+        if found := [file for file in found if not os.path.isdir(file)]:
+            return found
         raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet or .bin; give a glob: {pattern}/*.md")
     if os.path.exists(path):
         return [path]
@@ -153,6 +163,10 @@ def read_documents(source, progress=None):
         if text is not None and not isinstance(text, str):
             raise InputError(f"{where}: column '{source.text_column}' does not hold text: {text!r:.80}")
         if text and text.strip():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
             yield text
 
 
@@ -179,7 +193,7 @@ def _read_json_lines(source, progress):
                     continue
                 try:
                     row = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{where} is not JSON: {error}; each line must be an object of its own") from None
                 if not isinstance(row, dict):
                     raise InputError(f"{where} is not an object with columns: {text.strip():.80}")
@@ -191,9 +205,13 @@ def _load_rows(source):
         if source.kind == "hub":
             rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
         else:
+            if not any(parquet.read_metadata(file).num_rows for file in source.files):
+                raise InputError(f"{source.name} has no rows; give a file with text in it")
             rows = datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
             yield f"{source.name} row {number}", row
+    except InputError:
+        raise
     except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         if source.kind == "hub":
@@ -301,7 +319,7 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
                 parts[part].write(documents)
     account = {part: writer.close() for part, writer in parts.items()}
     if account["train"]["tokens"] == 0:
-        raise InputError(f"{source.name} holds no text to train on")
+        raise InputError(f"{source.name} holds no text")
     (folder / "account.json").write_text(json.dumps(account))
 
 
@@ -376,6 +394,8 @@ def _map_bin(file, tokenizer, bin_dtype):
     if bin_dtype == "auto" and size % 4 == 0:
         halves = np.fromfile(file, dtype="<u2", count=4096)
         is_large = tokenizer is not None and len(tokenizer) > 1 << 16
+        if len(halves) % 4 == 0 and halves[::4].any() and not halves.reshape(-1, 4)[:, 1:].any():
+            raise InputError(f"{file} holds 64-bit numbers: write the ids as uint16 or uint32")
         if is_large or not halves[1::2].any():  # 32-bit ids of a usual vocabulary have nothing in their upper half
             dtype = np.dtype("<u4")
     if size % dtype.itemsize:

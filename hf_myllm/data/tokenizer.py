@@ -26,7 +26,7 @@ def load(name):
             f"tokenizer '{name}' cannot be found: it is not a folder with tokenizer files here, and the Hugging Face "
             f"Hub did not give it ({reason[:200]}); give a folder, a Hub id, or {{train: bpe, vocab_size: 8192}}"
         ) from None
-    if not tokenizer.is_fast or len(tokenizer) == 0:
+    if not tokenizer.is_fast or len(tokenizer) < 2:  # it makes an empty one of a config.json alone
         raise InputError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
     return tokenizer
 
@@ -70,8 +70,12 @@ def end_of_document(tokenizer):
 def token_bytes(tokenizer, vocab_size):
     """How many bytes of text each id stands for, special tokens none: (vocab_size,) int64.
 
-    The loss per byte of text compares models whose tokenizers differ; the loss per token does not.
+    The loss per byte of text compares models whose tokenizers differ; the loss per token does not. None for WordPiece,
+    which forgets the spaces, so that its tokens do not add up to the text. A tokenizer that normalizes text (T5's
+    does) counts the text as normalized.
     """
+    if "WordPiece" in repr(tokenizer.backend_tokenizer.decoder):
+        return None
     counts = np.zeros(vocab_size, dtype=np.int64)
     special = set(tokenizer.all_special_ids)
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
@@ -83,5 +87,5 @@ def token_bytes(tokenizer, vocab_size):
         elif len(token) == 6 and token.startswith("<0x"):
             counts[token_id] = 1  # SentencePiece's byte fallback
         else:
-            counts[token_id] = len(token.replace("▁", " ").removeprefix("##").encode())
+            counts[token_id] = len(token.replace("▁", " ").encode())
     return counts

@@ -22,6 +22,8 @@ class GPTConfig(GPT2Config):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.layer_norm_epsilon <= 0 or self.initializer_range < 0:
+            raise ValueError("layer_norm_epsilon must be above 0, and initializer_range at least 0")
         if self.n_inner is not None and self.n_inner < 1:
             raise ValueError(f"n_inner is {self.n_inner}, and must be at least 1, or null for 4 * n_embd")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

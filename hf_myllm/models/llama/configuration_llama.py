@@ -37,6 +37,8 @@ class MyLlamaConfig(LlamaConfig):
             raise ValueError(f"head_dim is {self.head_dim}, and rotary embeddings turn pairs: it must be even")
         if not 0 <= (self.attention_dropout or 0.0) < 1:
             raise ValueError(f"attention_dropout is {self.attention_dropout}, and must be at least 0 and below 1")
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}, and must be above 0")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act '{self.hidden_act}' is not one of {', '.join(ACT2FN)}")
 
