@@ -59,10 +59,13 @@ def save(run, step, write_model, optimizer_tensors, state, limit):
             _remove(final)
         aside.rename(final)
         _flush(final.parent)
+        for path in Path(run).glob("checkpoint-*"):
+            if _step_of(path) > step:  # damaged, or find() would have gone on from it
+                _remove(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         before = [path.name for _, path in _complete(run)]
-        kept = f"{before[0]} is whole, and --init_from resume goes on from it" if before else "there is none before it"
+        kept = f"{before[0]} stays, and --init_from resume goes on from it" if before else "there is none before it"
         raise InputError(f"cannot save {final}: {error}; {kept}") from None
     for _, path in _complete(run)[limit:]:
         _remove(path)
@@ -129,20 +132,21 @@ def sweep(run):
 
 
 def publish(checkpoint, run):
-    """Make the model of a checkpoint the model at the run's root: linked rather than copied where the disk can.
+    """Make the model of a checkpoint the model at the run's root.
+
+    The weights are linked rather than copied where the disk can; the small files, which people edit, are copied.
 
     Raises:
         InputError: a file cannot be written.
     """
     try:
         files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
-        files.sort(key=lambda path: path.suffix == ".safetensors")  # the weights last: they mean that all is there
+        # the weights last, and after them their index: what is_finished() looks for means that all is there
+        files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
         for path in files:
             aside = Path(run) / (path.name + _PARTIAL)
             aside.unlink(missing_ok=True)
-            try:
-                os.link(path, aside)
-            except OSError:
+            if path.suffix != ".safetensors" or not _link(path, aside):
                 shutil.copyfile(path, aside)
                 _flush(aside)
             aside.replace(Path(run) / path.name)
@@ -188,6 +192,14 @@ def _remove(path):
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _link(path, name):
+    try:
+        os.link(path, name)
+        return True
+    except OSError:
+        return False
 
 
 def _digest(path):

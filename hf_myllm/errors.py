@@ -12,6 +12,11 @@ class InputError(Exception):
     """
 
 
+def first_line(error):
+    """What an error of a library says first, or its name when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def exit_on_input_error(main):
     """Wrap a command's `main`: an InputError becomes one line on stderr and exit code 2.
 
@@ -27,6 +32,9 @@ def exit_on_input_error(main):
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
+        except BrokenPipeError:  # whoever read our output has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
 
     run.__doc__ = main.__doc__
     return run

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging
 
 from . import checkpoint
-from .errors import InputError, exit_on_input_error
+from .errors import InputError, exit_on_input_error, first_line
 
 
 def generate_text(
@@ -28,22 +28,28 @@ def generate_text(
         InputError: the prompt leaves no position to generate at.
     """
     ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    is_sampled = temperature >= 1e-3  # colder is the likeliest token, and divides by nothing
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, model.config.max_position_embeddings - len(ids)),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **(sampling if temperature >= 1e-3 else {}),  # colder is the likeliest token, and divides by nothing
+        do_sample=is_sampled,
+        **(sampling if is_sampled else {}),
     )
     inputs = torch.tensor([ids], device=model.device)
-    was_training = model.training
+    was_training, own_config = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()  # what is not said here would be taken from the model's own
     torch.manual_seed(seed)
-    with torch.no_grad():
-        output = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
-        )
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            output = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
+            )
+    finally:
+        model.generation_config = own_config
+        model.train(was_training)
     return tokenizer.decode(output[0][1 if is_empty else 0 :], skip_special_tokens=True)
 
 
@@ -53,6 +59,10 @@ def encode_prompt(tokenizer, prompt, positions):
     Raises:
         InputError: the prompt leaves no position to generate at, or is empty and there is no token to start from.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not UTF-8 at place {error.start}") from None
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     if len(ids) >= positions:
         raise InputError(f"the prompt has {len(ids)} tokens, and the model only {positions} positions: shorten it")
@@ -82,7 +92,7 @@ def load(run, device="cpu"):
     try:
         model = AutoModelForCausalLM.from_pretrained(folder)
     except Exception as error:
-        raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+        raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)[:300]}") from None
     return model.to(device), tokenizer
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from . import checkpoint
 from .data import corpus, order, packing
 from .data import tokenizer as tokenizers
-from .errors import InputError
+from .errors import InputError, first_line
 from .generate import encode_prompt
 from .models import FAMILIES
 from .recipe import Recipe
@@ -99,6 +99,8 @@ def prepare(recipe, accelerator, resume_from):
     resolve(recipe, config, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
         check_same_recipe(recipe, state, resume_from)
+    if pretrained:
+        check_architecture(recipe, pretrained)
     if recipe.evaluation.start_context is not None and tokenizer is not None:
         encode_prompt(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
@@ -115,9 +117,9 @@ def prepare(recipe, accelerator, resume_from):
         recipe,
         accelerator,
         tokenizer,
-        training and packing.Rows(training, data.max_len, data.stride, name),
+        None if training is None else packing.Rows(training, data.max_len, data.stride, name),
         # rows that do not overlap, whatever the stride: each token is predicted once
-        validation and packing.Rows(validation, data.max_len, data.max_len, held_out),
+        None if validation is None else packing.Rows(validation, data.max_len, data.max_len, held_out),
         build_model(recipe, config, pretrained),
         resume_from,
         account,
@@ -150,8 +152,11 @@ def find_tokenizer(data, sources, pretrained, keep):
     Args:
         keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
     """
-    if keep and (Path(pretrained) / "tokenizer_config.json").exists():
-        return tokenizers.load(str(pretrained))
+    if keep:
+        try:
+            return tokenizers.load(str(pretrained))
+        except InputError:  # trained on a .bin without one
+            pass
     if isinstance(data.tokenizer, str):
         try:
             return tokenizers.load(data.tokenizer)
@@ -164,7 +169,7 @@ def find_tokenizer(data, sources, pretrained, keep):
         size = data.tokenizer["vocab_size"]
 
         def train_tokenizer(folder):
-            tokenizers.train_bpe(corpus.read_documents(source), size).save_pretrained(folder)
+            tokenizers.save(tokenizers.train_bpe(corpus.read_documents(source), size), folder)
 
         return tokenizers.load(str(corpus.cached_folder(["bpe", size, corpus.source_key(source)], train_tokenizer)))
     if pretrained and not keep:
@@ -228,12 +233,22 @@ def check_family(recipe, pretrained):
         )
 
 
+def check_architecture(recipe, pretrained):
+    """Refuse to compute with a model's weights what they were not trained for."""
+    config_class, _ = FAMILIES[recipe.model]
+    stored = config_class.from_pretrained(str(pretrained))
+    free = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range"}
+    free |= {"max_position_embeddings", "rope_parameters"}  # how a context is made longer
+    for name, value in recipe.config.items():
+        trained = getattr(stored, name)
+        if trained != value and name not in free and "drop" not in name:
+            raise InputError(
+                f"config of {pretrained}: {name} is {trained!r}; the recipe's {value!r} is another model's"
+            )
+
+
 def positions_key(config_class):
     return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def build_model(recipe, config, pretrained):

@@ -257,10 +257,10 @@ def _read_file(recipe, path, families, given):
         raise InputError(f"recipe {path}:{line} not valid YAML: {problem}") from None
     if not isinstance(content, dict):
         raise InputError(f"recipe {path} holds no keys; a recipe is a YAML mapping, see recipes/quickstart.yaml")
-    family = content.get("model", recipe.model)
+    family = _coerce(content.get("model", recipe.model), str, "model", path)
     for key, value in content.items():
         if key == "model":
-            recipe.model = _coerce(value, str, "model", path)
+            recipe.model = family
         elif key == "config" or key in SECTIONS:
             if not isinstance(value, dict):
                 raise InputError(f"{path}: '{key}' is a section, and must hold keys, not {value!r}")
@@ -340,7 +340,7 @@ def _coerce(value, hint, key, where):
     if isinstance(value, str) and dict in options and value.lstrip().startswith("{"):
         try:
             value = yaml.load(value, _UniqueKeys)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise InputError(f"{where}: '{key}' is not a valid mapping: {value!r}") from None
     for option in options:
         if option is bool:

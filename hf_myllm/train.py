@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .data import objectives, order
-from .errors import InputError, exit_on_input_error
+from .data import tokenizer as tokenizers
+from .errors import InputError, exit_on_input_error, first_line
 from .evaluation import evaluate, unigram_level
 from .generate import generate_text
 from .models import FAMILIES
@@ -43,17 +44,14 @@ def main(argv):
     end_with_the_launcher()
     resume_from = check_folder(recipe)
     use_all_cores()
-    accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if recipe.training.compile else None)
+    accelerator = make_accelerator(recipe.training.compile)
     run = prepare(recipe, accelerator, resume_from)
-    if recipe.evaluation.eval_only:
-        return evaluate_only(run)
     try:
-        code = train(run)
+        return evaluate_only(run) if recipe.evaluation.eval_only else train(run)
     finally:
         if run.lock is not None:
             run.lock.release()
-    accelerator.end_training()
-    return code
+        accelerator.end_training()
 
 
 # ---- the loop
@@ -69,12 +67,19 @@ def train(run):
     stop = listen_for_signals()
     if accelerator.is_main_process:
         run.lock = lock_folder(folder)
+        if check_folder(recipe) != run.resume_from:  # preparing may have taken hours
+            raise InputError(f"another run has written into {folder} since this one was started; start it again")
+    starts = accelerator.gather(torch.tensor([run.start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise InputError(f"the processes see checkpoints of steps {starts}: {folder} must be on a disk that all share")
     optimizer = build_optimizer(
         run.model, section.learning_rate, (section.beta1, section.beta2), section.epsilon, section.weight_decay
     )
     model, run.optimizer = accelerator.prepare(run.model, optimizer)
     if run.resume_from is not None:
         load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.load_optimizer(run.resume_from))
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(checkpoint.load_state(run.resume_from)["scaler"])
     if accelerator.is_main_process:
         open_folder(run, folder)
     accelerator.wait_for_everyone()
@@ -161,12 +166,14 @@ def read_batch(rows, numbers, size):
 
 
 def listen_for_signals():
-    """A list that the first SIGINT or SIGTERM puts its number into; a second one stops at once."""
+    """A list that SIGINT and SIGTERM put their numbers into. A second Ctrl-C stops at once; a second SIGTERM does not,
+    for one may come from whoever ends the launcher, and one from its end."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)
@@ -301,7 +308,7 @@ def save_checkpoint(run, step):
         def write_model(folder):
             run.model.save_pretrained(folder)
             if run.tokenizer is not None:
-                run.tokenizer.save_pretrained(folder)
+                tokenizers.save(run.tokenizer, folder)
 
         state = {
             "step": step,
@@ -309,6 +316,8 @@ def save_checkpoint(run, step):
             "recipe": recipe.identity(),
             "data": fingerprints(run),
         }
+        if accelerator.scaler is not None:  # fp16's loss scale is learned too
+            state["scaler"] = accelerator.scaler.state_dict()
         tensors = optimizer_tensors(run.model, run.optimizer.optimizer)
         checkpoint.save(recipe.run.save_model, step, write_model, tensors, state, recipe.run.save_total_limit)
     accelerator.wait_for_everyone()
@@ -364,10 +373,18 @@ def end_with_the_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
-def use_all_cores():
-    """Let the processes of this machine share its cores, where nobody has asked for a number of threads.
+def make_accelerator(is_compiled):
+    try:
+        return Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
 
-    accelerate's launcher sets OMP_NUM_THREADS to 1 when it is not set, which halves the speed of two cores.
+
+def use_all_cores():
+    """Let the processes of this machine share its cores.
+
+    accelerate's launcher sets OMP_NUM_THREADS to 1 when it is not set, which halves the speed of two cores; so 1 is
+    taken for nobody's wish, and any other number for somebody's.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -39,6 +39,8 @@ def place(tmp_path, stories):
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "bad_config").mkdir()
     (tmp_path / "bad_config" / "config.json").write_text("[1]")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_head": 2}))
     (tmp_path / "broken.yaml").write_text("training: {epochs: 1\n")
     (tmp_path / "unknown.yaml").write_text("training: {lerning_rate: 1}\n")
     return tmp_path
@@ -79,7 +81,7 @@ CASES = {
     ),
     "another family's model": ({"init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"}, "bert is a bert model"),
     "a model without weights": (
-        {"init_from": "PLACE/no_weights", "tokenizer": "PLACE/tokenizer"},
+        {"init_from": "PLACE/no_weights", "tokenizer": "PLACE/tokenizer", "n_layer": 12},
         "no_weights cannot be loaded",
     ),
     "a model that is not there": (
@@ -90,6 +92,19 @@ CASES = {
     "a norm's epsilon below zero": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon must be above 0"),
     "a context longer than the positions": ({"start_context": "Anna " * 99}, "the prompt has .* tokens, and the model"),
     "half a character": ({"train_file": "PLACE/surrogate.jsonl"}, "line 1: half a character"),
+    "nothing left to train on": (
+        {"val_fraction": 0.999},
+        "(train|stories).* tokens, fewer|val_fraction .* leaves nothing",
+    ),
+    "a prompt of broken bytes": ({"start_context": "caf\udce9"}, "prompt is not UTF-8 at place 3"),
+    "a local folder as a data set": (
+        {"train_file": None, "dataset": "PLACE/mixed", "tokenizer": "PLACE/tokenizer"},
+        "is a path here, .* give it as --train_file",
+    ),
+    "an architecture that the weights are not of": (
+        {"init_from": "PLACE/other", "tokenizer": "PLACE/tokenizer", "n_head": 4, "n_layer": 12},
+        "n_head is 2; the recipe's 4 is another model's",
+    ),
     "64-bit ids": ({"train_file": "PLACE/wide.bin", "tokenizer": None}, "wide.bin holds 64-bit numbers"),
     "files of several kinds": ({"train_file": "PLACE/mixed"}, "files of several kinds"),
     "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "is compressed"),
@@ -212,6 +227,32 @@ def test_edited_side_files_are_named_or_passed_over(tiny, capsys, tmp_path):
         assert (run / "model.safetensors").read_bytes() == reference
 
 
+def test_a_damaged_newer_checkpoint_does_not_push_out_good_ones(tiny, tmp_path):
+    assert train(*tiny()) == 0
+    run = tmp_path / "run"
+    reference = (run / "model.safetensors").read_bytes()
+    (run / "checkpoint-50").rename(run / "checkpoint-999")  # newer by its name, and damaged
+    (run / "checkpoint-999" / "config.json").write_text("{}")
+    (run / "checkpoint-52" / "config.json").write_text("{}")
+    shutil.rmtree(run / "checkpoint-999" / "trainer_state")
+    assert train(*tiny(init_from="resume")) == 2  # nothing whole is left
+    shutil.rmtree(run)
+    assert train(*tiny(save_freq=10, save_total_limit=3)) == 0
+    (run / "checkpoint-52" / "config.json").write_text("{}")
+    (run / "checkpoint-50" / "config.json").write_text("{}")
+    (run / "model.safetensors").unlink()
+    assert train(*tiny(init_from="resume", save_freq=6, save_total_limit=1)) == 0
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-52"]
+    assert (run / "model.safetensors").read_bytes() == reference
+
+
+def test_settings_that_accelerate_refuses_are_one_line(tiny):
+    result = run_command(*tiny(max_steps=5), env={**os.environ, "ACCELERATE_MIXED_PRECISION": "fp8"})
+    assert result.returncode == 2, result.stderr
+    assert "error: the settings given to accelerate do not work here" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_tokenizer_is_not_changed_in_the_middle_of_a_run(tiny, capsys):
     assert train(*tiny()) == 0
     assert train(*tiny(tokenizer="{train: bpe, vocab_size: 310}", init_from="resume"), "--allow_changed") == 2
@@ -255,7 +296,7 @@ def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):
         errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
         assert len(errors) == 1, result.stderr
         assert "Traceback" not in result.stderr
-        assert re.search("cannot save .*No space left.*is whole", errors[0]), errors
+        assert re.search("cannot save .*No space left.*stays", errors[0]), errors
         kept = [path.name for path in (disk / "run").glob("checkpoint-*")]
         assert kept
         assert not any(name.endswith(".partial") for name in kept)

@@ -32,6 +32,14 @@ def test_the_seed_decides_and_the_settings_matter(run):
     assert not model.training
 
 
+def test_a_models_own_settings_do_not_leak_in(run):
+    model, tokenizer = load(run)
+    greedy = generate_text(model, tokenizer, "Anna", 20, temperature=0)
+    model.generation_config.update(do_sample=True, temperature=1.5, repetition_penalty=3.0)
+    assert {generate_text(model, tokenizer, "Anna", 20, temperature=0, seed=seed) for seed in range(3)} == {greedy}
+    assert model.generation_config.repetition_penalty == 3.0
+
+
 def test_the_positions_are_the_end(run):
     model, tokenizer = load(run)
     text = generate_text(model, tokenizer, "Anna", max_new_tokens=10_000)

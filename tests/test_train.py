@@ -201,6 +201,30 @@ def test_a_launcher_that_is_told_to_end_takes_the_run_with_it(finished, tmp_path
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_a_signal_to_launcher_and_run_at_once_saves(finished, tmp_path):
+    _, _, recipe = finished
+    run = tmp_path / "run"
+    arguments = [str(recipe), "--save_model", str(run), "--save_freq", "null", "--epochs", "1000"]
+    launcher = subprocess.Popen(
+        ["accelerate", "launch", "-m", "hf_myllm.train", *arguments],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    assert wait_until(launcher, lambda: logged(run, 5))
+    os.killpg(launcher.pid, signal.SIGTERM)
+    launcher.wait()
+    end = time.monotonic() + 30
+    while not list(run.glob("checkpoint-*/trainer_state/complete.json")):
+        assert time.monotonic() < end, "nothing was saved"
+        time.sleep(0.05)
+
+
+def test_the_root_may_be_edited_without_harm_to_the_checkpoint(finished, tmp_path):
+    run, _, _ = finished
+    assert (run / "model.safetensors").samefile(run / "checkpoint-52" / "model.safetensors")
+    assert not (run / "config.json").samefile(run / "checkpoint-52" / "config.json")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(finished, tmp_path, number):
     reference, _, recipe = finished

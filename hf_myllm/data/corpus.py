@@ -1,13 +1,15 @@
 """Text into tokens on disk: tokenized once, memory-mapped, and read by index.
 
-The tokens of a text corpus lie in an Arrow file of the `datasets` cache, a document a row, each closed by the
-end-of-text token; a `.bin` of token ids is read where it is. Either way a run sees one flat stream ([`Tokens`]).
+The tokens of a text corpus lie in an Arrow file of the `datasets` cache, each document closed by the end-of-text token;
+a `.bin` of token ids is read where it is. Either way a run sees one flat stream ([`Tokens`]).
 """
 
+import functools
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sysconfig
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +23,15 @@ from filelock import FileLock
 from pyarrow import parquet
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .tokenizer import end_of_document
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-_FORMAT = 1  # of the cache: raise it when what is cached changes
+_FORMAT = 2  # of the cache: raise it when what is cached changes
 _KINDS = {".jsonl": "json", ".parquet": "parquet", ".bin": "bin"}  # any other suffix is plain text
-_BATCH_CHARACTERS = 4_000_000  # text tokenized at once: enough for every core, little against memory
+_PIECE = 100_000  # characters: a longer document is tokenized in pieces
+_LINE = re.compile(r"\n(?=\S)")
+_BATCH = 1_000_000  # characters tokenized at once: enough for every core, and some 200 bytes of memory for each
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,13 @@ class Tokens:
         """The ids at start ... start + length - 1, which may lie in several chunks."""
         number = int(np.searchsorted(self.starts, start, side="right")) - 1
         offset = start - int(self.starts[number])
-        first = self.chunks[number][offset : offset + length]
-        if len(first) == length:
-            return first
-        return np.concatenate([first, self.read(start + len(first), length - len(first))])
+        parts = [self.chunks[number][offset : offset + length]]
+        missing = length - len(parts[0])
+        while missing and number + 1 < len(self.chunks):
+            number += 1
+            parts.append(self.chunks[number][:missing])
+            missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def split(self, position):
         """The stream before a position, and from it on."""
@@ -129,6 +136,13 @@ def _expand(pattern):
 
 
 def hub_source(name, config=None, split="train", revision=None, text_column="text"):
+    """The source that `dataset` names.
+
+    Raises:
+        InputError: it is a path here, which is for train_file to name.
+    """
+    if os.path.exists(name):
+        raise InputError(f"dataset {name} is a path here, not a data set of the Hub: give it as --train_file")
     return Source("hub", name, (), text_column, "row", config, split, revision)
 
 
@@ -146,7 +160,7 @@ def read_documents(source, progress=None):
         raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
     if source.kind == "text":
         for file in source.files:
-            with open(file, "rb") as lines:
+            with _open(file) as lines:
                 offset = 0
                 for part in [lines.read()] if source.document == "file" else lines:
                     text = _decode(part, file, offset)
@@ -170,6 +184,13 @@ def read_documents(source, progress=None):
             yield text
 
 
+def _open(file):
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+
+
 def _decode(part, file, offset):
     try:
         return part.decode("utf-8-sig" if offset == 0 else "utf-8")
@@ -182,7 +203,7 @@ def _decode(part, file, offset):
 
 def _read_json_lines(source, progress):
     for file in source.files:
-        with open(file, "rb") as lines:
+        with _open(file) as lines:
             offset = 0
             for number, line in enumerate(lines, start=1):
                 where = f"{file} line {number}"
@@ -203,7 +224,7 @@ def _read_json_lines(source, progress):
 def _load_rows(source):
     try:
         if source.kind == "hub":
-            rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+            rows = _load_hub(source)
         else:
             if not any(parquet.read_metadata(file).num_rows for file in source.files):
                 raise InputError(f"{source.name} has no rows; give a file with text in it")
@@ -213,13 +234,20 @@ def _load_rows(source):
     except InputError:
         raise
     except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        if source.kind == "hub":
-            raise InputError(
-                f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({reason[0][:200]}); to train "
-                "without the Hub, pass --train_file FILE (.txt, .jsonl, .parquet or .bin)"
-            ) from None
-        raise InputError(f"{source.name} cannot be read as {source.kind}: {reason[0][:300]}") from None
+        raise InputError(
+            f"{source.name} cannot be read as {source.kind}: {first_line(error.__cause__ or error)[:300]}"
+        ) from None
+
+
+@functools.cache
+def _load_hub(source):
+    try:
+        return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+    except Exception as error:
+        raise InputError(
+            f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({first_line(error)[:200]}); to "
+            "train without the Hub, pass --train_file FILE (.txt, .jsonl, .parquet or .bin)"
+        ) from None
 
 
 def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False):
@@ -244,6 +272,8 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
         training, held_out, account = _open_tokenized(source, tokenizer, val_fraction, show_progress)
     if val_fraction and held_out is None:
         training, held_out = training.split(int(len(training) * (1 - val_fraction)))
+        if len(training) == 0:
+            raise InputError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
         account["held_out"] = f"the last {val_fraction:.0%} of the tokens"
     return training, held_out, account
 
@@ -277,8 +307,8 @@ def cached_folder(key, make):
 
 def source_key(source):
     """What a cached result of this source depends on; files by size and time of change, which is quick to look up."""
-    if source.kind == "hub":
-        return asdict(source)
+    if source.kind == "hub":  # an unpinned revision may have moved on
+        return asdict(source) | {"fingerprint": _load_hub(source)._fingerprint}
     stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return asdict(replace(source, files=(), name="")) | {"files": files}
@@ -305,38 +335,66 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     silent = None if show_progress else True  # None: only on a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=silent, leave=False, delay=1) as bar:
         number = 0
-        for texts in _batches(read_documents(source, bar.update)):
-            encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            batches = {"train": [], "validation": []}
-            for text, encoding in zip(texts, encoded, strict=True):
+        for batch in _batches(read_documents(source, bar.update), cuts_cleanly(tokenizer)):
+            encoded = tokenizer.backend_tokenizer.encode_batch_fast(
+                [text for text, _ in batch], add_special_tokens=False
+            )
+            rows = {"train": [], "validation": []}
+            for (text, is_end), encoding in zip(batch, encoded, strict=True):
                 # the share of documents held out so far reaches one more: 0.05 holds out the 10th, 30th, 50th ...
                 is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
                 part = "validation" if is_held_out else "train"
-                batches[part].append(np.array([*encoding.ids, end], dtype=dtype))
+                rows[part].append(np.array([*encoding.ids, end] if is_end else encoding.ids, dtype=dtype))
                 parts[part].bytes += len(text.encode())
-                number += 1
-            for part, documents in batches.items():
-                parts[part].write(documents)
+                parts[part].documents += is_end
+                number += is_end
+            for part, pieces in rows.items():
+                parts[part].write(pieces)
     account = {part: writer.close() for part, writer in parts.items()}
     if account["train"]["tokens"] == 0:
+        if account["validation"]["tokens"]:
+            raise InputError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
         raise InputError(f"{source.name} holds no text")
     (folder / "account.json").write_text(json.dumps(account))
 
 
-def _batches(texts):
+def cuts_cleanly(tokenizer):
+    """Whether text may be cut before a line and give the same tokens: byte-level tokenizers that put no space before
+    a text, and split it at line breaks before anything else."""
+    splitter = repr(tokenizer.backend_tokenizer.pre_tokenizer)
+    return splitter.startswith("ByteLevel(add_prefix_space=False") and "use_regex=True" in splitter
+
+
+def _batches(texts, in_pieces):
+    """Lists of (text, whether it ends a document), of about `_BATCH` characters each."""
     batch, size = [], 0
     for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+        pieces = _pieces(text) if in_pieces else [text]
+        for number, piece in enumerate(pieces, start=1):
+            batch.append((piece, number == len(pieces)))
+            size += len(piece)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
 
+def _pieces(text):
+    """A long text cut before a line break that something other than white space follows: GPT-2's splitting never joins
+    such a break to what is before it."""
+    pieces, start = [], 0
+    while len(text) - start > _PIECE:
+        match = _LINE.search(text, start + _PIECE)
+        if match is None:
+            break
+        pieces.append(text[start : match.start()])
+        start = match.start()
+    return [*pieces, text[start:]]
+
+
 class _Part:
-    """An Arrow file of documents being written, and the account of what is in it."""
+    """An Arrow file of tokens being written, a document or a piece of one a row, and the account of what is in it."""
 
     def __init__(self, path, dtype):
         features = datasets.Features({"input_ids": datasets.List(datasets.Value(np.dtype(dtype).name))})
@@ -345,15 +403,14 @@ class _Part:
         self.digest = hashlib.sha256()
         self.documents = self.tokens = self.bytes = self.max_id = 0
 
-    def write(self, documents):
-        if not documents:
+    def write(self, rows):
+        if not rows:
             return
-        flat = np.concatenate(documents)
-        offsets = np.cumsum([0, *(len(document) for document in documents)], dtype=np.int32)
+        flat = np.concatenate(rows)
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
         column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
-        self.writer.write_table(pa.Table.from_arrays([column], schema=self.schema), writer_batch_size=len(documents))
+        self.writer.write_table(pa.Table.from_arrays([column], schema=self.schema), writer_batch_size=len(rows))
         self.digest.update(flat)
-        self.documents += len(documents)
         self.tokens += len(flat)
         self.max_id = max(self.max_id, int(flat.max()))
 

@@ -1,7 +1,7 @@
 """Tokens into rows.
 
 Row k starts at token k * stride and holds max_len inputs and the token after each, its target. No token is lost: the
-last row reaches back so that it is full, and counts only the targets that no row before it has.
+last row reaches back so that it is full, and leaves out the targets that it would not have had in its own place.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ class Rows:
 
         Returns:
             windows: (rows, max_len + 1) int64 token ids; inputs are [:, :-1] and targets [:, 1:].
-            first: (rows,) int64, how many targets at the start of each row belong to a row before it.
+            first: (rows,) int64, how many targets at the start of a row do not count, because it reaches back.
         """
         windows = np.empty((len(rows), self.max_len + 1), dtype=np.int64)
         starts = np.asarray(rows, dtype=np.int64) * self.stride

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -21,10 +21,10 @@ def load(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library's own errors are of many classes, and all mean this
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"tokenizer '{name}' cannot be found: it is not a folder with tokenizer files here, and the Hugging Face "
-            f"Hub did not give it ({reason[:200]}); give a folder, a Hub id, or {{train: bpe, vocab_size: 8192}}"
+            f"Hub did not give it ({first_line(error)[:200]}); give a folder, a Hub id, or "
+            "{train: bpe, vocab_size: 8192}"
         ) from None
     if not tokenizer.is_fast or len(tokenizer) < 2:  # it makes an empty one of a config.json alone
         raise InputError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
@@ -46,6 +46,20 @@ def train_bpe(texts, vocab_size):
     trained.train_from_iterator(texts, trainer)
     model = json.loads(trained.to_str())["model"]
     return GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def save(tokenizer, folder):
+    """Write a tokenizer's files.
+
+    Raises:
+        OSError: they cannot be written; the tokenizers library itself raises a bare Exception.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(first_line(error)) from None
 
 
 def fingerprint(tokenizer):

@@ -68,6 +68,28 @@ def test_validation_is_every_so_manieth_document(stories, bpe):
     assert len(training) + len(held_out) == len(expected(bpe, texts))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name):
+    loaded = tokenizer.load(str(assets / "tokenizers" / name))
+    text = (assets / "corpora" / "tinyshakespeare.txt").read_text()
+    monkeypatch.setattr(corpus, "_PIECE", 1000)
+    monkeypatch.setattr(corpus, "_BATCH", 20_000)
+    assert corpus.cuts_cleanly(loaded) == (name == "gpt2")
+    tokens, _, account = load(str(assets / "corpora" / "tinyshakespeare.txt"), loaded)
+    assert account["train"]["documents"] == 1
+    assert everything(tokens) == [*loaded(text, add_special_tokens=False)["input_ids"], loaded.eos_token_id]
+    assert name == "llama2" or len(tokens.chunks) > 10
+
+
+def test_python_in_pieces_is_the_same_tokens(bpe, monkeypatch):
+    monkeypatch.setattr(corpus, "_PIECE", 50)
+    texts = list(corpus.read_documents(corpus.file_source("{stdlib}/[a-c]*.py")))
+    for text in texts:
+        pieces = corpus._pieces(text)
+        assert "".join(pieces) == text
+        assert [i for piece in pieces for i in bpe(piece)["input_ids"]] == bpe(text)["input_ids"]
+
+
 def test_few_documents_are_cut_by_tokens(tmp_path, bpe):
     (tmp_path / "one.txt").write_text("Anna likes the cat. " * 200)
     training, held_out, account = load(str(tmp_path / "one.txt"), bpe, 0.1)
@@ -117,6 +139,8 @@ def test_bin_files_of_both_widths(tmp_path, bpe, dtype):
 def test_a_stream_in_pieces_reads_as_one():
     whole = np.arange(100, dtype=np.uint16)
     tokens = corpus.Tokens([whole[:1], whole[1:40], whole[40:41], whole[41:]], "f", 99)
+    many = corpus.Tokens(np.array_split(np.arange(6000, dtype=np.uint16), 3000), "f", 5999)
+    assert many.read(1, 5999).tolist() == list(range(1, 6000))
     for start, length in ((0, 100), (0, 1), (1, 39), (39, 3), (99, 1), (0, 42)):
         assert tokens.read(start, length).tolist() == list(range(start, start + length))
     for position in (0, 1, 40, 77, 99):

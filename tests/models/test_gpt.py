@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM, GPTModel
@@ -41,6 +42,15 @@ def test_the_first_configurations_key_is_kept_for_converters(tmp_path):
     GPTConfig(**SIZES).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == 64
+
+
+def test_masks_in_gpt2s_first_files_are_nothing_unexpected(tmp_path):
+    GPTForCausalLM(GPTConfig(**SIZES)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, loading = GPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
 
 
 def test_a_body_saved_alone_loads_under_a_head(tmp_path):

@@ -130,6 +130,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # masks, which GPT-2's first files hold
     _can_record_outputs = {"hidden_states": GPTBlock, "attentions": GPTAttention}
 
     @torch.no_grad()

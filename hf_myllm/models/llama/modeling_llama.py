@@ -142,6 +142,7 @@ class MyLlamaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # computed, though Llama's first files hold it
     _can_record_outputs = {"hidden_states": MyLlamaDecoderLayer, "attentions": MyLlamaAttention}
 
 
