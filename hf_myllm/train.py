@@ -78,8 +78,9 @@ def train(run):
     model, run.optimizer = accelerator.prepare(run.model, optimizer)
     if run.resume_from is not None:
         load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.load_optimizer(run.resume_from))
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(checkpoint.load_state(run.resume_from)["scaler"])
+        state = checkpoint.load_state(run.resume_from)
+        if accelerator.scaler is not None and "scaler" in state:
+            accelerator.scaler.load_state_dict(state["scaler"])
     if accelerator.is_main_process:
         open_folder(run, folder)
     accelerator.wait_for_everyone()
@@ -331,7 +332,10 @@ def finish(run, model, report, folder, unigram):
     report.close()
     if not run.accelerator.is_main_process:
         return
-    plot(folder, unigram)
+    try:
+        plot(folder, unigram)
+    except OSError as error:
+        report.say(f"loss.png could not be drawn: {error}")
     if validation is not None:
         report.say(
             f"done        validation loss {describe(validation)} on all {validation['tokens']:,} tokens; "
