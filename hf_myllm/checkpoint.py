@@ -98,11 +98,10 @@ def find(run, warn=lambda message: None):
 def damage(path):
     """What is wrong with a checkpoint, in a few words, or None when every file is as it was written."""
     try:
-        content = {name: tuple(record) for name, record in _read_marker(path).items()}
-        assert all(len(record) == 2 for record in content.values())
+        content = {name: (size, digest) for name, (size, digest) in _read_marker(path).items()}
     except FileNotFoundError:
         return f"incomplete, it has no {_MARKER}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {_MARKER} cannot be read"
     if missing := {"config.json", _STATE, _OPTIMIZER} - set(content):
         return f"its {_MARKER} does not list {', '.join(sorted(missing))}"

@@ -21,6 +21,8 @@ from .generate import encode_prompt
 from .models import FAMILIES
 from .recipe import Recipe
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
+
 
 @dataclass
 class Run:
@@ -188,7 +190,7 @@ def build_config(recipe, tokenizer, pretrained):
     settings = dict(recipe.config)
     try:
         if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))
         if pretrained:
             config = config_class.from_pretrained(str(pretrained), **settings)
@@ -200,7 +202,7 @@ def build_config(recipe, tokenizer, pretrained):
             config = config_class(**settings)
     except (StrictDataclassError, ValueError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"config of {pretrained or recipe.model}: {first_line(error.__cause__ or error)}") from None
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in SPECIAL_TOKENS:
         value = getattr(config, name)
         if isinstance(value, int) and not 0 <= value < config.vocab_size and name in recipe.config:
             raise InputError(f"{name} is {value}, which the vocabulary of {config.vocab_size} does not have")
@@ -237,7 +239,7 @@ def check_architecture(recipe, pretrained):
     """Refuse to compute with a model's weights what they were not trained for."""
     config_class, _ = FAMILIES[recipe.model]
     stored = config_class.from_pretrained(str(pretrained))
-    free = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range"}
+    free = {*SPECIAL_TOKENS, "use_cache", "initializer_range"}
     free |= {"max_position_embeddings", "rope_parameters"}  # how a context is made longer
     for name, value in recipe.config.items():
         trained = getattr(stored, name)
@@ -279,7 +281,7 @@ def build_model(recipe, config, pretrained):
     if missing := sorted(loading["missing_keys"]):
         raise InputError(f"the model {pretrained} lacks weights: {missing[0]} ({len(missing)} such)")
     if recipe.data.tokenizer:  # another tokenizer may end its text with another token
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_TOKENS:
             setattr(model.generation_config, name, getattr(config, name))
     return model
 
@@ -315,10 +317,7 @@ def load_data(data, sources, tokenizer, accelerator):
             training_source, tokenizer, fraction, data.bin_dtype, show_progress=show
         )
     if validation_source is not None:
-        validation, _, account["validation"] = corpus.load_tokens(
-            validation_source, tokenizer, 0.0, data.bin_dtype, show_progress=show
-        )
-        account["validation"] = account["validation"]["train"]
+        validation, _, _ = corpus.load_tokens(validation_source, tokenizer, 0.0, data.bin_dtype, show_progress=show)
     return training, validation, account
 
 

@@ -178,31 +178,16 @@ def test_an_extended_run_that_dies_before_its_model_is_at_the_root_is_not_finish
     assert train(*longer) == 0
     expected = weights(tmp_path / "run")
     assert expected != weights(run)
+    (tmp_path / "run" / "model.safetensors").unlink()  # it is one file with the checkpoint's
     shutil.copy(run / "model.safetensors", tmp_path / "run" / "model.safetensors")  # as if it had died before
+    assert weights(tmp_path / "run" / "checkpoint-60") == expected
     assert train(*longer) == 0
     assert weights(tmp_path / "run") == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
-def test_a_launcher_that_is_told_to_end_takes_the_run_with_it(finished, tmp_path):
-    _, _, recipe = finished
-    run = tmp_path / "run"
-    arguments = [str(recipe), "--save_model", str(run), "--save_freq", "null", "--epochs", "1000"]
-    launcher = subprocess.Popen(
-        ["accelerate", "launch", "-m", "hf_myllm.train", *arguments],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert wait_until(launcher, lambda: logged(run, 5))
-    launcher.terminate()
-    launcher.wait()
-    end = time.monotonic() + 30
-    while not list(run.glob("checkpoint-*/trainer_state/complete.json")):
-        assert time.monotonic() < end, "nothing was saved"
-        time.sleep(0.05)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
-def test_a_signal_to_launcher_and_run_at_once_saves(finished, tmp_path):
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the launcher alone", "the launcher and the run at once"])
+def test_a_launcher_that_is_told_to_end_takes_the_run_with_it(finished, tmp_path, kill):
     _, _, recipe = finished
     run = tmp_path / "run"
     arguments = [str(recipe), "--save_model", str(run), "--save_freq", "null", "--epochs", "1000"]
@@ -211,7 +196,7 @@ def test_a_signal_to_launcher_and_run_at_once_saves(finished, tmp_path):
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     assert wait_until(launcher, lambda: logged(run, 5))
-    os.killpg(launcher.pid, signal.SIGTERM)
+    kill(launcher.pid, signal.SIGTERM)
     launcher.wait()
     end = time.monotonic() + 30
     while not list(run.glob("checkpoint-*/trainer_state/complete.json")):
