@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from .data.objectives import IGNORED
+from .data.objectives import IGNORED, counts, targets
 from .data.order import micro_batches
 
 
@@ -18,39 +18,55 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None)
         rows: array of row numbers.
         token_bytes: bytes of text per token id, for the loss in bits per byte.
     Returns:
-        loss (nats per token), perplexity, tokens, and bits_per_byte (None without token_bytes).
+        loss (nats per target), perplexity, tokens (the targets), and bits_per_byte (None without token_bytes). Where
+        rows are pairs of sentences, the loss is the sum of both tasks', and there are nsp_loss (nats per pair) and
+        nsp_accuracy besides; the perplexity is that of the masked tokens.
     """
     was_training = model.training
     model.eval()
-    loss_sum, tokens, text_bytes = 0.0, 0, 0
+    loss_sum, tokens, text_bytes, pairs, pair_loss, right = 0.0, 0, 0, 0, 0.0, 0
     rounds = math.ceil(len(rows) / (batch_size * accelerator.num_processes))
     # every process takes part in every round, with an empty batch where its rows have run out
     for _, share in micro_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
         batch = read_batch(share, batch_size)
-        labels = batch["shift_labels"][batch["shift_labels"] != IGNORED]
-        outputs = model(
-            **{key: value.to(accelerator.device) for key, value in batch.items()}, num_items_in_batch=1, use_cache=False
-        )
+        labels = targets(batch)[targets(batch) != IGNORED]
+        inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
+        outputs = model(**inputs, **dict.fromkeys(counts(batch), 1), use_cache=False)  # divided by 1: sums
         loss_sum += outputs.loss.item()
         tokens += labels.numel()
+        if "next_sentence_label" in batch:
+            label, scores = inputs["next_sentence_label"], outputs.seq_relationship_logits.float()
+            pair_loss += torch.nn.functional.cross_entropy(scores, label, reduction="sum").item()
+            right += int((scores.argmax(-1) == label).sum())
+            pairs += int((label != IGNORED).sum())
         if token_bytes is not None:
             text_bytes += int(token_bytes[labels.numpy()].sum())
     model.train(was_training)
     if accelerator.num_processes > 1:
-        sums = torch.tensor([loss_sum, tokens, text_bytes], dtype=torch.float64, device=accelerator.device)
-        loss_sum, tokens, text_bytes = accelerator.reduce(sums).tolist()
-    return _figures(loss_sum, int(tokens), text_bytes)
+        sums = [loss_sum, tokens, text_bytes, pairs, pair_loss, right]
+        sums = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))
+        loss_sum, tokens, text_bytes, pairs, pair_loss, right = sums.tolist()
+    figures = _figures(loss_sum - pair_loss, int(tokens), text_bytes)
+    if pairs:
+        figures |= {"nsp_loss": pair_loss / pairs, "nsp_accuracy": right / pairs}
+        figures["loss"] += figures["nsp_loss"]
+    return figures
 
 
-def unigram_level(training, validation, vocab_size, token_bytes=None, limit=20_000_000):
+def unigram_level(training, validation, vocab_size, token_bytes=None, never=(), limit=20_000_000):
     """The validation loss of a model that knows only how often each token occurs: what any context must beat.
 
     Frequencies are the training data's, plus one for each id so that none is impossible; of a large corpus, the first
     `limit` tokens are read.
+
+    Args:
+        never: ids that are nobody's target, as the special tokens of masked-LM tasks.
     """
-    counts = np.bincount(training.read(0, min(limit, len(training))), minlength=vocab_size) + 1.0
+    frequencies = np.bincount(training.read(0, min(limit, len(training))), minlength=vocab_size) + 1.0
     target = np.asarray(validation.read(0, min(limit, len(validation))))[1:]
-    loss_sum = -np.log(counts / counts.sum())[target].sum()
+    if len(never):
+        frequencies[never], target = 0.0, target[~np.isin(target, never)]
+    loss_sum = -np.log(frequencies[target] / frequencies.sum()).sum()
     return _figures(float(loss_sum), len(target), 0 if token_bytes is None else int(token_bytes[target].sum()))
 
 

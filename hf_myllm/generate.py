@@ -1,11 +1,19 @@
-"""Text from a trained folder: `python -m hf_myllm.generate RUN --prompt "Once upon a time"`."""
+"""Text from a trained folder: `python -m hf_myllm.generate RUN --prompt "Once upon a time"`; a masked-LM model fills in
+what the prompt leaves open: `--prompt "Once upon a [MASK]"`."""
 
 import argparse
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TextStreamer,
+)
 from transformers.utils import logging
 
 from . import checkpoint
@@ -74,6 +82,49 @@ def encode_prompt(tokenizer, prompt, positions):
     raise InputError("the tokenizer has no token to start an empty prompt from: give some text")
 
 
+@torch.no_grad()
+def fill_in(model, tokenizer, text, guesses=5):
+    """The text, and below it the likeliest tokens at each of its mask tokens, with their probabilities.
+
+    Raises:
+        InputError: the text has no mask token, or is too long.
+    """
+    ids = torch.tensor([encode_masked(tokenizer, text, model.config.max_position_embeddings)], device=model.device)
+    was_training = model.training
+    model.eval()
+    outputs = model(ids)
+    model.train(was_training)
+    logits = outputs.logits if "logits" in outputs else outputs.prediction_logits
+    lines = [text]
+    for place in (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]:
+        chances, likeliest = logits[0, place].float().softmax(-1).topk(min(guesses, logits.shape[-1]))
+        pairs = zip(chances.tolist(), likeliest.tolist(), strict=True)
+        said = "   ".join(f"{tokenizer.decode([number]).strip()} {chance:.1%}" for chance, number in pairs)
+        lines.append(f"{tokenizer.mask_token}  {said}")
+    return "\n".join(lines)
+
+
+def encode_masked(tokenizer, text, positions):
+    """The ids of a text with mask tokens.
+
+    Raises:
+        InputError: it has none, or more tokens than the model has positions.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not UTF-8 at place {error.start}") from None
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) > positions:
+        raise InputError(f"the text has {len(ids)} tokens, and the model only {positions} positions: shorten it")
+    if tokenizer.mask_token_id not in ids:
+        mask = tokenizer.mask_token
+        raise InputError(
+            f"a model of this kind fills in what is left open: put {mask} where it should, as in 'a {mask}'"
+        )
+    return ids
+
+
 def load(run, device="cpu"):
     """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
     folder = Path(run)
@@ -90,7 +141,9 @@ def load(run, device="cpu"):
     if len(tokenizer) < 2:  # what AutoTokenizer makes of a config.json alone
         raise InputError(f"{folder} holds no tokenizer; save the data's own there with tokenizer.save_pretrained")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        architectures = AutoConfig.from_pretrained(folder).architectures or [""]
+        fills_in = architectures[0].endswith(("ForMaskedLM", "ForPreTraining"))
+        model = (AutoModelForMaskedLM if fills_in else AutoModelForCausalLM).from_pretrained(folder)
     except Exception as error:
         raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)[:300]}") from None
     return model.to(device), tokenizer
@@ -137,6 +190,9 @@ def main(argv):
     logging.disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, tokenizer = load(args.run, device)
+    if not model.can_generate():
+        print(fill_in(model, tokenizer, args.prompt))
+        return
     for number in range(args.num_samples):
         if args.num_samples > 1:
             print(f"--- sample {number + 1} of {args.num_samples}, seed {args.seed + number}")

@@ -14,13 +14,14 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint
-from .data import corpus, order, packing
+from .data import corpus, objectives, order
 from .data import tokenizer as tokenizers
 from .errors import InputError, first_line
-from .generate import encode_prompt
+from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
 from .recipe import Recipe
 
+ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
 
 
@@ -31,9 +32,11 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     tokenizer: object  # None for a .bin without one
-    training: packing.Rows  # None when only evaluating
-    validation: packing.Rows  # None when there is nothing to validate on
+    objective: object  # of the task: see objectives
+    training: object  # its rows; None when only evaluating
+    validation: object  # None when there is nothing to validate on
     model: torch.nn.Module
+    fresh: list  # names of weights that the model of init_from did not have
     resume_from: Path | None
     account: dict
     token_bytes: np.ndarray | None = None
@@ -95,16 +98,27 @@ def prepare(recipe, accelerator, resume_from):
     sources = find_sources(data, recipe.evaluation.eval_only)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
     check_family(recipe, pretrained)
-    tokenizer = find_tokenizer(data, sources, pretrained, resume_from is not None or recipe.evaluation.eval_only)
+    is_trained = resume_from is not None or recipe.evaluation.eval_only
+    tokenizer = find_tokenizer(recipe, sources, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained)
+    objective = objectives.build(
+        recipe.task,
+        tokenizer,
+        config.vocab_size,
+        section.seed,
+        data.document_isolation,
+        data.mlm_probability,
+        data.whole_word_masking,
+    )
     state = checkpoint.load_state(resume_from) if resume_from else None
-    resolve(recipe, config, accelerator, state)
+    resolve(recipe, config, objective, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
         check_same_recipe(recipe, state, resume_from)
     if pretrained:
-        check_architecture(recipe, pretrained)
+        check_architecture(recipe, pretrained, is_trained)
     if recipe.evaluation.start_context is not None and tokenizer is not None:
-        encode_prompt(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
+        encode = encode_prompt if recipe.task == "causal" else encode_masked
+        encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
     training, validation, account = load_data(data, sources, tokenizer, accelerator)
     for tokens, source in ((training, sources[0]), (validation, sources[1] or sources[0])):
@@ -115,18 +129,24 @@ def prepare(recipe, accelerator, resume_from):
             )
     name = sources[0].name if sources[0] else ""
     held_out = f"the validation part of {name}" if sources[1] is None else sources[1].name
+    model, fresh = build_model(recipe, config, pretrained, is_trained)
+    if data.document_isolation:
+        use_fast_isolation(model, config, accelerator)
+    # validation rows do not overlap, whatever the stride: each token is predicted once
+    apart = data.max_len - objective.specials
     run = Run(
         recipe,
         accelerator,
         tokenizer,
-        None if training is None else packing.Rows(training, data.max_len, data.stride, name),
-        # rows that do not overlap, whatever the stride: each token is predicted once
-        None if validation is None else packing.Rows(validation, data.max_len, data.max_len, held_out),
-        build_model(recipe, config, pretrained),
+        objective,
+        None if training is None else objective.rows(training, data.max_len, data.stride, name),
+        None if validation is None else objective.rows(validation, data.max_len, apart, held_out),
+        model,
+        fresh,
         resume_from,
         account,
     )
-    if tokenizer is not None:
+    if tokenizer is not None and recipe.task == "causal":  # what is masked adds up to no text
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not recipe.evaluation.eval_only:
         plan(run, state)
@@ -148,15 +168,26 @@ def find_sources(data, eval_only):
     return training, validation
 
 
-def find_tokenizer(data, sources, pretrained, keep):
-    """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from.
+def find_tokenizer(recipe, sources, pretrained, keep):
+    """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from; with the tokens that
+    the recipe adds.
 
     Args:
         keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
     """
+    tokenizer = find_base_tokenizer(recipe, sources, pretrained, keep)
+    if recipe.data.add_tokens:
+        if tokenizer is None:
+            raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
+        tokenizer.add_tokens(recipe.data.add_tokens)
+    return tokenizer
+
+
+def find_base_tokenizer(recipe, sources, pretrained, keep):
+    data, model_type = recipe.data, FAMILIES[recipe.model].config.model_type
     if keep:
         try:
-            return tokenizers.load(str(pretrained))
+            return tokenizers.load(str(pretrained), model_type)
         except InputError:  # trained on a .bin without one
             pass
     if isinstance(data.tokenizer, str):
@@ -168,17 +199,18 @@ def find_tokenizer(data, sources, pretrained, keep):
             raise InputError(f"{error}; and without the Hub, pass --train_file FILE in place of the data set") from None
     source = sources[0] or sources[1]
     if isinstance(data.tokenizer, dict):
-        size = data.tokenizer["vocab_size"]
+        kind, size = data.tokenizer["train"], data.tokenizer["vocab_size"]
 
         def train_tokenizer(folder):
-            tokenizers.save(tokenizers.train_bpe(corpus.read_documents(source), size), folder)
+            tokenizers.save(tokenizers.TRAINERS[kind](corpus.read_documents(source), size), folder)
 
-        return tokenizers.load(str(corpus.cached_folder(["bpe", size, corpus.source_key(source)], train_tokenizer)))
+        return tokenizers.load(str(corpus.cached_folder([kind, size, corpus.source_key(source)], train_tokenizer)))
     if pretrained and not keep:
-        return tokenizers.load(str(pretrained))
-    if any(source and source.kind != "bin" for source in sources):
+        return tokenizers.load(str(pretrained), model_type)
+    if any(source and source.kind not in corpus.OF_IDS for source in sources):
+        kind = "wordpiece" if recipe.model == "bert" else "bpe"
         raise InputError(
-            "text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{train: bpe, vocab_size: 8192}'"
+            f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
         )
     return None
 
@@ -186,7 +218,7 @@ def find_tokenizer(data, sources, pretrained, keep):
 def build_config(recipe, tokenizer, pretrained):
     """The model's configuration: that of the checkpoint it starts from, or the family's own, with the recipe's
     `config` over it."""
-    config_class, _ = FAMILIES[recipe.model]
+    config_class = FAMILIES[recipe.model].config
     settings = dict(recipe.config)
     try:
         if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
@@ -194,6 +226,8 @@ def build_config(recipe, tokenizer, pretrained):
                 settings.setdefault(name, getattr(tokenizer, name))
         if pretrained:
             config = config_class.from_pretrained(str(pretrained), **settings)
+            if recipe.data.add_tokens and "vocab_size" not in settings:
+                config.vocab_size = max(config.vocab_size, len(tokenizer))
         else:
             if tokenizer is not None:
                 settings.setdefault("vocab_size", len(tokenizer))
@@ -209,7 +243,7 @@ def build_config(recipe, tokenizer, pretrained):
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise InputError(
             f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: "
-            "raise vocab_size, or give the model's own tokenizer"
+            f"raise it (--vocab_size {len(tokenizer)}), or give the model's own tokenizer"
         )
     return config
 
@@ -218,7 +252,7 @@ def check_family(recipe, pretrained):
     """Refuse to start from a model that is not there, or of another family."""
     if not pretrained:
         return
-    config_class, _ = FAMILIES[recipe.model]
+    config_class = FAMILIES[recipe.model].config
     try:
         stored, _ = config_class.get_config_dict(str(pretrained))
         kind = stored.get("model_type")
@@ -235,14 +269,15 @@ def check_family(recipe, pretrained):
         )
 
 
-def check_architecture(recipe, pretrained):
+def check_architecture(recipe, pretrained, is_trained):
     """Refuse to compute with a model's weights what they were not trained for."""
-    config_class, _ = FAMILIES[recipe.model]
-    stored = config_class.from_pretrained(str(pretrained))
+    stored = FAMILIES[recipe.model].config.from_pretrained(str(pretrained))
     free = {*SPECIAL_TOKENS, "use_cache", "initializer_range"}
     free |= {"max_position_embeddings", "rope_parameters"}  # how a context is made longer
     for name, value in recipe.config.items():
         trained = getattr(stored, name)
+        if name == "vocab_size" and value > trained and not is_trained:
+            continue  # asked for more: see build_model
         if trained != value and name not in free and "drop" not in name:
             raise InputError(
                 f"config of {pretrained}: {name} is {trained!r}; the recipe's {value!r} is another model's"
@@ -253,20 +288,24 @@ def positions_key(config_class):
     return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
 
 
-def build_model(recipe, config, pretrained):
-    """The model in fp32, with fresh weights that only the seed decides, or with those of a checkpoint."""
-    _, model_class = FAMILIES[recipe.model]
+def build_model(recipe, config, pretrained, is_trained):
+    """The model, with fresh weights that only the seed decides, or with those of a checkpoint; and the names of the
+    weights that the checkpoint did not have, which only a head may lack."""
+    model_class = FAMILIES[recipe.model].tasks[recipe.task]
+    dtype = getattr(torch, recipe.training.dtype)
+    torch.manual_seed(order.derive_seed(recipe.run.seed, "initial weights"))
     if not pretrained:
-        torch.manual_seed(order.derive_seed(recipe.run.seed, "initial weights"))
         try:
-            return model_class(config)
+            return model_class(config).to(dtype), []
         except (RuntimeError, MemoryError) as error:
             raise InputError(f"a {recipe.model} of this config cannot be made: {first_line(error)}") from None
+    vocab_size = config.vocab_size
     try:
+        config.vocab_size = type(config).from_pretrained(str(pretrained)).vocab_size  # what the file has; grown below
         model, loading = model_class.from_pretrained(
             str(pretrained),
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, in one line
         )
@@ -278,22 +317,44 @@ def build_model(recipe, config, pretrained):
             f"the model {pretrained} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
             f"{tuple(wanted)} by the config ({len(mismatched)} such)"
         )
-    if missing := sorted(loading["missing_keys"]):
-        raise InputError(f"the model {pretrained} lacks weights: {missing[0]} ({len(missing)} such)")
+    fresh = sorted(loading["missing_keys"])
+    body = f"{model_class.base_model_prefix}."
+    if missing := [name for name in fresh if is_trained or (name.startswith(body) and ".pooler." not in name)]:
+        raise InputError(
+            f"the model {pretrained} lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
+        )
+    if vocab_size > config.vocab_size:
+        # new rows are drawn from the distribution of the old ones (Hewitt 2021), so that no token starts out likely
+        model.resize_token_embeddings(vocab_size)
+        fresh.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
+        config.vocab_size = vocab_size
     if recipe.data.tokenizer:  # another tokenizer may end its text with another token
         for name in SPECIAL_TOKENS:
             setattr(model.generation_config, name, getattr(config, name))
-    return model
+    return model, fresh
 
 
-def resolve(recipe, config, accelerator, state):
+def use_fast_isolation(model, config, accelerator):
+    """On a GPU, flex attention skips the blocks between documents, where a mask would have them computed and thrown
+    away. It has no dropout; with attention dropout, the mask stays."""
+    has_dropout = any(getattr(config, name, 0) for name in ATTENTION_DROPOUTS)
+    if accelerator.device.type == "cuda" and not has_dropout:
+        model.set_attn_implementation("flex_attention")
+
+
+def resolve(recipe, config, objective, accelerator, state):
     """Fill in the sizes that follow from others."""
     data, training = recipe.data, recipe.training
     positions = config.max_position_embeddings
     data.max_len = data.max_len or positions
     if data.max_len > positions:
         raise InputError(f"max_len {data.max_len} is more than the {positions} positions of the model")
-    data.stride = data.stride or data.max_len
+    if data.max_len <= objective.specials:
+        raise InputError(
+            f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
+        )
+    if recipe.task != "mlm_nsp":
+        data.stride = data.stride or data.max_len - objective.specials
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
         training.total_batch_size = training.batch_size * micro * accelerator.num_processes

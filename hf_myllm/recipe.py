@@ -58,18 +58,26 @@ class Data:
     bin_dtype: str = word("auto", "number type of a .bin", choices=("auto", "uint16", "uint32"), on_resume="accept")
     tokenizer: str | dict | None = word(
         None,
-        "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text; "
+        "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (wordpiece for BERT); "
         "default: the one of the model in init_from",
+    )
+    add_tokens: list[str] | None = word(
+        None, "tokens to add to the tokenizer; the model of init_from gets an embedding for each"
     )
     max_len: int | None = word(
         None, "tokens per row; default: as many as the model has positions", minimum=1, maximum=MANY
     )
     stride: int | None = word(
         None,
-        "tokens from the start of a training row to the start of the next; default: max_len",
+        "tokens of text from the start of a training row to the start of the next; default: as many as a row has",
         minimum=1,
         maximum=MANY,
     )
+    document_isolation: bool = word(
+        False, "let no token of a row attend to one of another document, and begin positions anew at each document"
+    )
+    mlm_probability: float = word(0.15, "share of a row's tokens that masked-LM tasks predict", above=0, below=1)
+    whole_word_masking: bool = word(False, "mask all tokens of a word or none")
 
 
 @dataclass
@@ -94,6 +102,12 @@ class Training:
     beta2: float = word(0.95, "AdamW's second-moment decay", minimum=0, below=1)
     epsilon: float = word(1e-8, "AdamW's epsilon", above=0)
     grad_clip: float = word(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
+    dtype: str = word(
+        "float32",
+        "number type of the weights, whatever that of init_from's file; bfloat16 halves the memory, and loses small "
+        "updates (mixed precision is the launcher's to say)",
+        choices=("float32", "bfloat16"),
+    )
     compile: bool = word(False, "compile the model with torch.compile", on_resume="accept")
 
 
@@ -112,7 +126,8 @@ class Evaluation:
     )
     start_context: str | None = word(
         None,
-        'text that the sample of an evaluation continues; "": from nothing; default: no sample',
+        'text that the sample of an evaluation continues ("": from nothing), or whose [MASK] it fills in; default: no '
+        "sample",
         on_resume="accept",
     )
     max_new_tokens: int = word(100, "tokens of a sample", minimum=1, maximum=MANY, on_resume="accept")
@@ -143,6 +158,7 @@ class Run:
 @dataclass
 class Recipe:
     model: str = word("gpt", "the family of the model")
+    task: str | None = word(None, "what the model learns; default: the family's first")
     config: dict = field(default_factory=dict, metadata={"help": "the architecture, in the stock config's own names"})
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
@@ -157,7 +173,8 @@ class Recipe:
 
     def identity(self):
         """The keys whose value makes the run what it is, flat: two recipes with equal ones train the same."""
-        keys = {"model": self.model, **{f"config.{key}": value for key, value in self.config.items()}}
+        keys = {"model": self.model, "task": self.task}
+        keys |= {f"config.{key}": value for key, value in self.config.items()}
         for section in SECTIONS:
             values = getattr(self, section)
             for key in dataclasses.fields(values):
@@ -167,6 +184,7 @@ class Recipe:
 
 
 SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "run": Run}
+TOP = {"model": str, "task": str | None}  # the keys outside sections
 COMMAND_LINE = "the command line"
 ALIASES = {
     "num_epochs": "epochs",
@@ -189,7 +207,7 @@ def parse(argv, families):
 
     Args:
         argv: an optional recipe file first, then `--key value`, `--key=value` or, for a yes-or-no key, `--key`.
-        families: family name -> its configuration class, whose fields `config` may set.
+        families: family name -> its `config` class, whose fields `config` may set, and its `tasks`.
 
     Raises:
         InputError: an unknown key, a wrong type, an impossible value or combination, a file that is not a recipe.
@@ -219,6 +237,8 @@ def describe(families):
     """The text of --help, from the one place that describes each key."""
     lines = ["usage: accelerate launch -m hf_myllm.train [recipe.yaml] [--key value ...]", ""]
     lines.append(f"--model  the family: {', '.join(families)} (default: gpt)")
+    tasks = "; ".join(f"{', '.join(family.tasks)} ({name})" for name, family in families.items())
+    lines.append(f"--task  what the model learns: {tasks} (default: the family's first)")
     for section, owner in SECTIONS.items():
         lines += ["", f"{section}:"]
         for key in dataclasses.fields(owner):
@@ -226,8 +246,8 @@ def describe(families):
             default = "" if key.default is None else f" (default: {key.default})"
             lines.append(f"  --{key.name}{choices}  {key.metadata['help']}{default}")
     lines += ["", "aliases: " + ", ".join(f"--{alias} for --{name}" for alias, name in ALIASES.items())]
-    for name, config_class in families.items():
-        lines += ["", f"config of {name}: " + ", ".join(f"--{key}" for key in config_types(config_class))]
+    for name, family in families.items():
+        lines += ["", f"config of {name}: " + ", ".join(f"--{key}" for key in config_types(family.config))]
     return "\n".join(lines)
 
 
@@ -259,8 +279,8 @@ def _read_file(recipe, path, families, given):
         raise InputError(f"recipe {path} holds no keys; a recipe is a YAML mapping, see recipes/quickstart.yaml")
     family = _coerce(content.get("model", recipe.model), str, "model", path)
     for key, value in content.items():
-        if key == "model":
-            recipe.model = family
+        if key in TOP:
+            setattr(recipe, key, _coerce(value, TOP[key], key, path))
         elif key == "config" or key in SECTIONS:
             if not isinstance(value, dict):
                 raise InputError(f"{path}: '{key}' is a section, and must hold keys, not {value!r}")
@@ -284,10 +304,10 @@ def _read_flags(recipe, arguments, families, given):
             values.append(arguments.pop(0))
         pairs.append((key.replace("-", "_"), values))
     for key, values in pairs:  # the family first: it says which names `config` has
-        if key == "model":
-            recipe.model = _coerce(values[-1] if values else None, str, "model", "--model")
+        if key in TOP:
+            setattr(recipe, key, _coerce(values[-1] if values else None, TOP[key], key, f"--{key}"))
     for key, values in pairs:
-        if key == "model":
+        if key in TOP:
             continue
         name = ALIASES.get(key, key)
         is_switch = name in WORDS and WORDS[name][1] is bool
@@ -302,12 +322,12 @@ def _read_flags(recipe, arguments, families, given):
 
 def _assign(recipe, key, value, where, families, given, section=None, family="gpt"):
     name = ALIASES.get(key, key)
-    config = config_types(families[family]) if family in families else {}
+    config = config_types(families[family].config) if family in families else {}
     if section == "config" or (section is None and name not in WORDS and name in config):
         if name not in config:
             raise InputError(f"{where}: unknown key '{key}' in config of {family}{_nearest(key, families, family)}")
         value = _coerce(value, config[name], key, where)
-        name = families[family].attribute_map.get(name, name)  # hidden_size is GPT-2's n_embd
+        name = families[family].config.attribute_map.get(name, name)  # hidden_size is GPT-2's n_embd
         recipe.config[name] = value
     elif name not in WORDS or (section is not None and WORDS[name][0] != section):
         if name in WORDS:
@@ -397,6 +417,13 @@ def _check(recipe, families, given):
     data, training, evaluation = recipe.data, recipe.training, recipe.evaluation
     if recipe.model not in families:
         raise InputError(f"model '{recipe.model}' is not known; there is {', '.join(families)}")
+    tasks = families[recipe.model].tasks
+    recipe.task = recipe.task or next(iter(tasks))
+    if recipe.task not in tasks:
+        raise InputError(f"task '{recipe.task}' is not one of {recipe.model}, which learns {' or '.join(tasks)}")
+    if recipe.task == "mlm_nsp" and (data.document_isolation or data.stride):
+        name = "document_isolation" if data.document_isolation else "stride"
+        raise InputError(f"{name} has no meaning with task mlm_nsp, whose rows are pairs of sentences: leave it out")
     if recipe.run.resume and recipe.run.init_from == "resume":
         recipe.run.init_from = "scratch"
     if not evaluation.eval_only and not data.train_file and not data.dataset:
@@ -415,11 +442,16 @@ def _check(recipe, families, given):
 
 def _check_trained_tokenizer(settings, where):
     unknown = set(settings) - {"train", "vocab_size"}
-    if unknown or settings.get("train") not in ("bpe",) or not isinstance(settings.get("vocab_size"), int):
-        raise InputError(f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}}: {settings}")
+    kind = settings.get("train")
+    if unknown or kind not in ("bpe", "wordpiece") or not isinstance(settings.get("vocab_size"), int):
+        raise InputError(
+            f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}} (or wordpiece): {settings}"
+        )
     if settings["vocab_size"] > MANY:
         raise InputError(f"{where}: vocab_size must be at most {MANY}, not {settings['vocab_size']}")
-    if settings["vocab_size"] < 257:
+    if kind == "wordpiece" and settings["vocab_size"] < 100:
+        raise InputError(f"{where}: vocab_size must be at least 100, not {settings['vocab_size']}")
+    if kind == "bpe" and settings["vocab_size"] < 257:
         raise InputError(
             f"{where}: a byte-level tokenizer has 256 bytes and an end-of-text token: vocab_size must be at least 257, "
             f"not {settings['vocab_size']}"
@@ -427,8 +459,8 @@ def _check_trained_tokenizer(settings, where):
 
 
 def _nearest(key, families, family):
-    known = [*WORDS, *ALIASES, *SECTIONS, "model", "config"]
+    known = [*WORDS, *ALIASES, *SECTIONS, *TOP, "config"]
     if family in families:
-        known += config_types(families[family])
+        known += config_types(families[family].config)
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else "; --help lists the keys"

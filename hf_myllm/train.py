@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from .data import objectives, order
 from .data import tokenizer as tokenizers
 from .errors import InputError, exit_on_input_error, first_line
 from .evaluation import evaluate, unigram_level
-from .generate import generate_text
+from .generate import fill_in, generate_text
 from .models import FAMILIES
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from .prepare import check_folder, fingerprints, prepare
@@ -39,7 +40,7 @@ from .report import Report, plot
 
 @exit_on_input_error
 def main(argv):
-    recipe = parse(argv, {name: config for name, (config, _) in FAMILIES.items()})
+    recipe = parse(argv, FAMILIES)
     quiet_the_libraries()
     end_with_the_launcher()
     resume_from = check_folder(recipe)
@@ -127,7 +128,7 @@ def train(run):
 
 
 def training_step(run, model, step, stop):
-    """One optimizer step over all processes; returns its loss, target tokens, whether to stop, and gradient norm.
+    """One optimizer step over all processes; returns its loss, tokens, whether to stop, and gradient norm.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
     micro-batches and processes.
@@ -138,10 +139,13 @@ def training_step(run, model, step, stop):
     shares = order.micro_batches(
         rows, section.batch_size, accelerator.process_index, accelerator.num_processes, run.accumulation
     )
-    batches = [read_batch(run.training, share, section.batch_size) for _, share in shares]
-    targets = sum(int((batch["shift_labels"] != objectives.IGNORED).sum()) for batch in batches)
-    counts = torch.tensor([targets, bool(stop)], device=accelerator.device)
-    targets, must_stop = accelerator.reduce(counts)  # all processes stop at the same step, or none
+    batches = [run.objective.batch(run.training, share, step, section.batch_size) for _, share in shares]
+    counts = Counter()
+    for batch in batches:
+        counts.update(objectives.counts(batch))
+    # all processes divide by the same numbers, and stop at the same step or none
+    sums = accelerator.reduce(torch.tensor([*counts.values(), bool(stop)], device=accelerator.device))
+    counts, must_stop = dict(zip(counts, sums, strict=False)), sums[-1]
 
     # DDP averages gradients over processes and accelerate divides by its own idea of accumulation; undo both
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -151,7 +155,7 @@ def training_step(run, model, step, stop):
         is_last = number == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             inputs = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-            loss = model(**inputs, num_items_in_batch=targets, use_cache=False).loss
+            loss = model(**inputs, **counts, use_cache=False).loss
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip) if section.grad_clip else None
@@ -159,11 +163,9 @@ def training_step(run, model, step, stop):
     run.optimizer.zero_grad()
     loss = accelerator.reduce(loss_sum).item()
     must_stop = bool(must_stop) or (bool(stop) and accelerator.num_processes == 1)
-    return loss, int(targets), must_stop, None if norm is None else norm.item()
-
-
-def read_batch(rows, numbers, size):
-    return objectives.causal(*rows.read(numbers), size=size)
+    # what was read: the targets, or where only some tokens are targets, the rows
+    tokens = int(counts["num_items_in_batch"]) if recipe.task == "causal" else len(rows) * recipe.data.max_len
+    return loss, tokens, must_stop, None if norm is None else norm.item()
 
 
 def listen_for_signals():
@@ -188,7 +190,7 @@ def evaluate_rows(run, model, rows, count):
     """The loss of `count` rows, evenly spread (None: all rows)."""
     return evaluate(
         model,
-        lambda numbers, size: read_batch(rows, numbers, size),
+        lambda numbers, size: run.objective.batch(rows, numbers, size=size),
         order.spread(count, len(rows)),
         run.recipe.training.batch_size,
         run.accelerator,
@@ -207,6 +209,7 @@ def report_evaluation(run, model, report, step, is_final=False):
     if validation is not None:
         line |= {"val_loss": validation["loss"], "val_perplexity": validation["perplexity"]}
         line |= {"val_bits_per_byte": validation["bits_per_byte"]}
+        line |= {f"val_{key}": value for key, value in validation.items() if key.startswith("nsp")}
         shown += f", validation loss {describe(validation)}"
     report.say(shown)
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and run.accelerator.is_main_process:
@@ -217,8 +220,11 @@ def report_evaluation(run, model, report, step, is_final=False):
 
 
 def describe(figures):
-    bits = "" if figures["bits_per_byte"] is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
-    return f"{figures['loss']:.4f}{bits}"
+    more = "" if figures["bits_per_byte"] is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
+    if "nsp_loss" in figures:
+        pair_loss, right = figures["nsp_loss"], figures["nsp_accuracy"]
+        more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
+    return f"{figures['loss']:.4f}{more}"
 
 
 def printable(text):
@@ -228,8 +234,11 @@ def printable(text):
 
 def sample(run, step):
     section = run.recipe.evaluation
+    model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
+    if run.recipe.task != "causal":
+        return fill_in(model, run.tokenizer, section.start_context)
     return generate_text(
-        run.accelerator.unwrap_model(run.model, keep_torch_compile=False),
+        model,
         run.tokenizer,
         section.start_context,
         section.max_new_tokens,
@@ -245,15 +254,21 @@ def introduce(run, report):
     model = run.model
     report.say(
         f"model       {recipe.model}, {model.num_parameters():,} parameters, {run.accelerator.num_processes} x "
-        f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}"
+        f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, task {recipe.task}"
     )
+    if run.fresh:
+        report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
     tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {recipe.data.max_len}"
     report.say(f"training    {tokens}")
     unigram = None
     if run.validation is not None:
         part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
         report.say(f"validation  {len(run.validation.tokens):,} tokens{part}")
-        level = unigram_level(run.training.tokens, run.validation.tokens, model.config.vocab_size, run.token_bytes)
+        never = [] if recipe.task == "causal" else tokenizers.special_ids(run.tokenizer)
+        sizes = model.config.vocab_size, run.token_bytes
+        level = unigram_level(run.training.tokens, run.validation.tokens, *sizes, never)
+        if recipe.task == "mlm_nsp":
+            level["loss"] += math.log(2)  # of a guess whether a sentence follows
         unigram = level["loss"]
         report.say(f"            {describe(level)}: unigram level, the loss of knowing only how often tokens occur")
     if recipe.run.resume and run.resume_from is None:
@@ -341,14 +356,19 @@ def finish(run, model, report, folder, unigram):
             f"done        validation loss {describe(validation)} on all {validation['tokens']:,} tokens; "
             f"unigram level {unigram:.4f}"
         )
+    is_causal = run.recipe.task == "causal"
     if run.tokenizer is not None:
-        prompt = run.recipe.evaluation.start_context or "Once upon a time"
-        report.say(f"generate    python -m hf_myllm.generate {folder} --prompt {prompt!r}")
+        prompt = run.recipe.evaluation.start_context or (
+            "Once upon a time" if is_causal else f"Once upon a {run.tokenizer.mask_token}"
+        )
+        does = "generate" if is_causal else "fill in "
+        report.say(f"{does}    python -m hf_myllm.generate {folder} --prompt {prompt!r}")
     report.say(
         f"resume      accelerate launch -m hf_myllm.train {folder / 'recipe.yaml'} --max_steps {2 * run.total_steps} "
         "--init_from resume --allow_changed"
     )
-    report.say(f'load        AutoModelForCausalLM.from_pretrained("{folder}") in Python, with stock transformers')
+    kind = "AutoModelForCausalLM" if is_causal else "AutoModelForMaskedLM"
+    report.say(f'load        {kind}.from_pretrained("{folder}") in Python, with stock transformers')
 
 
 def evaluate_only(run):

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.objectives import causal
+from hf_myllm.data.objectives import Causal
 from hf_myllm.data.packing import Rows
 from hf_myllm.evaluation import evaluate, unigram_level
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
@@ -26,7 +26,7 @@ def setting():
 def figures(setting, batch_size, token_bytes=None):
     model, _, rows = setting
     everything = np.arange(len(rows))
-    reader = lambda numbers, size: causal(*rows.read(numbers), size=size)  # noqa: E731
+    reader = lambda numbers, size: Causal().batch(rows, numbers, size=size)  # noqa: E731
     return evaluate(model.train(), reader, everything, batch_size, Accelerator(), token_bytes)
 
 

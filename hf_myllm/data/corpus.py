@@ -1,7 +1,8 @@
 """Text into tokens on disk: tokenized once, memory-mapped, and read by index.
 
 The tokens of a text corpus lie in an Arrow file of the `datasets` cache, each document closed by the end-of-text token;
-a `.bin` of token ids is read where it is. Either way a run sees one flat stream ([`Tokens`]).
+a `.bin` of token ids is read where it is, and a `.pkl` of them is copied into such a file. Either way a run sees one
+flat stream ([`Tokens`]).
 """
 
 import functools
@@ -24,11 +25,14 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from ..errors import InputError, first_line
+from .pickled import read_ids
 from .tokenizer import end_of_document
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
 _FORMAT = 2  # of the cache: raise it when what is cached changes
-_KINDS = {".jsonl": "json", ".parquet": "parquet", ".bin": "bin"}  # any other suffix is plain text
+# any other suffix is plain text
+_KINDS = {".jsonl": "json", ".parquet": "parquet", ".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
+OF_IDS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
 _PIECE = 100_000  # characters: a longer document is tokenized in pieces
 _LINE = re.compile(r"\n(?=\S)")
 _BATCH = 1_000_000  # characters tokenized at once: enough for every core, and some 200 bytes of memory for each
@@ -36,7 +40,7 @@ _BATCH = 1_000_000  # characters tokenized at once: enough for every core, and s
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from: files of one kind ("text", "json", "parquet", "bin"), or a Hub data set ("hub")."""
+    """Where text comes from: files of one kind ("text", "json", "parquet", "bin", "pkl"), or a Hub data set ("hub")."""
 
     kind: str
     name: str
@@ -126,7 +130,7 @@ def _expand(pattern):
         found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in endings)
         if found := [file for file in found if not os.path.isdir(file)]:
             return found
-        raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet or .bin; give a glob: {pattern}/*.md")
+        raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet, .bin or .pkl; give a glob: {pattern}/*.md")
     if os.path.exists(path):
         return [path]
     found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
@@ -156,7 +160,7 @@ def read_documents(source, progress=None):
             cannot be reached.
     """
     progress = progress or (lambda count: None)
-    if source.kind == "bin":
+    if source.kind in OF_IDS:
         raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
     if source.kind == "text":
         for file in source.files:
@@ -265,8 +269,8 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
     Raises:
         InputError: the source cannot be read, or holds no token.
     """
-    if source.kind == "bin":
-        training, account = _open_bin(source, tokenizer, bin_dtype)
+    if source.kind in OF_IDS:
+        training, account = _open_ids(source, tokenizer, bin_dtype)
         held_out = None
     else:
         training, held_out, account = _open_tokenized(source, tokenizer, val_fraction, show_progress)
@@ -344,7 +348,7 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
                 # the share of documents held out so far reaches one more: 0.05 holds out the 10th, 30th, 50th ...
                 is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
                 part = "validation" if is_held_out else "train"
-                rows[part].append(np.array([*encoding.ids, end] if is_end else encoding.ids, dtype=dtype))
+                rows[part].append(np.array([*encoding.ids, *end] if is_end else encoding.ids, dtype=dtype))
                 parts[part].bytes += len(text.encode())
                 parts[part].documents += is_end
                 number += is_end
@@ -425,8 +429,12 @@ class _Part:
         }
 
 
-def _open_bin(source, tokenizer, bin_dtype):
-    chunks = [_map_bin(file, tokenizer, bin_dtype) for file in source.files if os.path.getsize(file)]
+def _open_ids(source, tokenizer, bin_dtype):
+    files = [file for file in source.files if os.path.getsize(file)]
+    if source.kind == "bin":
+        chunks = [_map_bin(file, tokenizer, bin_dtype) for file in files]
+    else:
+        chunks = [_map_pickle(replace(source, files=(file,))) for file in files]
 
     def measure(folder):  # once, for it reads every token
         digest, max_id, position, seen = hashlib.sha256(), -1, 0, 0
@@ -440,9 +448,38 @@ def _open_bin(source, tokenizer, bin_dtype):
         account = {"max_id": max_id, "position_of_max": position, "fingerprint": digest.hexdigest()}
         (folder / "account.json").write_text(json.dumps(account))
 
-    folder = cached_folder(["bin", source_key(source), [str(chunk.dtype) for chunk in chunks]], measure)
+    folder = cached_folder(["ids", source_key(source), [str(chunk.dtype) for chunk in chunks]], measure)
     tokens = Tokens(chunks, **json.loads((folder / "account.json").read_text()))
     return tokens, {"train": {"tokens": len(tokens)}}
+
+
+def find_documents(tokens, marks):
+    """Where each document starts and stops in a stream, found once and kept in the cache.
+
+    Args:
+        marks: the ids that stand between documents.
+    Returns:
+        (documents, 2) int64, memory-mapped; documents without a token are left out.
+    """
+
+    def find(folder):
+        edges = [np.array([-1])]
+        for start in range(0, len(tokens), 1 << 24):
+            edges.append(np.flatnonzero(np.isin(tokens.read(start, 1 << 24), marks)) + start)
+        edges = np.concatenate([*edges, [len(tokens)]])
+        spans = np.stack([edges[:-1] + 1, edges[1:]], axis=1)
+        np.save(folder / "documents.npy", spans[spans[:, 0] < spans[:, 1]])
+
+    folder = cached_folder(["documents", tokens.fingerprint, list(marks)], find)
+    return np.load(folder / "documents.npy", mmap_mode="r")
+
+
+def _map_pickle(source):
+    """The ids of one pickle, memory-mapped: unpickled once, and kept in the cache."""
+    folder = cached_folder(
+        ["pickle", source_key(source)], lambda aside: np.save(aside / "ids.npy", read_ids(source.files[0]))
+    )
+    return np.load(folder / "ids.npy", mmap_mode="r")
 
 
 def _map_bin(file, tokenizer, bin_dtype):

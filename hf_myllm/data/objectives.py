@@ -1,26 +1,259 @@
-"""Rows into inputs and labels."""
+"""Rows into inputs and labels: one class per task.
+
+Each has
+    specials                              how many positions of a row are not the text's
+    rows(tokens, max_len, stride, name)   the stream cut as the task needs it
+    batch(rows, numbers, step, size)      the model's inputs for some rows, a dict of tensors
+
+`batch` adds empty rows, which no loss counts, up to `size`, so that all micro-batches have one shape. What it draws at
+random is a pure function of (seed, step, row); evaluations have no step, and so the same draw each time.
+"""
 
 import numpy as np
 import torch
 
+from ..errors import InputError
+from .corpus import find_documents
+from .order import derive_seed, random_numbers
+from .packing import Passages, Rows
+from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
+
 IGNORED = -100  # what torch's cross-entropy, and with it transformers, leaves out of the loss
 
 
-def causal(windows, first, size=None):
+def build(task, tokenizer, vocab_size, seed, document_isolation=False, mlm_probability=0.15, whole_word_masking=False):
+    """The objective of a task.
+
+    Raises:
+        InputError: the tokenizer lacks a token that the task needs.
+    """
+    if task == "causal":
+        if not document_isolation:
+            return Causal()
+        if tokenizer is None:
+            raise InputError("document_isolation needs to know what ends a document: give the data's --tokenizer")
+        return Causal(end_of_document(tokenizer)[0])
+    if tokenizer is None:
+        raise InputError(f"task {task} needs the data's tokenizer, for its mask token: give --tokenizer")
+    lacking = [name for name in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, name) is None]
+    if lacking:
+        raise InputError(
+            f"task {task} needs a tokenizer with {', '.join(lacking)}, which {tokenizer.name_or_path or 'this one'} "
+            "does not have: give BERT's, or {train: wordpiece, vocab_size: 8192}"
+        )
+    kind = MaskedLM if task == "mlm" else SentencePairs
+    return kind(tokenizer, vocab_size, seed, mlm_probability, whole_word_masking, document_isolation)
+
+
+def targets(batch):
+    """The tokens to predict: IGNORED where there is none."""
+    return batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
+
+
+def counts(batch):
+    """Over how many things each part of the loss is a mean, by the name of the model's argument for it."""
+    found = {"num_items_in_batch": int((targets(batch) != IGNORED).sum())}
+    if "next_sentence_label" in batch:
+        found["num_pairs_in_batch"] = int((batch["next_sentence_label"] != IGNORED).sum())
+    return found
+
+
+class Causal:
     """Predict each next token.
 
     Args:
-        windows, first: as [`Rows.read`] returns them.
-        size: add empty rows, which no loss counts, up to this many: all micro-batches then have one shape.
-    Returns:
-        input_ids and shift_labels, (rows, max_len) int64 tensors.
+        end: the token that closes a document, to keep documents apart: the positions restart at it, from which the
+            models see where a document begins. It is the last thing that a document says and the first that the next
+            one reads, so that no target is lost, and a text that starts from nothing starts as in training.
     """
-    inputs, labels = windows[:, :-1], windows[:, 1:].copy()
-    labels[np.arange(labels.shape[1]) < first[:, None]] = IGNORED
-    if size is not None and size > len(inputs):
-        missing = ((0, size - len(inputs)), (0, 0))
-        inputs, labels = np.pad(inputs, missing), np.pad(labels, missing, constant_values=IGNORED)
-    return {
-        "input_ids": torch.from_numpy(np.ascontiguousarray(inputs)),
-        "shift_labels": torch.from_numpy(labels),
-    }
+
+    specials = 0
+
+    def __init__(self, end=None):
+        self.end = end
+
+    def rows(self, tokens, max_len, stride, name):
+        return Rows(tokens, max_len, stride, name)
+
+    def batch(self, rows, numbers, step=None, size=None):
+        """input_ids and shift_labels, (rows, max_len); position_ids too when documents are kept apart."""
+        windows, first = rows.read(numbers)
+        inputs, labels = windows[:, :-1], windows[:, 1:].copy()
+        labels[np.arange(labels.shape[1]) < first[:, None]] = IGNORED
+        batch = {"input_ids": inputs, "shift_labels": labels}
+        if self.end is not None:
+            batch["position_ids"] = _positions(inputs == self.end)
+        return _tensors(batch, size)
+
+
+class MaskedLM:
+    """Predict masked tokens from what stands on both sides of them (Devlin et al. 2019, section 3.1).
+
+    A row is [CLS] text [SEP]. Of the text's tokens a share is chosen; of those, 80% become [MASK], 10% a random token,
+    and 10% stay. Special tokens are never chosen.
+
+    Args:
+        vocab_size: of the model.
+        share: of the text's tokens to choose, rounded, and at least one a row.
+        whole_words: choose all tokens of a word or none; words that would go beyond the share are passed over.
+        document_isolation: let no token attend to one of another document.
+    """
+
+    specials = 2
+
+    def __init__(self, tokenizer, vocab_size, seed, share=0.15, whole_words=False, document_isolation=False):
+        self.seed, self.share, self.whole_words, self.isolation = seed, share, whole_words, document_isolation
+        self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+        self.pad = tokenizer.pad_token_id or 0
+        self.is_special = np.zeros(vocab_size, dtype=bool)
+        self.is_special[[number for number in special_ids(tokenizer) if number < vocab_size]] = True
+        self.ordinary = np.flatnonzero(~self.is_special[: len(tokenizer)])
+        self.joins, self.joinable = continues_word(tokenizer, vocab_size)
+
+    def rows(self, tokens, max_len, stride, name):
+        return Rows(tokens, max_len - self.specials, stride, name, ahead=0)
+
+    def batch(self, rows, numbers, step=None, size=None):
+        """input_ids (rows, max_len); masked_positions and labels (rows, masked), the same number of slots for each row,
+        of which those that a row does not need have the label -100; document_ids and position_ids (rows, max_len) when
+        documents are kept apart."""
+        windows, first = rows.read(numbers)
+        edges = np.full((len(windows), 1), self.cls), np.full((len(windows), 1), self.sep)
+        ids = np.concatenate([edges[0], windows, edges[1]], axis=1)
+        may_mask = ~self.is_special[ids] & (np.arange(ids.shape[1]) > first[:, None])
+        batch = self.mask_some(ids, may_mask, numbers, step)
+        if self.isolation:
+            starts = ids == self.cls
+            starts[:, 1:] |= ids[:, :-1] == self.sep  # where no [CLS] stands between, as in a .bin of another make
+            batch |= {"document_ids": np.cumsum(starts, axis=1), "position_ids": _positions(starts)}
+        return _tensors(batch, size)
+
+    def mask_some(self, ids, may_mask, numbers, step):
+        """Choose among the positions that may be masked, and mask them; inputs, positions and labels."""
+        rows, length = ids.shape
+        keys = [derive_seed(self.seed, "mask", step, int(number)) for number in numbers]
+        draws = random_numbers(keys, 3 * length).reshape(rows, 3, length)
+        wanted = np.rint(may_mask.sum(axis=1) * self.share).astype(np.int64)
+        wanted = np.maximum(wanted, may_mask.any(axis=1))
+        slots = max(1, round(length * self.share))
+        if self.whole_words:
+            positions, used = self._choose_words(ids, may_mask, draws[:, 0], wanted, slots)
+        else:
+            # in random order, those that may not be masked last
+            order = np.argsort(np.where(may_mask, draws[:, 0] >> np.uint64(1), np.uint64(1 << 63)), axis=1)
+            positions, used = order[:, :slots], np.arange(slots) < wanted[:, None]
+        positions = np.where(used, positions, 0)
+        chosen = np.take_along_axis(ids, positions, axis=1)
+        dice = np.take_along_axis(draws[:, 1], positions, axis=1) % np.uint64(10)
+        others = self.ordinary[np.take_along_axis(draws[:, 2], positions, axis=1) % np.uint64(len(self.ordinary))]
+        replaced = np.where(dice < 8, self.mask, np.where(dice == 8, others, chosen))
+        inputs = ids.copy()
+        row = np.broadcast_to(np.arange(rows)[:, None], used.shape)[used]
+        inputs[row, positions[used]] = replaced[used]
+        return {
+            "input_ids": inputs,
+            "masked_positions": positions,
+            "labels": np.where(used, chosen, IGNORED),
+        }
+
+    def _choose_words(self, ids, may_mask, draws, wanted, slots):
+        positions, used = np.zeros((len(ids), slots), dtype=np.int64), np.zeros((len(ids), slots), dtype=bool)
+        begins = may_mask.copy()  # a word begins where a token is not joined to the one before it
+        joined = self.joins[ids[:, 1:]] & self.joinable[ids[:, :-1]] & may_mask[:, 1:] & may_mask[:, :-1]
+        begins[:, 1:] &= ~joined
+        for row, (begin, may) in enumerate(zip(begins, may_mask, strict=True)):
+            places = np.flatnonzero(may)
+            words = np.split(places, np.flatnonzero(begin[places])[1:]) if len(places) else []
+            count = 0
+            for number in np.argsort(draws[row, : len(words)]):
+                word = words[number]
+                if count + len(word) <= wanted[row]:
+                    positions[row, count : count + len(word)] = word
+                    count += len(word)
+                    if count == wanted[row]:
+                        break
+            used[row, :count] = True
+        return positions, used
+
+
+class SentencePairs(MaskedLM):
+    """Predict masked tokens, and whether the second of two sentences follows the first (Devlin et al. 2019).
+
+    A row is [CLS] A [SEP] B [SEP], padded. A is the beginning of a passage of one document, up to a sentence's end
+    drawn at random; B, half of the time, is the rest of the passage, and otherwise sentences of another document, no
+    longer than that rest, so that the length does not give the answer away. As in the paper, a "sentence" is any span
+    of text; where a passage has no sentence's end, it is cut anywhere.
+    """
+
+    specials = 3
+
+    def __init__(self, tokenizer, vocab_size, *settings):
+        super().__init__(tokenizer, vocab_size, *settings)
+        self.ends_sentence = ends_sentence(tokenizer, vocab_size)
+
+    def rows(self, tokens, max_len, stride, name):
+        documents = find_documents(tokens, (self.cls, self.sep))
+        return Passages(tokens, documents, max_len - self.specials, name)
+
+    def batch(self, rows, numbers, step=None, size=None):
+        """input_ids, token_type_ids and attention_mask (rows, max_len), masked_positions and labels as in [`MaskedLM`],
+        and next_sentence_label (rows,): 0 where B follows A."""
+        shape = (len(numbers), rows.length + self.specials)
+        ids, types, mask = np.full(shape, self.pad), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        follows = np.zeros(len(numbers), dtype=np.int64)
+        for row, number in enumerate(numbers):
+            a, b, is_next = self.draw_pair(rows, int(number), step)
+            text = np.concatenate([[self.cls], a, [self.sep], b, [self.sep]])
+            ids[row, : len(text)], mask[row, : len(text)], types[row, len(a) + 2 : len(text)] = text, 1, 1
+            follows[row] = not is_next
+        may_mask = ~self.is_special[ids] & (mask == 1)
+        batch = self.mask_some(ids, may_mask, numbers, step)
+        batch |= {"token_type_ids": types, "attention_mask": mask, "next_sentence_label": follows}
+        return _tensors(batch, size)
+
+    def draw_pair(self, passages, number, step):
+        """Two spans of tokens, and whether the second follows the first in the text."""
+        draws = random_numbers([derive_seed(self.seed, "pair", step, number)], 5)[0].tolist()
+        passage = passages.read(number)
+        cut = _pick(self._sentence_starts(passage)[1:], draws[0])
+        if cut is None:  # no sentence ends within
+            cut = 1 + draws[0] % max(1, len(passage) - 1)
+        a, rest = passage[:cut], passage[cut:]
+        if draws[1] % 2 == 0 and len(rest):
+            return a, rest, True
+        own = passages.document_of(number)
+        other = draws[2] % (len(passages.documents) - 1)
+        other += other >= own
+        count = int(passages.first[other + 1] - passages.first[other])
+        foreign = passages.read(int(passages.first[other]) + draws[3] % count)
+        length = max(1, len(rest))
+        starts = self._sentence_starts(foreign)
+        start = _pick(starts[starts <= len(foreign) - length], draws[4]) or 0
+        return a, foreign[start : start + length], False
+
+    def _sentence_starts(self, ids):
+        """Where a sentence begins: at the start, and after each token that ends one and is not followed by such."""
+        ends = self.ends_sentence[ids]
+        return np.concatenate([[0], np.flatnonzero(ends[:-1] & ~ends[1:]) + 1])
+
+
+def _pick(values, draw):
+    return int(values[draw % len(values)]) if len(values) else None
+
+
+def _positions(starts):
+    """Positions that begin anew at each start."""
+    places = np.arange(starts.shape[1])
+    return places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+
+
+def _tensors(batch, size):
+    """The arrays as tensors, with empty rows up to `size`."""
+    tensors = {}
+    for name, values in batch.items():
+        missing = 0 if size is None else max(0, size - len(values))
+        # a row that attends to nothing would be NaN
+        fill = IGNORED if "label" in name else 1 if name == "attention_mask" else 0
+        filled = np.pad(values, [(0, missing), *[(0, 0)] * (values.ndim - 1)], constant_values=fill)
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(filled, dtype=np.int64))
+    return tensors

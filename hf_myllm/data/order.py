@@ -44,6 +44,18 @@ def shuffle(indices, size, seed, epoch):
     return values.astype(np.int64)
 
 
+def random_numbers(keys, count):
+    """`count` random 64-bit numbers for each key, which depend on nothing else (SplitMix64, as [`_mix`]).
+
+    Args:
+        keys: (rows,) seeds, as [`derive_seed`] makes them.
+    Returns:
+        (rows, count) uint64.
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _mix(np.asarray(keys, dtype=np.uint64)[:, None] + steps)
+
+
 def _mix(x):
     # the finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

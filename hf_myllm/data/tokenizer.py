@@ -4,22 +4,31 @@ import hashlib
 import json
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from ..errors import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
+BERTS_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_SENTENCE_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\n")  # and the ellipsis and the wide ones of East Asia
 
 
-def load(name):
+def load(name, model_type=None):
     """The tokenizer of a folder or of the Hugging Face Hub.
 
+    Args:
+        model_type: whose kind of tokenizer to expect in a folder that does not say, as "bert".
     Raises:
         InputError: there is none by that name, or it is not one of the fast kind.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception:
+            if model_type is None:
+                raise
+            tokenizer = AutoTokenizer.from_pretrained(name, config=AutoConfig.for_model(model_type))
     except Exception as error:  # the library's own errors are of many classes, and all mean this
         raise InputError(
             f"tokenizer '{name}' cannot be found: it is not a folder with tokenizer files here, and the Hugging Face "
@@ -48,6 +57,22 @@ def train_bpe(texts, vocab_size):
     return GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
+def train_wordpiece(texts, vocab_size):
+    """A WordPiece tokenizer (Wu et al. 2016) with BERT's special tokens and its splitting at spaces and punctuation,
+    capitals kept, as the class that AutoTokenizer gives for BERT."""
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizers.BertNormalizer(lowercase=False)
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(BERTS_TOKENS), limit_alphabet=1000, show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    return BertTokenizer(vocab=trained.get_vocab(), do_lower_case=False)
+
+
+TRAINERS = {"bpe": train_bpe, "wordpiece": train_wordpiece}
+
+
 def save(tokenizer, folder):
     """Write a tokenizer's files.
 
@@ -71,10 +96,11 @@ def fingerprint(tokenizer):
 
 
 def end_of_document(tokenizer):
-    """The id that closes each document: end of text, or what the tokenizer has in its place."""
-    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token_id is not None:
-            return token_id
+    """The ids that close each document: end of text; or, as BERT has it, [SEP] and the [CLS] that opens the next."""
+    if tokenizer.eos_token_id is not None:
+        return [tokenizer.eos_token_id]
+    if tokenizer.sep_token_id is not None:
+        return [number for number in (tokenizer.sep_token_id, tokenizer.cls_token_id) if number is not None]
     raise InputError(
         f"the tokenizer {tokenizer.name_or_path} has no end-of-text token to put between documents; "
         "set eos_token in its tokenizer_config.json"
@@ -88,7 +114,7 @@ def token_bytes(tokenizer, vocab_size):
     which forgets the spaces, so that its tokens do not add up to the text. A tokenizer that normalizes text (T5's
     does) counts the text as normalized.
     """
-    if "WordPiece" in repr(tokenizer.backend_tokenizer.decoder):
+    if _is_wordpiece(tokenizer):
         return None
     counts = np.zeros(vocab_size, dtype=np.int64)
     special = set(tokenizer.all_special_ids)
@@ -103,3 +129,54 @@ def token_bytes(tokenizer, vocab_size):
         else:
             counts[token_id] = len(token.replace("▁", " ").encode())
     return counts
+
+
+def special_ids(tokenizer):
+    """The ids that stand for no text."""
+    return sorted(set(tokenizer.all_special_ids))
+
+
+def continues_word(tokenizer, vocab_size):
+    """Which tokens are one word with the token before them.
+
+    Returns:
+        joins: (vocab_size,) bool, whether an id goes on with a word, if the one before it lets it.
+        joinable: (vocab_size,) bool, whether it does.
+    """
+    joins, joinable = np.zeros(vocab_size, dtype=bool), np.zeros(vocab_size, dtype=bool)
+    is_wordpiece = _is_wordpiece(tokenizer)
+    for number, text in _texts(tokenizer, vocab_size):
+        if is_wordpiece:
+            joins[number], joinable[number] = text[0] != " ", True
+        else:  # a space begins a word, and so does what is no letter or digit, or follows such
+            joins[number], joinable[number] = _is_in_words(text[0]), _is_in_words(text[-1])
+    return joins, joinable
+
+
+def ends_sentence(tokenizer, vocab_size):
+    """(vocab_size,) bool, whether an id is or ends in a full stop, an exclamation or question mark, or a line break."""
+    ends = np.zeros(vocab_size, dtype=bool)
+    for number, text in _texts(tokenizer, vocab_size):
+        ends[number] = text.rstrip(" ").endswith(_SENTENCE_ENDS)
+    return ends
+
+
+def _is_in_words(character):
+    return character.isalnum() or character == "\ufffd"  # part of a letter's bytes
+
+
+def _is_wordpiece(tokenizer):
+    return "WordPiece" in repr(tokenizer.backend_tokenizer.decoder)
+
+
+def _texts(tokenizer, vocab_size):
+    """(id, text) of each token that is not special, a space before what begins a word."""
+    special, is_wordpiece = set(special_ids(tokenizer)), _is_wordpiece(tokenizer)
+    byte_level = decoders.ByteLevel() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else None
+    for token, number in tokenizer.get_vocab().items():
+        if is_wordpiece:
+            text = token[2:] if token.startswith("##") else " " + token
+        else:
+            text = byte_level.decode([token]) if byte_level else token.replace("▁", " ")
+        if text and number < vocab_size and number not in special:
+            yield number, text

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.objectives import causal
+from hf_myllm.data.objectives import Causal
 from hf_myllm.data.packing import Rows
 from hf_myllm.errors import InputError
 
@@ -18,7 +18,7 @@ def stream(count, pieces=1):
 @pytest.mark.parametrize("count", [100, 101, 113, 128])
 def test_rows_that_do_not_overlap_predict_each_token_once(count, max_len, pieces):
     rows = Rows(stream(count, pieces), max_len, max_len, "x")
-    batch = causal(*rows.read(np.arange(len(rows))))
+    batch = Causal().batch(rows, np.arange(len(rows)))
     inputs, labels = batch["input_ids"].numpy(), batch["shift_labels"].numpy()
     assert inputs.shape == labels.shape == (len(rows), max_len)
     assert np.array_equal(np.sort(labels[labels >= 0]), np.arange(1, count))
@@ -50,7 +50,7 @@ def test_one_row_exactly_and_one_token_too_few():
 
 def test_empty_rows_fill_a_batch_and_count_for_nothing():
     rows = Rows(stream(50), 8, 8, "x")
-    batch = causal(*rows.read(np.arange(2)), size=5)
+    batch = Causal().batch(rows, np.arange(2), size=5)
     assert batch["input_ids"].shape == (5, 8)
     assert (batch["shift_labels"][2:] == -100).all()
-    assert causal(*rows.read(np.arange(0)), size=3)["input_ids"].shape == (3, 8)
+    assert Causal().batch(rows, np.arange(0), size=3)["input_ids"].shape == (3, 8)

@@ -17,7 +17,7 @@ class Family:
     def __init__(self, name, stock, sizes, still, variants, transposed=()):
         self.name, self.stock, self.sizes, self.still, self.variants = name, stock, sizes, still, variants
         self.transposed = transposed  # parameters whose files hold them the other way round
-        self.config_class, self.model_class = FAMILIES[name]
+        self.config_class, self.model_class = FAMILIES[name].config, FAMILIES[name].tasks["causal"]
 
     def make(self, **changed):
         torch.manual_seed(0)
