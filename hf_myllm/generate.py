@@ -120,7 +120,7 @@ def encode_masked(tokenizer, text, positions):
     if tokenizer.mask_token_id not in ids:
         mask = tokenizer.mask_token
         raise InputError(
-            f"a model of this kind fills in what is left open: put {mask} where it should, as in 'a {mask}'"
+            f"a masked-LM model fills in what is left open: put {mask} in the text, as in 'a {mask} house'"
         )
     return ids
 

@@ -328,7 +328,7 @@ def build_model(recipe, config, pretrained, is_trained):
         model.resize_token_embeddings(vocab_size)
         fresh.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
         config.vocab_size = vocab_size
-    if recipe.data.tokenizer:  # another tokenizer may end its text with another token
+    if recipe.data.tokenizer and model.can_generate():  # another tokenizer may end its text with another token
         for name in SPECIAL_TOKENS:
             setattr(model.generation_config, name, getattr(config, name))
     return model, fresh

@@ -65,13 +65,23 @@ def tiny(stories, tmp_path):
     )
 
 
+@pytest.fixture
+def tiny_bert(tiny):
+    """The same with a BERT; `task` is mlm unless a test says otherwise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    gone = dict.fromkeys(("n_layer", "n_head", "n_embd"))
+    tokenizer = "{train: wordpiece, vocab_size: 120}"
+    return Flags(tiny | gone | sizes, model="bert", tokenizer=tokenizer, start_context="Anna [MASK] the cat.")
+
+
 class Flags(dict):
-    """A recipe's keys, as a command line."""
+    """A recipe's keys, as a command line; those that are None are left out."""
 
     def __call__(self, **changed):
         flags = {**self, **changed}
         if "max_steps" in changed:  # a recipe gives one of the two
             flags["epochs"] = None
+            flags["warmup_steps"] = changed.get("warmup_steps", min(5, changed["max_steps"]))
         return [text for key, value in flags.items() if value is not None for text in (f"--{key}", str(value))]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -181,3 +182,21 @@ def test_wrong_flags_are_refused(argv, message):
     with pytest.raises(InputError) as error:
         read(*argv)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "millions"),
+    [
+        ("gpt_small", 50257, 124.4), ("gpt_medium", 50257, 354.8), ("llama_small", 50257, 123.6),
+        ("llama_1b", 32000, 1100.0), ("bert_base", 30522, 110.1),
+    ],
+)  # fmt: skip
+def test_recipes_build_models_of_the_size_that_they_say(name, vocab_size, millions):
+    recipe = parse([str(ROOT / "recipes" / f"{name}.yaml")], FAMILIES)
+    family = FAMILIES[recipe.model]
+    positions = {
+        family.config.attribute_map.get("max_position_embeddings", "max_position_embeddings"): recipe.data.max_len
+    }
+    with torch.device("meta"):
+        model = family.tasks[recipe.task](family.config(vocab_size=vocab_size, **positions, **recipe.config))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.3)

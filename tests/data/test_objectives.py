@@ -121,7 +121,9 @@ def test_masked_documents_are_kept_apart(wordpiece, corpus):
     objective = build("mlm", wordpiece, len(wordpiece), 0, document_isolation=True)
     rows = objective.rows(corpus, 128, 126, "x")
     read = objective.batch(rows, np.arange(len(rows)), 0)
-    for ids, documents, positions in zip(*(read[k] for k in ("input_ids", "document_ids", "position_ids")), strict=True):
+    for ids, documents, positions in zip(
+        *(read[k] for k in ("input_ids", "document_ids", "position_ids")), strict=True
+    ):
         edges = [0, *(torch.nonzero(documents[1:] != documents[:-1])[:, 0] + 1).tolist(), 128]
         for start, stop in zip(edges, edges[1:], strict=False):
             assert positions[start:stop].tolist() == list(range(stop - start))

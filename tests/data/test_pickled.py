@@ -115,7 +115,9 @@ def test_what_is_not_token_ids(tmp_path, content, message):
         read_ids(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a pickle", pickle.dumps(IDS)[:-3], b"\x80\x05]" + b"]" * 50, b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "data", [b"", b"not a pickle", pickle.dumps(IDS)[:-3], b"\x80\x05]" + b"]" * 50, b"PK\x03\x04"]
+)
 def test_damaged_pickles(tmp_path, data):
     path = tmp_path / "ids.pkl"
     path.write_bytes(data)

@@ -35,6 +35,17 @@ def test_two_processes_train_what_one_does_dropout_included(tiny, tmp_path):
     assert metrics(tmp_path / "two", "learning_rate") == metrics(tmp_path / "one", "learning_rate")
 
 
+def test_two_processes_train_a_bert_as_one_does(tiny_bert, tmp_path):
+    """The masked tokens and the pairs of the step are counted over both."""
+    flags = tiny_bert(task="mlm_nsp", max_steps=12, eval_freq=6, total_batch_size=7, batch_size=4)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    result = launch(2, *flags, "--save_model", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert "2 x cpu" in result.stdout
+    for key in ("loss", "val_loss", "val_nsp_loss", "val_nsp_accuracy"):
+        assert metrics(tmp_path / "two", key) == pytest.approx(metrics(tmp_path / "one", key), abs=1e-4), key
+
+
 def test_a_run_of_two_processes_goes_on_with_one(tiny, tmp_path):
     assert train(*tiny(save_model=tmp_path / "one")) == 0
     flags = tiny(save_model=tmp_path / "two", total_batch_size=None)  # 4 rows x 2 processes, kept in the checkpoint

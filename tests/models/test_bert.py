@@ -50,9 +50,7 @@ def make(head, **changed):
 
 
 def load_stock(head, folder, **settings):
-    stock, loading = getattr(transformers, f"Bert{head}").from_pretrained(
-        folder, output_loading_info=True, **settings
-    )
+    stock, loading = getattr(transformers, f"Bert{head}").from_pretrained(folder, output_loading_info=True, **settings)
     assert not any(loading.values())
     return stock.eval()
 
@@ -183,7 +181,9 @@ def test_in_training_the_masked_lm_head_runs_on_the_masked_positions_only(head):
     extra = {"next_sentence_label": torch.tensor([0, 1])} if head == "ForPreTraining" else {}
     reference = ours.eval()(batch(), labels=labels, **extra).loss
     seen = []
-    ours.cls.predictions.decoder.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0].numel()))
+    ours.cls.predictions.decoder.register_forward_hook(
+        lambda module, inputs, output: seen.append(output[..., 0].numel())
+    )
     masked = int((labels != -100).sum())
     torch.testing.assert_close(ours.train()(batch(), labels=labels, **extra).loss, reference)
     slots = int((labels != -100).sum(1).max()) + 2  # more slots than any row needs, as a batch has them
@@ -192,7 +192,9 @@ def test_in_training_the_masked_lm_head_runs_on_the_masked_positions_only(head):
     torch.testing.assert_close(ours(batch(), labels=chosen, masked_positions=positions, **extra).loss, reference)
     assert seen == [masked, 2 * slots]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    loss = compiled(batch(), labels=chosen, masked_positions=positions, num_items_in_batch=torch.tensor(masked), **extra)
+    loss = compiled(
+        batch(), labels=chosen, masked_positions=positions, num_items_in_batch=torch.tensor(masked), **extra
+    )
     torch.testing.assert_close(loss.loss, reference)
 
 

@@ -247,6 +247,35 @@ def test_causal_training_builds_no_mask(family, compiled, monkeypatch):
 
 
 @families
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@torch.no_grad()  # flex attention has no backward pass on a CPU
+def test_a_document_does_not_see_the_others(family, attention):
+    """Positions that begin anew keep documents apart; flex attention is how a GPU does it."""
+    ours = family.make().eval()
+    ours.set_attn_implementation(attention)
+    lengths = [(13, 20), (5, 28)]
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    first = torch.tensor([[True] * a + [False] * b for a, b in lengths])
+    before, other = ours(batch(), position_ids=positions, use_cache=False).logits, batch()
+    other[first] = batch(seed=9)[first]
+    after = ours(other, position_ids=positions, use_cache=False).logits
+    assert torch.equal(before[~first], after[~first])
+    assert not torch.equal(before[first], after[first])
+    alone = ours(batch()[:1, 13:], use_cache=False).logits  # and what it computes is what it would alone
+    torch.testing.assert_close(before[:1, 13:], alone, atol=1e-5, rtol=0)
+
+
+@families
+def test_isolated_training_is_one_graph(family):
+    model, positions = family.make().train(), torch.cat([torch.arange(13), torch.arange(20)]).expand(2, -1)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = {"input_ids": batch(), "position_ids": positions, "shift_labels": batch(), "use_cache": False}
+    loss = step(**inputs, num_items_in_batch=torch.tensor(66)).loss
+    loss.backward()
+    torch.testing.assert_close(loss, model(**inputs, num_items_in_batch=torch.tensor(66)).loss)
+
+
+@families
 def test_gradient_checkpointing_gives_the_same_gradients(family):
     plain, saving = family.make().train(), family.make().train()
     saving.gradient_checkpointing_enable()

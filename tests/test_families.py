@@ -1,0 +1,284 @@
+"""Every family and task goes through the same loop, from scratch or from anyone's checkpoint."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, command, run_command, train
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from hf_myllm.models import FAMILIES
+
+TASKS = ["mlm", "mlm_nsp"]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(run):
+    return (Path(run) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_bert_learns_and_stock_classes_use_it(tiny_bert, tmp_path, capsys, task):
+    assert train(*tiny_bert(task=task, epochs=8)) == 0
+    out, run = capsys.readouterr().out, tmp_path / "run"
+    assert "Anna [MASK] the cat." in out  # the line, and below it the guesses
+    assert out.count("| [MASK]  ") == len([line for line in metrics(run) if "val_loss" in line])
+    assert "fill in     python -m hf_myllm.generate" in out
+    evaluations = [line for line in metrics(run) if "val_loss" in line]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
+    assert evaluations[-1]["val_bits_per_byte"] is None  # masked tokens add up to no text
+    assert ("val_nsp_accuracy" in evaluations[-1]) == (task == "mlm_nsp")
+    kind = "BertForMaskedLM" if task == "mlm" else "BertForPreTraining"
+    assert AutoConfig.from_pretrained(run).architectures == [kind]
+    stock, loading = getattr(transformers, kind).from_pretrained(run, output_loading_info=True)
+    assert not any(loading.values())
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert type(tokenizer).__name__ == "BertTokenizer"
+    (guess,) = pipeline("fill-mask", model=str(run), top_k=1)("Anna [MASK] the cat.")
+    shown = [line for line in out.splitlines() if "| [MASK]  " in line][-1]
+    assert shown.split("[MASK]  ")[1].startswith(f"{guess['token_str']} {guess['score']:.1%}")
+    assert AutoModelForMaskedLM.from_pretrained(run).config.hidden_size == 32
+    asked = run_command(run, "--prompt", "Anna likes the [MASK].", module="hf_myllm.generate")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.splitlines()[0] == "Anna likes the [MASK]."
+    assert "%" in asked.stdout
+    wrong = run_command(run, "--prompt", "Anna likes the cat.", module="hf_myllm.generate")
+    assert wrong.returncode == 2
+    assert "put [MASK]" in wrong.stderr
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_bert_killed_and_resumed_ends_with_the_same_bytes(tiny_bert, tmp_path, task):
+    """Dropout is on, masks and pairs are drawn at random, and epochs end within steps."""
+    flags = tiny_bert(task=task, save_freq=7)
+    reference, run = tmp_path / "reference", tmp_path / "killed"
+    assert train(*flags, "--save_model", reference) == 0
+    process = subprocess.Popen(command(*flags, "--save_model", run), cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (run / "checkpoint-14").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert train(*flags, "--save_model", run, "--init_from", "resume") == 0
+    assert weights(run) == weights(reference)
+    assert losses(run) == losses(reference)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_berts_loss_depends_on_neither_micro_batches_nor_their_emptiness(tiny_bert, tmp_path, task):
+    still = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "max_steps": 6, "task": task}
+    for name, size in (("whole", 8), ("halves", 4), ("uneven", 3)):
+        assert train(*tiny_bert(**still, batch_size=size, save_model=tmp_path / name)) == 0
+    for name in ("halves", "uneven"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5), name
+        last = [metrics(tmp_path / which)[-1]["val_loss"] for which in (name, "whole")]
+        assert last[0] == pytest.approx(last[1], abs=1e-5)
+
+
+def test_compiled_bert_gives_the_same_losses(tiny_bert, tmp_path):
+    still = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "max_steps": 4, "start_context": None}
+    still |= {"eval_freq": None, "task": "mlm_nsp"}
+    assert train(*tiny_bert(**still, save_model=tmp_path / "eager")) == 0
+    result = run_command(*tiny_bert(**still, save_model=tmp_path / "compiled"), "--compile")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+
+
+LLAMA = {
+    "model": "llama", "n_layer": None, "n_head": None, "n_embd": None, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_kept_apart_learn_and_are_another_run(tiny, tiny_bert, tmp_path, family):
+    flags = tiny_bert if family == "bert" else tiny
+    changed = LLAMA if family == "llama" else {}
+    for isolation in ("true", "false"):
+        run = tmp_path / isolation
+        assert train(*flags(**changed, document_isolation=isolation, epochs=2, save_model=run)) == 0
+        assert losses(run)[-1] < losses(run)[0]
+    assert losses(tmp_path / "true") != losses(tmp_path / "false")
+
+
+def test_a_pickle_trains_what_the_same_ids_in_a_bin_train(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 90, 3000)
+    ids.astype(np.uint16).tofile(tmp_path / "ids.bin")
+    (tmp_path / "ids.pkl").write_bytes(pickle.dumps([ids[:1000].tolist(), ids[1000:]]))
+    (tmp_path / "val.pkl").write_bytes(pickle.dumps(torch.from_numpy(ids[:500])))
+    flags = "--model llama --hidden_size 16 --intermediate_size 32 --num_hidden_layers 1 --num_attention_heads 2"
+    flags = [*flags.split(), "--max_len", 16, "--max_steps", 5, "--vocab_size", 90]
+    for kind in ("bin", "pkl"):
+        files = ["--train_file", tmp_path / f"ids.{kind}", "--val_file", tmp_path / "val.pkl"]
+        assert train(*flags, *files, "--save_model", tmp_path / kind) == 0
+    assert weights(tmp_path / "bin") == weights(tmp_path / "pkl")
+    assert metrics(tmp_path / "pkl")[-1]["val_loss"] == metrics(tmp_path / "bin")[-1]["val_loss"]
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never",)
+
+
+def test_a_pickle_with_a_command_in_it_is_refused_by_name(tiny, tmp_path, capsys):
+    (tmp_path / "ids.pkl").write_bytes(pickle.dumps([1, 2, Command()]))
+    assert train(*tiny(train_file=tmp_path / "ids.pkl", tokenizer=None)) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "ids.pkl is a pickle that asks for posix.system, and is not loaded" in error
+
+
+@pytest.fixture(scope="module")
+def stock_models(tmp_path_factory, stories):
+    """A stock model of each family, saved in bf16 by the stock classes, with a tokenizer."""
+    from hf_myllm.data.tokenizer import train_bpe, train_wordpiece
+
+    folder = tmp_path_factory.mktemp("stock")
+    texts = [path.read_text() for path in sorted(stories.iterdir())]
+    torch.manual_seed(0)
+    tokenizers = {"bert": train_wordpiece(texts, 120), "gpt": train_bpe(texts, 300), "llama": train_bpe(texts, 300)}
+    sizes = {key: value for key, value in LLAMA.items() if value is not None and key != "model"}
+    models = {
+        "gpt": AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+        ),
+        "llama": AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", vocab_size=300, max_position_embeddings=64, **sizes)
+        ),
+        "bert": transformers.BertModel(
+            transformers.BertConfig(
+                vocab_size=len(tokenizers["bert"]), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=2, max_position_embeddings=64,
+            )
+        ),
+    }  # fmt: skip
+    for name, model in models.items():
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        tokenizers[name].save_pretrained(folder / name)
+    return folder
+
+
+GONE = dict.fromkeys(("n_layer", "n_head", "n_embd", "tokenizer", "start_context"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_starts_from_stock_weights_and_can_extend_the_vocabulary(tiny, stock_models, tmp_path, family, capsys):
+    base = stock_models / family
+    size = AutoConfig.from_pretrained(base).vocab_size
+    flags = tiny(**{**GONE, "model": family, "init_from": base, "max_steps": 2, "save_freq": 1})
+    assert train(*flags, "--add_tokens", "<user>", "<bot>") == 0
+    out, run = capsys.readouterr().out, tmp_path / "run"
+    assert "2 rows of the vocabulary" in out
+    config, tokenizer = AutoConfig.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert config.vocab_size == size + 2
+    assert tokenizer.tokenize("a <user> b").count("<user>") == 1
+    assert AutoConfig.from_pretrained(run).dtype == torch.float32  # whatever the file's
+    if family == "bert":
+        assert "starting fresh" in out
+        assert "cls.predictions.transform.dense.weight" in out  # an encoder without a masked-LM head gets a new one
+        stock, loading = transformers.BertForMaskedLM.from_pretrained(run, output_loading_info=True)
+    else:
+        stock, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert not any(loading.values())
+    assert stock.get_input_embeddings().weight.shape[0] == stock.get_output_embeddings().weight.shape[0] == size + 2
+    # the same again is the same, and a resume finds what the run had become
+    assert train(*flags, "--add_tokens", "<user>", "<bot>", "--save_model", tmp_path / "again") == 0
+    assert weights(run) == weights(tmp_path / "again")
+    flags = [*flags, "--add_tokens", "<user>", "<bot>", "--init_from", "resume", "--max_steps", 4, "--allow_changed"]
+    assert train(*flags) == 0
+    assert AutoConfig.from_pretrained(run).vocab_size == size + 2
+
+
+def test_a_tokenizer_that_has_grown_needs_the_word(tiny, stock_models, tmp_path, capsys):
+    base = stock_models / "gpt"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<user>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = tiny(**{**GONE, "init_from": base, "tokenizer": tmp_path / "tokenizer", "max_steps": 2})
+    assert train(*flags) == 2
+    assert "raise it (--vocab_size 301)" in capsys.readouterr().err
+    assert train(*flags, "--vocab_size", 304) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 304
+    assert train(*flags, "--vocab_size", 200, "--save_model", tmp_path / "smaller") == 2
+    assert "vocab_size" in capsys.readouterr().err
+
+
+def test_the_recipe_may_ask_for_bf16_weights(tiny, tmp_path):
+    assert train(*tiny(dtype="bfloat16", max_steps=4)) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "run").dtype == torch.bfloat16
+    assert train(*tiny(dtype="bfloat16", max_steps=6, init_from="resume"), "--allow_changed") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "run").dtype == torch.bfloat16
+
+
+def test_a_real_bert_goes_on_learning(tiny, assets, tmp_path):
+    """Its config.json has no model_type, its folder no tokenizer_config.json, its weights are a pytorch_model.bin."""
+    base = assets / "weights" / "rxnfp-bert_pretrained"
+    ids = np.random.default_rng(0).integers(15, 40, 4000).astype(np.uint16)
+    ids[::50] = 13
+    ids.tofile(tmp_path / "reactions.bin")
+    flags = {**GONE, "model": "bert", "init_from": base, "train_file": tmp_path / "reactions.bin", "max_steps": 2}
+    for task in TASKS:
+        run = tmp_path / task
+        assert train(*tiny(**flags, val_fraction=0.2, task=task, eval_freq=None, save_model=run)) == 0
+        assert len(AutoTokenizer.from_pretrained(run)) == 591
+
+
+MISTAKES = {
+    "a task of another family": ({"task": "causal"}, "task 'causal' is not one of bert, which learns mlm or mlm_nsp"),
+    "a text with nothing to fill in": ({"start_context": "Anna likes the cat."}, r"put \[MASK\] in the text"),
+    "a byte-level tokenizer": (
+        {"tokenizer": "{train: bpe, vocab_size: 300}"},
+        "task mlm needs a tokenizer with cls_token, sep_token, mask_token",
+    ),
+    "pairs out of one document": (
+        {"task": "mlm_nsp", "train_file": "PLACE/one.txt", "val_fraction": 0},
+        "one.txt is one document, and pairs of sentences need a second",
+    ),
+    "pairs of isolated documents": ({"task": "mlm_nsp", "document_isolation": "true"}, "isolation has no meaning"),
+    "rows too short": ({"max_len": 2}, "max_len 2 is too small"),
+    "heads that do not divide": ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide"),
+    "an encoder that lacks weights": (
+        {"init_from": "PLACE/half", "tokenizer": None, **dict.fromkeys(
+            ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))},
+        "lacks weights that task mlm needs: bert.encoder.layer.1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_with_a_bert(tiny_bert, stock_models, tmp_path, capsys, case):
+    changed, message = MISTAKES[case]
+    (tmp_path / "one.txt").write_text("Anna likes the cat. " * 50)
+    half = transformers.BertModel.from_pretrained(stock_models / "bert")
+    del half.encoder.layer[1]
+    half.save_pretrained(tmp_path / "half")
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    AutoTokenizer.from_pretrained(stock_models / "bert").save_pretrained(tmp_path / "half")
+    capsys.readouterr()
+    flags = {
+        key: str(value).replace("PLACE", str(tmp_path)) if value is not None else None for key, value in changed.items()
+    }
+    assert train(*tiny_bert(**flags)) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1, error
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
