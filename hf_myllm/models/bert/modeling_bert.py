@@ -230,6 +230,10 @@ class MyBertPreTrainedModel(PreTrainedModel):
         if isinstance(module, MyBertLMPredictionHead):
             init.zeros_(module.bias)
 
+    def _get_name(self):
+        # the library looks classes up by this name, to know that a causal model's labels are to be shifted
+        return self.config._stock_architectures.get(type(self).__name__, type(self).__name__)
+
 
 class MyBertModel(MyBertPreTrainedModel):
     """The encoder without a head: token ids in, hidden states out."""
@@ -329,6 +333,7 @@ class MyBertWithLMHead(MyBertPreTrainedModel):
             index = masked_positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
             hidden_states = hidden_states.gather(1, index)
         elif self.training and labels is not None and not torch.compiler.is_compiling():
+            labels = labels.view(hidden_states.shape[:2])  # stock takes them flat too
             is_masked = labels != -100
             hidden_states, labels = hidden_states[is_masked], labels[is_masked]
         return self.cls.predictions(hidden_states), labels
@@ -389,6 +394,7 @@ class MyBertForPreTraining(MyBertWithLMHead):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits, labels = self.predict_masked(outputs.last_hidden_state, labels, masked_positions)
@@ -396,7 +402,11 @@ class MyBertForPreTraining(MyBertWithLMHead):
         loss = None
         if labels is not None and next_sentence_label is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch)
-            loss = loss + self.loss_function(relationship, next_sentence_label, 2, num_pairs_in_batch)
+            pair_loss = self.loss_function(relationship, next_sentence_label, 2, num_pairs_in_batch)
+            if num_items_in_batch is not None and num_pairs_in_batch is None:
+                # the caller accumulates over micro-batches and knows of one count only: a share of the pairs' mean, too
+                pair_loss = pair_loss * (labels != -100).sum() / num_items_in_batch
+            loss = loss + pair_loss
         return MyBertForPreTrainingOutput(
             loss=loss,
             prediction_logits=logits,
@@ -423,6 +433,7 @@ class MyBertForMaskedLM(MyBertWithLMHead):
         token_type_ids=None,
         position_ids=None,
         inputs_embeds=None,
+        *,
         labels=None,
         masked_positions=None,
         num_items_in_batch=None,
@@ -446,6 +457,7 @@ class MyBertForMaskedLM(MyBertWithLMHead):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits, labels = self.predict_masked(outputs.last_hidden_state, labels, masked_positions)
@@ -493,6 +505,7 @@ class MyBertForSequenceClassification(MyBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
@@ -536,6 +549,7 @@ class MyBertForTokenClassification(MyBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
@@ -550,6 +564,7 @@ class MyBertForQuestionAnswering(MyBertPreTrainedModel):
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
+        self.num_labels = config.num_labels
         self.bert = MyBertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
@@ -579,6 +594,7 @@ class MyBertForQuestionAnswering(MyBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)

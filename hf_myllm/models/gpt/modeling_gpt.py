@@ -1,9 +1,8 @@
 """GPT: GPT-2's architecture, written for training.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. On the same weights it computes what
-transformers' GPT2LMHeadModel computes, and it reads and writes the same files. Two things differ inside:
-projections are `nn.Linear` rather than `Conv1D` (the files' transposed layout is restored on save), and causal
-training never builds a mask, so that the fused causal kernel runs, compiled or not.
+transformers' GPT2LMHeadModel computes, and it reads and writes the same files. Causal training never builds a mask, so
+that the fused causal kernel runs, compiled or not.
 """
 
 import math
@@ -14,12 +13,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out), as GPT-2's files have it
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -56,8 +54,8 @@ class GPTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.c_proj.ends_residual_branch = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -87,11 +85,11 @@ class GPTMLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         width = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, width)
+        self.c_fc = Conv1D(width, config.n_embd)
         # "gelu_new" spells GELU's tanh approximation out in eight operations; torch has the same function as one
         name = config.activation_function
         self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
-        self.c_proj = nn.Linear(width, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, width)
         self.c_proj.ends_residual_branch = True
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -136,12 +134,17 @@ class GPTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # GPT-2's paper, section 2.3: the layers that end a residual branch start smaller by the root of the number
-        # of branches, two a block. The flag sits on the leaf because transformers takes a module without parameters
-        # of its own for one already initialised.
-        if getattr(module, "ends_residual_branch", False):
-            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, Conv1D):
+            # GPT-2's paper, section 2.3: the layers that end a residual branch start smaller by the root of the number
+            # of branches, two a block. The flag sits on the leaf because transformers takes a module without parameters
+            # of its own for one already initialised.
+            branches = 2 * self.config.n_layer if getattr(module, "ends_residual_branch", False) else 1
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(branches))
+            init.zeros_(module.bias)
+
+    def _get_name(self):
+        # the library looks classes up by this name, to know that a causal model's labels are to be shifted
+        return self.config._stock_architectures.get(type(self).__name__, type(self).__name__)
 
 
 class GPTModel(GPTPreTrainedModel):
@@ -220,10 +223,11 @@ class GPTModel(GPTPreTrainedModel):
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
+        # computed twice, under gradient checkpointing, the blocks must not write into a cache
+        is_recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        cache = None if is_recomputed else past_key_values
         for block in self.h:
-            hidden_states = block(
-                hidden_states, past_key_values, mask, use_cache=use_cache, position_ids=position_ids, **kwargs
-            )
+            hidden_states = block(hidden_states, cache, mask, use_cache=use_cache, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(hidden_states),
             past_key_values=past_key_values if use_cache else None,
@@ -251,8 +255,8 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         token_type_ids=None,
         position_ids=None,
         inputs_embeds=None,
+        *,
         labels=None,
-        shift_labels=None,
         use_cache=None,
         logits_to_keep=0,
         **kwargs,
@@ -261,11 +265,13 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (batch, length) token ids, shifted here so that position t predicts label t + 1; -100 is ignored.
-            shift_labels: (batch, length) token ids already shifted: position t predicts shift_labels t.
+            shift_labels: (batch, length) token ids already shifted: position t predicts shift_labels t. Not in the
+                signature, where the library's Trainer would take it for something that each batch must have.
             logits_to_keep: how many last positions to compute logits for (0: all), or their indices.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
             The others as in [`GPTModel`].
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -274,6 +280,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -290,16 +297,3 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-# GPT-2's files hold these four matrices transposed, as (in, out). Registered for our class and for the name that
-# FSDP2 gives it, never for "gpt2", which would change the stock class too; GPTForCausalLM finds it in its GPTModel.
-for _class_name in ("GPTModel", "FSDPGPTModel"):
-    register_checkpoint_conversion_mapping(
-        _class_name,
-        [
-            WeightConverter(f"{name}.weight", f"{name}.weight", operations=[Transpose(0, 1)])
-            for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        ],
-        overwrite=True,
-    )
