@@ -227,6 +227,23 @@ def test_classification_losses_of_each_kind_as_stock(tmp_path):
         assert ours.config.problem_type == stock.config.problem_type
 
 
+def test_both_losses_shrink_alike_when_a_caller_accumulates():
+    """The library's Trainer divides by the labels of all micro-batches, and knows of no pairs."""
+    ours, labels = make("ForPreTraining"), masked_labels()
+    inputs = {"labels": labels, "next_sentence_label": torch.tensor([0, 1])}
+    alone = ours(batch(), **inputs).loss
+    fourth = ours(batch(), **inputs, num_items_in_batch=4 * (labels != -100).sum()).loss
+    torch.testing.assert_close(4 * fourth, alone)
+
+
+def test_labels_may_be_flat_and_outputs_tuples(tmp_path):
+    ours, stock = pair("ForMaskedLM", tmp_path)
+    inputs = {"input_ids": batch(), "labels": masked_labels().reshape(-1)}
+    torch.testing.assert_close(ours.train()(**inputs).loss, stock(**inputs).loss)
+    ours.config.return_dict = False
+    assert isinstance(ours.eval()(**inputs), tuple)
+
+
 def test_weights_start_as_stock_starts_them():
     torch.manual_seed(0)
     model = MyBertForPreTraining(MyBertConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 512}))

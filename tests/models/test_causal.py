@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import find_labels
 
 from hf_myllm.models import FAMILIES
 
@@ -280,6 +282,32 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
         model(batch(), labels=batch(), use_cache=False).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+@families
+def test_stocks_state_is_ours(tmp_path, family):
+    """Without any conversion in between, as the library's Trainer resumes."""
+    ours, stock = family.pair(tmp_path)
+    again = family.model_class(ours.config).eval()
+    again.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(again(batch()).logits, stock(batch()).logits, atol=1e-5, rtol=0)
+    stock.load_state_dict(ours.state_dict())
+
+
+@families
+def test_the_librarys_trainer_finds_labels_and_the_kind_of_model(family):
+    assert find_labels(family.model_class) == ["labels"]  # one more would have to be in every batch
+    assert family.make()._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # whose labels it shifts to smooth
+
+
+@families
+def test_a_cache_that_was_given_survives_checkpointing(family):
+    plain, saving = family.make().train(), family.make().train()
+    saving.gradient_checkpointing_enable()
+    for model in (plain, saving):
+        model(batch(), labels=batch(), past_key_values=DynamicCache(config=model.config)).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 @families
