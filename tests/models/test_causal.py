@@ -83,6 +83,7 @@ FAMILY = {
                         "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32,
                         "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
                     },
+                    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
                 )
             ),
         ],

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from test_causal import FAMILY
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_myllm.models.llama import MyLlamaConfig, MyLlamaForCausalLM
 
@@ -20,6 +22,13 @@ def test_bad_architectures_are_refused():
     ):
         with pytest.raises(Exception, match=message):
             MyLlamaConfig(**{**SIZES, **changed})
+
+
+def test_every_rope_type_of_the_library_is_held_to_stock():
+    tried = {
+        variant["rope_parameters"]["rope_type"] for variant in FAMILY["llama"].variants if "rope_parameters" in variant
+    }
+    assert tried == {"default", *ROPE_INIT_FUNCTIONS}
 
 
 def test_weights_start_as_stock_starts_them():
