@@ -12,6 +12,10 @@ class InputError(Exception):
     """
 
 
+class ProcessError(InputError):
+    """What befell one process of several, which therefore says it itself."""
+
+
 def first_line(error):
     """What an error of a library says first, or its name when it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -27,7 +31,7 @@ def exit_on_input_error(main):
         try:
             return main(sys.argv[1:] if argv is None else argv)
         except InputError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

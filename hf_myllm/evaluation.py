@@ -10,17 +10,18 @@ from .data.order import micro_batches
 
 
 @torch.no_grad()
-def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None):
+def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None, must_stop=lambda: False):
     """The mean loss of some rows, each counted once, whatever the batch size and the number of processes.
 
     Args:
         read_batch: called with row numbers and a size, gives the model's inputs with that many rows.
         rows: array of row numbers.
         token_bytes: bytes of text per token id, for the loss in bits per byte.
+        must_stop: asked before each batch, by all processes together; True ends the evaluation.
     Returns:
-        loss (nats per target), perplexity, tokens (the targets), and bits_per_byte (None without token_bytes). Where
-        rows are pairs of sentences, the loss is the sum of both tasks', and there are nsp_loss (nats per pair) and
-        nsp_accuracy besides; the perplexity is that of the masked tokens.
+        None when it was ended; else loss (nats per target), perplexity, tokens (the targets), and bits_per_byte (None
+        without token_bytes). Where rows are pairs of sentences, the loss is the sum of both tasks', and there are
+        nsp_loss (nats per pair) and nsp_accuracy besides; the perplexity is that of the masked tokens.
     """
     was_training = model.training
     model.eval()
@@ -28,6 +29,9 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None)
     rounds = math.ceil(len(rows) / (batch_size * accelerator.num_processes))
     # every process takes part in every round, with an empty batch where its rows have run out
     for _, share in micro_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
+        if must_stop():
+            model.train(was_training)
+            return None
         batch = read_batch(share, batch_size)
         labels = targets(batch)[targets(batch) != IGNORED]
         inputs = {key: value.to(accelerator.device) for key, value in batch.items()}

@@ -42,6 +42,7 @@ class Run:
     token_bytes: np.ndarray | None = None
     optimizer: object = None
     lock: object = None
+    signals: list = ()  # received so far: see train
     start: int = 0
     total_steps: int = 0
     last_position: int | None = None

@@ -102,6 +102,11 @@ class Training:
     beta2: float = word(0.95, "AdamW's second-moment decay", minimum=0, below=1)
     epsilon: float = word(1e-8, "AdamW's epsilon", above=0)
     grad_clip: float = word(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
+    max_skipped_steps: int = word(
+        0,
+        "steps in a row that may be left out because their loss or gradient is not finite; 0: stop at the first",
+        minimum=0,
+    )
     dtype: str = word(
         "float32",
         "number type of the weights, whatever that of init_from's file; bfloat16 halves the memory, and loses small "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -73,7 +74,14 @@ class Report:
             line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
             if grad_norm is not None:
                 line["grad_norm"] = grad_norm
+            # JSON has no NaN
+            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             self.write(line | {"tokens_per_second": round(speed, 1), "time": round(time.time(), 3)})
+
+    def has_evaluation(self, step):
+        """Whether metrics.jsonl holds the evaluation after this step."""
+        lines = read_metrics(Path(self.file.name).parent) if self.file is not None else []
+        return any(line["step"] == step and "train_loss" in line for line in lines)
 
     def pause(self):
         """Leave what follows, until [`resume`], out of the tokens per second."""
@@ -137,7 +145,7 @@ def plot(folder, unigram=None):
     import matplotlib.pyplot as plt
 
     lines = read_metrics(folder)
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if line.get("loss") is not None]  # None: a step that was left out
     evaluations = [line for line in lines if "val_loss" in line]
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     if steps:

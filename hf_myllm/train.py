@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from . import checkpoint
 from .data import objectives, order
 from .data import tokenizer as tokenizers
-from .errors import InputError, exit_on_input_error, first_line
+from .errors import InputError, ProcessError, exit_on_input_error, first_line
 from .evaluation import evaluate, unigram_level
 from .generate import fill_in, generate_text
 from .models import FAMILIES
@@ -65,7 +65,7 @@ def train(run):
         if accelerator.is_main_process:
             print(f"{folder} is finished, after {run.total_steps} steps; raise max_steps or epochs to go further")
         return 0
-    stop = listen_for_signals()
+    run.signals = listen_for_signals()
     if accelerator.is_main_process:
         run.lock = lock_folder(folder)
         if check_folder(recipe) != run.resume_from:  # preparing may have taken hours
@@ -88,9 +88,10 @@ def train(run):
     report = Report(folder, run.start, run.total_steps, accelerator.is_main_process)
     unigram = introduce(run, report)
 
-    if run.start == 0 and recipe.evaluation.eval_freq:
-        report_evaluation(run, model, report, 0)
+    if is_evaluation_due(run, report):
+        report_evaluation(run, model, report, run.start)
     model.train()
+    skipped = 0  # in a row
     for step in range(run.start, run.total_steps):
         rate = learning_rate(
             step,
@@ -103,36 +104,56 @@ def train(run):
         )
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        loss, tokens, must_stop, norm = training_step(run, model, step, stop)
+        loss, tokens, must_stop, norm = training_step(run, model, step)
         done = step + 1
         is_last = done == run.total_steps
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss of step {done} is {loss}: lower learning_rate, raise warmup_steps or set grad_clip "
-                "(--allow_changed goes on from the newest checkpoint with them)"
-            )
-        report.step(done, loss, rate, tokens, norm, write=done % recipe.run.log_freq == 0 or is_last)
+        skipped = 0 if is_finite(run, loss, norm) else skipped + 1
+        if skipped:
+            report_skipped(run, report, step, loss, norm, skipped)
+        report.step(done, loss, rate, tokens, norm, write=skipped or done % recipe.run.log_freq == 0 or is_last)
 
         report.pause()
         if recipe.evaluation.eval_freq and done % recipe.evaluation.eval_freq == 0 and not is_last and not must_stop:
-            report_evaluation(run, model, report, done)
+            must_stop = report_evaluation(run, model, report, done) is None
         if must_stop or is_last or (recipe.run.save_freq and done % recipe.run.save_freq == 0):
             save_checkpoint(run, done)
         report.resume()
         if must_stop and not is_last:
             report.say(f"stopped by a signal after step {done}, which is saved: --init_from resume goes on from it")
-            report.close()
-            return 128 + stop[0] if stop else 128 + signal.SIGTERM
-    finish(run, model, report, folder, unigram)
+            return leave(run, report)
+    if not finish(run, model, report, folder, unigram):
+        report.say("stopped by a signal in the last evaluation; --init_from resume goes on from it")
+        return leave(run, report)
     return 0
 
 
-def training_step(run, model, step, stop):
+def training_step(run, model, step):
     """One optimizer step over all processes; returns its loss, tokens, whether to stop, and gradient norm.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
-    micro-batches and processes.
+    micro-batches and processes. A step whose loss or gradient is not finite changes nothing.
+
+    Raises:
+        InputError: the device has too little memory.
+        ProcessError: of several processes, this one failed, or another did.
     """
+    try:
+        return compute_step(run, model, step)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory in step {step + 1}: lower batch_size, which leaves the step as it is when total_batch_size "
+            f"is set ({first_line(error)[:150]})"
+        ) from None
+    except Exception as error:
+        if run.accelerator.num_processes == 1:
+            raise
+        raise ProcessError(
+            f"process {run.accelerator.process_index} of {run.accelerator.num_processes}, in step {step + 1}: "
+            f"{first_line(error)[:300]}; --init_from resume goes on from the newest checkpoint"
+        ) from error
+
+
+def compute_step(run, model, step):
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training
     rows = order.rows_of_step(step, section.total_batch_size, len(run.training), run.last_position, recipe.run.seed)
@@ -144,7 +165,7 @@ def training_step(run, model, step, stop):
     for batch in batches:
         counts.update(objectives.counts(batch))
     # all processes divide by the same numbers, and stop at the same step or none
-    sums = accelerator.reduce(torch.tensor([*counts.values(), bool(stop)], device=accelerator.device))
+    sums = accelerator.reduce(torch.tensor([*counts.values(), bool(run.signals)], device=accelerator.device))
     counts, must_stop = dict(zip(counts, sums, strict=False)), sums[-1]
 
     # DDP averages gradients over processes and accelerate divides by its own idea of accumulation; undo both
@@ -158,19 +179,65 @@ def training_step(run, model, step, stop):
             loss = model(**inputs, **counts, use_cache=False).loss
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip) if section.grad_clip else None
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip or math.inf).item()  # inf: only measured
     loss = accelerator.reduce(loss_sum).item()
-    must_stop = bool(must_stop) or (bool(stop) and accelerator.num_processes == 1)
+    if is_finite(run, loss, norm) or accelerator.scaler is not None:  # fp16's scaler must see what it scaled too far
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    must_stop = bool(must_stop) or (bool(run.signals) and accelerator.num_processes == 1)
     # what was read: the targets, or where only some tokens are targets, the rows
     tokens = int(counts["num_items_in_batch"]) if recipe.task == "causal" else len(rows) * recipe.data.max_len
-    return loss, tokens, must_stop, None if norm is None else norm.item()
+    return loss, tokens, must_stop, norm
+
+
+def is_finite(run, loss, norm):
+    """Whether a step can be taken; all processes answer alike. In fp16 a gradient that is not finite only tells the
+    scaler to scale less, which then leaves the step out itself."""
+    return math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None)
+
+
+def report_skipped(run, report, step, loss, norm, skipped):
+    """Say which step was left out, or stop when it was one too many in a row."""
+    section, seed = run.recipe.training, run.recipe.run.seed
+    rows = order.rows_of_step(step, section.total_batch_size, len(run.training), run.last_position, seed).tolist()
+    shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    what = f"the loss of step {step + 1} is {loss} and its gradient's norm {norm} (rows {shown} of {run.training.name})"
+    if skipped > section.max_skipped_steps:
+        raise InputError(
+            f"{what}{f', the {skipped}th in a row' * (skipped > 1)}: lower learning_rate, raise warmup_steps or set "
+            "grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such steps be left out "
+            "by max_skipped_steps"
+        )
+    report.say(f"left out: {what}")
+
+
+def is_evaluation_due(run, report):
+    """Whether to evaluate before the first step: at the beginning, and where a signal had cut an evaluation short."""
+    every = run.recipe.evaluation.eval_freq
+    if not every or run.start % every or run.start == run.total_steps:
+        return False
+    lacks = run.accelerator.is_main_process and not report.has_evaluation(run.start)
+    return bool(run.accelerator.reduce(torch.tensor(int(lacks), device=run.accelerator.device)))
+
+
+def is_asked_to_stop(run):
+    """Whether any process has received a signal; all ask together, and get one answer."""
+    asked = bool(run.signals)
+    if run.accelerator.num_processes > 1:
+        asked = bool(run.accelerator.reduce(torch.tensor(int(asked), device=run.accelerator.device)))
+    return asked
+
+
+def leave(run, report):
+    """The exit code of a run that a signal has stopped: 128 and the signal's number, the same of all processes."""
+    report.close()
+    received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
+    return 128 + int(run.accelerator.gather(received).max())
 
 
 def listen_for_signals():
-    """A list that SIGINT and SIGTERM put their numbers into. A second Ctrl-C stops at once; a second SIGTERM does not,
-    for one may come from whoever ends the launcher, and one from its end."""
+    """A list that SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) put their numbers into. A second Ctrl-C stops at once;
+    a second SIGTERM does not, for one may come from whoever ends the launcher, and one from its end."""
     received = []
 
     def receive(number, frame):
@@ -178,8 +245,9 @@ def listen_for_signals():
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, receive)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), receive)
     return received
 
 
@@ -195,18 +263,26 @@ def evaluate_rows(run, model, rows, count):
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
+        lambda: is_asked_to_stop(run),
     )
 
 
 def report_evaluation(run, model, report, step, is_final=False):
-    """Evaluate, print and log; in the middle of a run on `eval_iter` batches, at its end on all validation rows."""
+    """Evaluate, print and log; in the middle of a run on `eval_iter` batches, at its end on all validation rows.
+
+    Returns the figures of the validation rows, {} when there are none, or None when a signal came in between.
+    """
     recipe = run.recipe
     count = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size
     training = evaluate_rows(run, model, run.training, count)
-    validation = evaluate_rows(run, model, run.validation, None if is_final else count) if run.validation else None
+    validation = {}
+    if training is not None and run.validation:
+        validation = evaluate_rows(run, model, run.validation, None if is_final else count)
+    if training is None or validation is None:
+        return None
     line = {"step": step, "train_loss": training["loss"]}
     shown = f"step {step}: training loss {training['loss']:.4f}"
-    if validation is not None:
+    if validation:
         line |= {"val_loss": validation["loss"], "val_perplexity": validation["perplexity"]}
         line |= {"val_bits_per_byte": validation["bits_per_byte"]}
         line |= {f"val_{key}": value for key, value in validation.items() if key.startswith("nsp")}
@@ -340,18 +416,20 @@ def save_checkpoint(run, step):
 
 
 def finish(run, model, report, folder, unigram):
-    """The last evaluation, the model at the run's root, the curve, and what to do next."""
+    """The last evaluation, the model at the run's root, the curve, and what to do next; False when a signal came."""
     validation = report_evaluation(run, model, report, run.total_steps, is_final=True)
+    if validation is None:
+        return False
     if run.accelerator.is_main_process:
         checkpoint.publish(folder / f"checkpoint-{run.total_steps}", folder)
     report.close()
     if not run.accelerator.is_main_process:
-        return
+        return True
     try:
         plot(folder, unigram)
     except OSError as error:
         report.say(f"loss.png could not be drawn: {error}")
-    if validation is not None:
+    if validation:
         report.say(
             f"done        validation loss {describe(validation)} on all {validation['tokens']:,} tokens; "
             f"unigram level {unigram:.4f}"
@@ -369,6 +447,7 @@ def finish(run, model, report, folder, unigram):
     )
     kind = "AutoModelForCausalLM" if is_causal else "AutoModelForMaskedLM"
     report.say(f'load        {kind}.from_pretrained("{folder}") in Python, with stock transformers')
+    return True
 
 
 def evaluate_only(run):

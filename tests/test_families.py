@@ -110,12 +110,16 @@ LLAMA = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_kept_apart_learn_and_are_another_run(tiny, tiny_bert, tmp_path, family):
-    flags = tiny_bert if family == "bert" else tiny
-    changed = LLAMA if family == "llama" else {}
+    flags = tiny_bert() if family == "bert" else tiny(**(LLAMA if family == "llama" else {"model": family}))
     for isolation in ("true", "false"):
         run = tmp_path / isolation
-        assert train(*flags(**changed, document_isolation=isolation, epochs=2, save_model=run)) == 0
+        assert train(*flags, "--document_isolation", isolation, "--epochs", 2, "--save_model", run) == 0
         assert losses(run)[-1] < losses(run)[0]
+        kind, tokenizer = AutoConfig.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+        assert kind.model_type == FAMILIES[family].config.model_type
+        # AutoTokenizer has its own mind about some model types: what it loads must cut text as training did
+        trained = json.loads((run / "tokenizer.json").read_text())
+        assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == trained["pre_tokenizer"]
     assert losses(tmp_path / "true") != losses(tmp_path / "false")
 
 

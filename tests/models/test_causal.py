@@ -107,7 +107,8 @@ def test_same_logits_loss_and_gradients_as_stock(tmp_path, family, variant):
         ours.set_attn_implementation(variant["attn_implementation"])
     ids, labels = batch(length=50), batch(length=50, seed=2)
     labels[0, 5:9] = -100
-    mine, theirs = ours(ids, labels=labels), stock(ids, labels=labels)
+    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
+    mine, theirs = (model(ids, labels=labels, use_cache=False) for model in (ours, stock))  # as training computes them
     torch.testing.assert_close(mine.logits, theirs.logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
     mine.loss.backward()
@@ -163,6 +164,14 @@ def test_generates_what_stock_generates(tmp_path, family, use_cache, beams):
     assert torch.equal(mine, stock.generate(padded, attention_mask=mask, **settings))
     alone = ours.generate(padded[:1, 5:], **settings)  # what a row says does not depend on its padding
     assert torch.equal(alone[0, 7:], mine[0, 12:])
+
+
+@families
+def test_a_static_cache_generates_the_same(tmp_path, family):
+    ours, stock = family.pair(tmp_path)
+    settings = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    settings |= {"pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(ours.generate(batch(2, 9), **settings), stock.generate(batch(2, 9), **settings))
 
 
 @families
