@@ -17,6 +17,14 @@ ROOT = Path(__file__).parent.parent
 ASSETS = Path(os.environ.get("HF_MYLLM_ASSETS", ROOT.parent / "shared" / "assets"))
 
 
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    """torch.compile gives up on a function that it has compiled too often, in whichever tests."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.fixture(scope="session")
 def assets():
     if not ASSETS.is_dir():
