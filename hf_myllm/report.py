@@ -55,8 +55,8 @@ class Report:
             else:
                 print(text, flush=True)
 
-    def step(self, step, loss, learning_rate, tokens, grad_norm=None, write=True):
-        """A training step done: `step` counts from 1, `tokens` are those of this step over all processes."""
+    def step(self, step, loss, learning_rate, tokens, grad_norm, rows, write=True):
+        """A training step done: `step` counts from 1; `tokens` and the digest of the `rows` are over all processes."""
         if not self.is_main:
             return
         self.clock_tokens += tokens
@@ -72,8 +72,7 @@ class Report:
             print(f"step {step}/{self.total_steps}, {status}, {tqdm.format_interval(left)} left", flush=True)
         if write:
             line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
-            if grad_norm is not None:
-                line["grad_norm"] = grad_norm
+            line |= {"grad_norm": grad_norm, "rows": rows}
             # JSON has no NaN
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             self.write(line | {"tokens_per_second": round(speed, 1), "time": round(time.time(), 3)})

@@ -104,13 +104,14 @@ def train(run):
         )
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        loss, tokens, must_stop, norm = training_step(run, model, step)
+        loss, tokens, must_stop, norm, read = training_step(run, model, step)
         done = step + 1
         is_last = done == run.total_steps
         skipped = 0 if is_finite(run, loss, norm) else skipped + 1
         if skipped:
             report_skipped(run, report, step, loss, norm, skipped)
-        report.step(done, loss, rate, tokens, norm, write=skipped or done % recipe.run.log_freq == 0 or is_last)
+        is_logged = skipped or is_last or done % recipe.run.log_freq == 0
+        report.step(done, loss, rate, tokens, norm, read, write=is_logged)
 
         report.pause()
         if recipe.evaluation.eval_freq and done % recipe.evaluation.eval_freq == 0 and not is_last and not must_stop:
@@ -128,7 +129,8 @@ def train(run):
 
 
 def training_step(run, model, step):
-    """One optimizer step over all processes; returns its loss, tokens, whether to stop, and gradient norm.
+    """One optimizer step over all processes; returns its loss, tokens, whether to stop, gradient norm, and a digest of
+    the rows that were read.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
     micro-batches and processes. A step whose loss or gradient is not finite changes nothing.
@@ -165,8 +167,9 @@ def compute_step(run, model, step):
     for batch in batches:
         counts.update(objectives.counts(batch))
     # all processes divide by the same numbers, and stop at the same step or none
-    sums = accelerator.reduce(torch.tensor([*counts.values(), bool(run.signals)], device=accelerator.device))
-    counts, must_stop = dict(zip(counts, sums, strict=False)), sums[-1]
+    read = sum(order.digest(share) for _, share in shares)
+    sums = accelerator.reduce(torch.tensor([*counts.values(), read, bool(run.signals)], device=accelerator.device))
+    counts, read, must_stop = dict(zip(counts, sums, strict=False)), int(sums[-2]), sums[-1]
 
     # DDP averages gradients over processes and accelerate divides by its own idea of accumulation; undo both
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -187,7 +190,7 @@ def compute_step(run, model, step):
     must_stop = bool(must_stop) or (bool(run.signals) and accelerator.num_processes == 1)
     # what was read: the targets, or where only some tokens are targets, the rows
     tokens = int(counts["num_items_in_batch"]) if recipe.task == "causal" else len(rows) * recipe.data.max_len
-    return loss, tokens, must_stop, norm
+    return loss, tokens, must_stop, norm, read
 
 
 def is_finite(run, loss, norm):

@@ -21,7 +21,7 @@ def test_a_resumed_log_forgets_what_is_run_again_and_what_is_torn(tmp_path):
 def test_only_the_main_process_speaks(tmp_path, capsys):
     report = Report(tmp_path, 0, 5, is_main=False)
     report.say("hello")
-    report.step(1, 1.0, 1e-3, 10)
+    report.step(1, 1.0, 1e-3, 10, 0.5, 7)
     report.close()
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
@@ -32,12 +32,12 @@ def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_myllm.report.time.monotonic", lambda: clock[0])
     report = Report(tmp_path, 0, 2)
     clock[0] = 2.0
-    report.step(1, 1.0, 1e-3, 100)
+    report.step(1, 1.0, 1e-3, 100, 0.5, 7)
     report.pause()
     clock[0] = 60.0
     report.resume()
     clock[0] = 62.0
-    report.step(2, 1.0, 1e-3, 100)
+    report.step(2, 1.0, 1e-3, 100, 0.5, 7)
     report.close()
     assert [line["tokens_per_second"] for line in read_metrics(tmp_path)] == [50.0, 50.0]
 

@@ -81,6 +81,11 @@ def rows_of_step(step, total_batch_size, num_rows, last_position, seed):
     return indices
 
 
+def digest(rows):
+    """A number that tells sets of rows apart, whatever their order; those of a set's parts add up to the whole's."""
+    return int((_mix(np.asarray(rows, dtype=np.uint64) + np.uint64(1)) >> np.uint64(40)).sum())
+
+
 def micro_batches(rows, batch_size, rank, world_size, accumulation):
     """This process's share of a step's rows, a list of (offset in the step, rows) per micro-batch.
 

@@ -1,12 +1,16 @@
 """Pickles of token ids are read, and no other pickle is."""
 
+import io
 import os
 import pickle
-from collections import Counter
+import subprocess
+import sys
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from hf_myllm.data.pickled import read_ids
 from hf_myllm.errors import InputError
@@ -53,6 +57,24 @@ class Command:
         return self.call
 
 
+SCALAR, FROMBUFFER = np.int64(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0]
+
+
+def billion_laughs():
+    joke = [1] * 10
+    for _ in range(9):
+        joke = [joke] * 10
+    return pickle.dumps(joke)
+
+
+def set_state(thing, state):
+    class Built(Command):
+        def __reduce__(self):
+            return (*thing.__reduce__()[:2], state)
+
+    return Built(None)
+
+
 REFUSED = {
     "a command": (Command(os.system, "touch PLACE"), "(posix|nt).system"),
     "a file": (Command(open, "PLACE", "w"), "io.open"),
@@ -61,7 +83,10 @@ REFUSED = {
     "another codec": (Command(__import__("_codecs").encode, "x", "rot13"), "_codecs.encode"),
     "another class": (Counter(IDS), "collections.Counter"),
     "hidden in a list": ([IDS, [Command(os.system, "touch PLACE")]], "(posix|nt).system"),
-}
+    "a type of objects with a wrong flag": (
+        set_state(Command(np.dtype, "V8", False, True), (3, "|", None, None, None, -1, -1, 0)), "numbers of type 'V8'",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "name"), REFUSED.values(), ids=REFUSED)
@@ -75,9 +100,51 @@ def test_a_pickle_that_tries_anything_else_is_refused_by_name(tmp_path, content,
     assert not os.path.exists(place)
 
 
-def test_a_tensor_that_hides_a_pickle_is_refused(tmp_path):
-    import io
+ATTACKS = {
+    "an array of objects out of bytes": Command(np.ndarray, (2,), "O", b"A" * 16),
+    "an array of nobody's memory": Command(np.ndarray, (1000,), "u2"),
+    "an object by its address": Command(
+        SCALAR, set_state(Command(np.dtype, "O", False, True), (3, "|", None, None, None, -1, -1, 0)), b"A" * 8
+    ),
+    "an array larger than its bytes": Command(FROMBUFFER, b"12", np.dtype("u1"), (1 << 40,), "C"),
+    "a negative shape": Command(FROMBUFFER, b"12", np.dtype("u1"), (-1, -2), "C"),
+    "a list in itself": b"\x80\x04]\x94h\x00a.",
+    "a billion laughs": billion_laughs(),
+    "deep in dicts": b"\x80\x04" + b"}K\x01" * 2000 + b"K\x01" + b"s" * 2000 + b".",
+    "a sparse tensor": torch.ones(3, dtype=torch.int64).to_sparse(),
+    "numbers with fractions": torch.ones(3, dtype=torch.bfloat16),
+}
 
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_attacks_by_allowed_names_end_in_a_message(tmp_path, attack):
+    """In a process of its own: what is tried here has ended one by a segmentation fault."""
+    path = tmp_path / "ids.pkl"
+    path.write_bytes(attack if isinstance(attack, bytes) else pickle.dumps(attack))
+    code = f"from hf_myllm.data.pickled import read_ids; print(len(read_ids({str(path)!r})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 1, result
+    assert "InputError" in result.stderr.splitlines()[-1]
+
+
+def test_a_tensor_cannot_be_rebuilt_beyond_what_it_has(tmp_path):
+    path = tmp_path / "ids.pkl"
+    rebuild, (storage, *_), *_ = torch.arange(4).__reduce_ex__(2)
+    for offset, size, stride in ((0, (100,), (1,)), (2, (4,), (1,)), (0, (1 << 40,), (0,)), (0, (4,), (1 << 40,))):
+        path.write_bytes(pickle.dumps(Command(rebuild, storage, offset, size, stride, False, OrderedDict())))
+        with pytest.raises(InputError, match=r"more numbers|cannot be read"):
+            read_ids(path)
+
+
+def test_several_pickles_in_one_file_and_the_old_kind_of_torchs(tmp_path):
+    path = tmp_path / "ids.pkl"
+    path.write_bytes(pickle.dumps(IDS[:2]) + pickle.dumps(np.array(IDS[2:])))
+    assert read_ids(path).tolist() == IDS
+    torch.save(torch.tensor(IDS), path, _use_new_zipfile_serialization=False)
+    assert read_ids(path).tolist() == IDS
+
+
+def test_a_tensor_that_hides_a_pickle_is_refused(tmp_path):
     inner = io.BytesIO()
     torch.save({"x": Command(os.system, f"touch {tmp_path / 'touched'}")}, inner)
     path = tmp_path / "ids.pkl"
@@ -96,15 +163,15 @@ def test_a_tensor_that_hides_a_pickle_is_refused(tmp_path):
         ([1, 2, -5], "-5 at position 2"),
         ([[1, 2], [3, 1 << 33]], "8589934592 at position 3"),
         ([1, 1 << 70], "too large"),
-        ([1.0, 2.0], "holds a float"),
+        ([1.0, 2.0], "float"),
         (np.array([1.5]), "float64 numbers"),
         (np.array([True]), "bool numbers"),
-        (torch.tensor([0.5]), "float32 numbers"),
-        ([True, False], "holds a bool"),
-        (["a"], "holds a str"),
-        ({"ids": IDS}, "holds a dict"),
+        (torch.tensor([0.5]), "whole numbers"),
+        ([True, False], "bool"),
+        (["a"], "str"),
+        ({"ids": IDS}, "dict"),
         ([], "no token ids"),
-        (None, "holds a NoneType"),
+        (None, "NoneType"),
     ],
     ids=str,
 )

@@ -1,0 +1,248 @@
+"""The same run on any number of processes, and what becomes of it when some of them die.
+
+Real processes on CPU (gloo). `accelerate launch --cpu --num_processes 2` silently starts one, so: --multi_gpu with
+ACCELERATE_USE_CPU, and the number of processes is asserted.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, train
+
+LAUNCH = "accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no --num_processes {} --num_machines {}"
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def start(processes, arguments, machines=1, extra="", **options):
+    line = [*LAUNCH.format(processes, machines).split(), *extra.split(), "-m", "hf_myllm.train", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(line, env=ENVIRONMENT, cwd=ROOT, **options)
+
+
+def launch(processes, *arguments):
+    job = start(processes, arguments)
+    out, err = job.communicate(timeout=300)
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+def launch_two_machines(arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = f"--main_process_ip 127.0.0.1 --main_process_port {port} --machine_rank"
+    jobs = [start(2, arguments, machines=2, extra=f"{where} {rank}") for rank in (0, 1)]
+    results = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], results
+    assert results[1][0] == ""  # the second machine has nothing to say
+    return results[0][0]
+
+
+def metrics(run, key):
+    path = Path(run) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line[key] for line in lines if key in line]
+
+
+def weights(run):
+    return (Path(run) / "model.safetensors").read_bytes()
+
+
+def assert_same_run(run, reference):
+    """The same rows and learning rates at each step, and the same losses but for rounding."""
+    for key in ("rows", "tokens", "learning_rate"):
+        assert metrics(run, key) == metrics(reference, key), key
+    for key in ("loss", "val_loss"):
+        assert metrics(run, key) == pytest.approx(metrics(reference, key), abs=1e-6), key
+
+
+def test_two_processes_train_what_one_does_dropout_included(tiny, tmp_path):
+    assert train(*tiny(save_model=tmp_path / "one")) == 0
+    assert launch(2, *tiny(save_model=tmp_path / "two")).returncode == 0
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["gpt", "mlm", "mlm_nsp"])
+def test_any_number_of_processes_trains_the_same_run(tiny, tiny_bert, tmp_path, kind):
+    """A step has rows for one and a half micro-batches, and an epoch ends within one. No dropout, which is drawn for a
+    micro-batch as a whole."""
+    sizes = {"epochs": 1, "eval_freq": 10, "total_batch_size": 6, "batch_size": 4}
+    if kind == "gpt":
+        flags = tiny(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    else:
+        flags = tiny_bert(**sizes, task=kind, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    for processes in (2, 3):
+        run = tmp_path / str(processes)
+        result = launch(processes, *flags, "--save_model", run)
+        assert result.returncode == 0, result.stderr
+        assert f"{processes} x cpu" in result.stdout
+        assert result.stdout.count("step 20: training loss") == 1
+        assert_same_run(run, tmp_path / "one")
+    if kind == "gpt":
+        assert "2 x cpu" in launch_two_machines([*flags, "--save_model", tmp_path / "machines"])
+        assert_same_run(tmp_path / "machines", tmp_path / "one")
+
+
+def trainers(run):
+    """The training processes of a run, by rank."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes().split(b"\0")
+            place = dict(item.split(b"=", 1) for item in (path / "environ").read_bytes().split(b"\0") if b"=" in item)
+        except OSError:
+            continue
+        if str(run).encode() in line and b"RANK" in place:
+            found.append((int(place[b"RANK"]), int(path.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def wait_for(job, condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def reached(run, step):
+    return lambda: any(at >= step for at in metrics(run, "step"))
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes(tiny, tmp_path):
+    """Begun on two, whose step it keeps; then on three, on one, and on two again."""
+    assert train(*tiny(save_model=tmp_path / "one")) == 0
+    run = tmp_path / "run"
+    flags = [*tiny(save_model=run, total_batch_size=None, save_freq=None), "--save_freq", "null"]
+    for processes, step in ((2, 8), (3, 19), (1, 30)):
+        arguments = [*flags, "--init_from", "resume"]
+        job = start(processes, arguments) if processes > 1 else subprocess.Popen(
+            ["accelerate", "launch", "-m", "hf_myllm.train", *map(str, arguments)], env=ENVIRONMENT, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_for(job, reached(run, step))
+        told = trainers(run)[-1] if processes > 1 else job.pid  # any one of them stops all, after the same step
+        os.kill(told, signal.SIGTERM)
+        job.communicate(timeout=120)
+    result = launch(2, *flags, "--init_from", "resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run, tmp_path / "one")
+
+
+def kill(run, job, how, draw):
+    """Kill -9 one training process, all of them, or the launcher."""
+    pids = trainers(run)
+    for pid in {"one": draw.sample(pids, min(1, len(pids))), "all": pids, "launcher": [job.pid]}[how]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.communicate(timeout=120)
+    for pid in pids:  # those that were not killed end by themselves
+        end = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+            assert time.monotonic() < end, "a process lives on after another died"
+            time.sleep(0.05)
+
+
+def chaos(flags, folder, kills, seed):
+    """Kill a run of two processes at random moments until it has been killed so many times, and let it end."""
+    draw, run, killed = random.Random(seed), folder / f"killed{seed}", []
+    resume = [*flags, "--save_model", run, "--init_from", "resume"]
+    while len(killed) < kills:
+        before = max(metrics(run, "step"), default=0)
+        job = start(2, resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        how, moment = draw.choice(["one", "all", "launcher"]), draw.choice(["step", "save", "evaluation", "start"])
+        step = before + draw.randint(1, 6)
+        wanted = {
+            "step": reached(run, step),
+            "save": lambda: any(run.glob("checkpoint-*.partial")),
+            "evaluation": lambda: any(at % 5 == 0 for at in metrics(run, "step")[-1:]),
+            "start": lambda: len(trainers(run)) == 2,
+        }[moment]
+        while job.poll() is None and not wanted():
+            time.sleep(0.001)
+        if job.poll() is not None:
+            break  # it ended before it could be killed
+        kill(run, job, how, draw)
+        killed.append((how, moment))
+    result = launch(2, *resume)
+    assert result.returncode == 0, result.stderr
+    return run, killed
+
+
+def test_killed_in_any_way_it_ends_with_the_same_bytes(tiny, tmp_path):
+    flags = tiny(eval_freq=5, save_freq=4, save_total_limit=3)
+    assert launch(2, *flags, "--save_model", tmp_path / "reference").returncode == 0
+    run, killed = chaos(flags, tmp_path, kills=3, seed=0)
+    assert killed
+    assert weights(run) == weights(tmp_path / "reference")
+    for key in ("loss", "rows", "val_loss"):
+        assert metrics(run, key) == metrics(tmp_path / "reference", key), key
+
+
+@pytest.mark.chaos
+def test_killed_twenty_times_and_more_it_ends_with_the_same_bytes(tiny, tiny_bert, tmp_path):
+    total = []
+    for name, make in (("gpt", tiny), ("bert", tiny_bert)):
+        flags = make(eval_freq=5, save_freq=4, save_total_limit=3, epochs=6)
+        assert launch(2, *flags, "--save_model", tmp_path / name).returncode == 0
+        for seed in range(2):
+            (tmp_path / name / str(seed)).mkdir()
+            run, killed = chaos(flags, tmp_path / name / str(seed), kills=8, seed=seed)
+            assert weights(run) == weights(tmp_path / name)
+            assert metrics(run, "loss") == metrics(tmp_path / name, "loss")
+            total += killed
+    print(f"{len(total)} kills:", {pair: total.count(pair) for pair in sorted(set(total))})
+    assert len(total) >= 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_all_at_one_step(tiny, tmp_path, number):
+    run = tmp_path / "run"
+    flags = [*tiny(epochs=1000, eval_freq=None, save_freq=None), "--save_freq", "null"]
+    job = start(2, flags)
+    wait_for(job, reached(run, 5))
+    os.kill(trainers(run)[1], number)
+    out, _ = job.communicate(timeout=120)
+    assert "which is saved: --init_from resume goes on from it" in out
+    (saved,) = run.glob("checkpoint-*")
+    assert (saved / "trainer_state" / "complete.json").exists()
+
+
+def test_a_signal_inside_an_evaluation_stops_it_and_it_is_made_up_for(tiny, tmp_path):
+    flags = tiny(eval_freq=10, eval_iter=3, max_steps=20, val_fraction=0.4, start_context=None)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    run = tmp_path / "run"
+    long = [*flags, "--save_model", run, "--eval_iter", 4000, "--batch_size", 1]  # an evaluation that takes its time
+    job = start(2, long)
+    wait_for(job, lambda: (run / "recipe.yaml").exists() and not metrics(run, "loss"))
+    time.sleep(3)  # the evaluation before the first step
+    os.kill(trainers(run)[1], signal.SIGTERM)
+    out, _ = job.communicate(timeout=60)
+    assert "stopped by a signal" in out, out
+    assert train(*flags, "--save_model", run, "--init_from", "resume") == 0
+    assert weights(run) == weights(tmp_path / "one")
+    assert metrics(run, "val_loss") == metrics(tmp_path / "one", "val_loss")
+
+
+def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
+    job = start(2, [*tiny(epochs=100), "--eval_freq", "null"])
+    wait_for(job, reached(tmp_path / "run", 3))
+    os.kill(trainers(tmp_path / "run")[1], signal.SIGKILL)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "error: process 0 of 2, in step" in err
+    assert "--init_from resume goes on from the newest checkpoint" in err
+
+
+def test_a_mistake_is_said_once(tiny):
+    result = launch(2, *tiny(n_head=5))
+    assert result.returncode != 0
+    assert result.stderr.count("error: config of gpt: n_head (5) must divide n_embd (32)") == 1
