@@ -203,7 +203,7 @@ def find_base_tokenizer(recipe, sources, pretrained, keep):
         kind, size = data.tokenizer["train"], data.tokenizer["vocab_size"]
 
         def train_tokenizer(folder):
-            tokenizers.save(tokenizers.TRAINERS[kind](corpus.read_documents(source), size), folder)
+            tokenizers.save(tokenizers.TRAINERS[kind](corpus.Documents(source), size), folder)
 
         return tokenizers.load(str(corpus.cached_folder([kind, size, corpus.source_key(source)], train_tokenizer)))
     if pretrained and not keep:
@@ -350,7 +350,11 @@ def resolve(recipe, config, objective, accelerator, state):
     data.max_len = data.max_len or positions
     if data.max_len > positions:
         raise InputError(f"max_len {data.max_len} is more than the {positions} positions of the model")
-    if data.max_len <= objective.specials:
+    if recipe.task == "mlm_nsp" and config.type_vocab_size < 2:
+        raise InputError(
+            f"type_vocab_size is {config.type_vocab_size}, and task mlm_nsp tells two sentences apart by it"
+        )
+    if data.max_len <= objective.specials + (recipe.task == "mlm_nsp"):
         raise InputError(
             f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
         )

@@ -362,11 +362,13 @@ def _coerce(value, hint, key, where):
         if type(None) in options:
             return None
         raise InputError(f"{where}: '{key}' has no value")
-    if isinstance(value, str) and dict in options and value.lstrip().startswith("{"):
+    is_list = str not in options and any(typing.get_origin(option) is list for option in options)
+    brackets = "{" if dict in options else "[" if is_list else None
+    if brackets and isinstance(value, str) and value.lstrip().startswith(brackets):
         try:
             value = yaml.load(value, _UniqueKeys)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise InputError(f"{where}: '{key}' is not a valid mapping: {value!r}") from None
+            raise InputError(f"{where}: '{key}' is not a valid mapping or list: {value!r}") from None
     for option in options:
         if option is bool:
             words = {"true": True, "false": False, "yes": True, "no": False}
@@ -386,8 +388,9 @@ def _coerce(value, hint, key, where):
             return value
         elif option is dict and isinstance(value, dict):
             return value
-        elif typing.get_origin(option) is list and isinstance(value, list):
-            return [_coerce(item, typing.get_args(option)[0], key, where) for item in value]
+        elif typing.get_origin(option) is list and isinstance(value, (list, str)):
+            items = value if isinstance(value, list) else [value]  # one flag's one value
+            return [_coerce(item, typing.get_args(option)[0], key, where) for item in items]
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     wanted = " or ".join(dict.fromkeys(names.get(o, "a list") for o in options if o is not type(None)))
     raise InputError(f"{where}: '{key}' must be {wanted}, not {value!r}")

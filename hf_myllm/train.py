@@ -9,6 +9,7 @@ import ctypes
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -70,9 +71,13 @@ def train(run):
         run.lock = lock_folder(folder)
         if check_folder(recipe) != run.resume_from:  # preparing may have taken hours
             raise InputError(f"another run has written into {folder} since this one was started; start it again")
-    starts = accelerator.gather(torch.tensor([run.start], device=accelerator.device)).tolist()
+    digest = order.derive_seed(*sorted(fingerprints(run).items()), len(run.tokenizer or ()))
+    seen = torch.tensor([[run.start, digest]], device=accelerator.device)
+    starts, digests = accelerator.gather(seen).T.tolist()
     if len(set(starts)) > 1:
         raise InputError(f"the processes see checkpoints of steps {starts}: {folder} must be on a disk that all share")
+    if len(set(digests)) > 1:
+        raise InputError("the processes have not prepared the same tokens: give all machines the same files")
     optimizer = build_optimizer(
         run.model, section.learning_rate, (section.beta1, section.beta2), section.epsilon, section.weight_decay
     )
@@ -167,9 +172,10 @@ def compute_step(run, model, step):
     for batch in batches:
         counts.update(objectives.counts(batch))
     # all processes divide by the same numbers, and stop at the same step or none
-    read = sum(order.digest(share) for _, share in shares)
-    sums = accelerator.reduce(torch.tensor([*counts.values(), read, bool(run.signals)], device=accelerator.device))
-    counts, read, must_stop = dict(zip(counts, sums, strict=False)), int(sums[-2]), sums[-1]
+    tokens, read = sum(map(objectives.tokens_read, batches)), sum(order.digest(share) for _, share in shares)
+    sums = torch.tensor([*counts.values(), tokens, read, bool(run.signals)], device=accelerator.device)
+    *sums, tokens, read, must_stop = accelerator.reduce(sums)
+    counts = {name: total.clamp(min=1) for name, total in zip(counts, sums, strict=True)}  # a step may have no target
 
     # DDP averages gradients over processes and accelerate divides by its own idea of accumulation; undo both
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -188,9 +194,7 @@ def compute_step(run, model, step):
         run.optimizer.step()
     run.optimizer.zero_grad()
     must_stop = bool(must_stop) or (bool(run.signals) and accelerator.num_processes == 1)
-    # what was read: the targets, or where only some tokens are targets, the rows
-    tokens = int(counts["num_items_in_batch"]) if recipe.task == "causal" else len(rows) * recipe.data.max_len
-    return loss, tokens, must_stop, norm, read
+    return loss, int(tokens), must_stop, norm, int(read)
 
 
 def is_finite(run, loss, norm):
@@ -339,6 +343,10 @@ def introduce(run, report):
         report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
     tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {recipe.data.max_len}"
     report.say(f"training    {tokens}")
+    unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"]["tokens"])
+    if unknown > 0.001:
+        name = run.tokenizer.unk_token
+        report.say(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
     unigram = None
     if run.validation is not None:
         part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
@@ -355,7 +363,8 @@ def introduce(run, report):
     at = f"from step {run.start} " if run.start else ""
     report.say(
         f"steps       {at}to {run.total_steps:,}, each of {section.total_batch_size} rows "
-        f"({section.total_batch_size * recipe.data.max_len:,} tokens), {section.lr_schedule} learning rate"
+        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * (recipe.task == 'mlm_nsp')}), "
+        f"{section.lr_schedule} learning rate"
     )
     report.say(f"run folder  {recipe.run.save_model}")
     return unigram
@@ -432,24 +441,24 @@ def finish(run, model, report, folder, unigram):
         plot(folder, unigram)
     except OSError as error:
         report.say(f"loss.png could not be drawn: {error}")
+    is_causal = run.recipe.task == "causal"
     if validation:
         report.say(
-            f"done        validation loss {describe(validation)} on all {validation['tokens']:,} tokens; "
-            f"unigram level {unigram:.4f}"
+            f"done        validation loss {describe(validation)} on all {validation['tokens']:,} "
+            f"{'' if is_causal else 'masked '}tokens; unigram level {unigram:.4f}"
         )
-    is_causal = run.recipe.task == "causal"
     if run.tokenizer is not None:
         prompt = run.recipe.evaluation.start_context or (
             "Once upon a time" if is_causal else f"Once upon a {run.tokenizer.mask_token}"
         )
         does = "generate" if is_causal else "fill in "
-        report.say(f"{does}    python -m hf_myllm.generate {folder} --prompt {prompt!r}")
+        report.say(f"{does}    python -m hf_myllm.generate {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)}")
     report.say(
-        f"resume      accelerate launch -m hf_myllm.train {folder / 'recipe.yaml'} --max_steps {2 * run.total_steps} "
-        "--init_from resume --allow_changed"
+        f"resume      accelerate launch -m hf_myllm.train {shlex.quote(str(folder / 'recipe.yaml'))} --max_steps "
+        f"{2 * run.total_steps} --init_from resume --allow_changed"
     )
-    kind = "AutoModelForCausalLM" if is_causal else "AutoModelForMaskedLM"
-    report.say(f'load        {kind}.from_pretrained("{folder}") in Python, with stock transformers')
+    kind = {"causal": "CausalLM", "mlm": "MaskedLM", "mlm_nsp": "PreTraining"}[run.recipe.task]
+    report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
     return True
 
 

@@ -204,7 +204,7 @@ def test_training_starts_from_stock_weights_and_can_extend_the_vocabulary(tiny, 
     assert not any(loading.values())
     assert stock.get_input_embeddings().weight.shape[0] == stock.get_output_embeddings().weight.shape[0] == size + 2
     # the same again is the same, and a resume finds what the run had become
-    assert train(*flags, "--add_tokens", "<user>", "<bot>", "--save_model", tmp_path / "again") == 0
+    assert train(*flags, "--add_tokens", "[<user>, <bot>]", "--save_model", tmp_path / "again") == 0
     assert weights(run) == weights(tmp_path / "again")
     flags = [*flags, "--add_tokens", "<user>", "<bot>", "--init_from", "resume", "--max_steps", 4, "--allow_changed"]
     assert train(*flags) == 0
@@ -223,6 +223,15 @@ def test_a_tokenizer_that_has_grown_needs_the_word(tiny, stock_models, tmp_path,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 304
     assert train(*flags, "--vocab_size", 200, "--save_model", tmp_path / "smaller") == 2
     assert "vocab_size" in capsys.readouterr().err
+
+
+def test_a_step_without_a_target_is_no_mistake(tiny_bert, tmp_path):
+    (tmp_path / "empty.txt").write_text("[MASK] [SEP] [UNK] " * 400 + "Anna sees. " * 200)
+    flags = tiny_bert(
+        train_file=tmp_path / "empty.txt", val_fraction=0.1, batch_size=1, total_batch_size=1, max_steps=20
+    )
+    assert train(*flags) == 0
+    assert 0.0 in losses(tmp_path / "run")
 
 
 def test_the_recipe_may_ask_for_bf16_weights(tiny, tmp_path):
@@ -252,6 +261,10 @@ MISTAKES = {
         {"tokenizer": "{train: bpe, vocab_size: 300}"},
         "task mlm needs a tokenizer with cls_token, sep_token, mask_token",
     ),
+    "pairs without a second kind of token": (
+        {"task": "mlm_nsp", "type_vocab_size": 1}, "type_vocab_size is 1, and task mlm_nsp",
+    ),
+    "rows too short for pairs": ({"task": "mlm_nsp", "max_len": 4}, "max_len 4 is too small"),
     "pairs out of one document": (
         {"task": "mlm_nsp", "train_file": "PLACE/one.txt", "val_fraction": 0},
         "one.txt is one document, and pairs of sentences need a second",

@@ -29,7 +29,7 @@ from .pickled import read_ids
 from .tokenizer import end_of_document
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-_FORMAT = 2  # of the cache: raise it when what is cached changes
+_FORMAT = 3  # of the cache: raise it when what is cached changes
 # any other suffix is plain text
 _KINDS = {".jsonl": "json", ".parquet": "parquet", ".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
 OF_IDS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
@@ -148,6 +148,16 @@ def hub_source(name, config=None, split="train", revision=None, text_column="tex
     if os.path.exists(name):
         raise InputError(f"dataset {name} is a path here, not a data set of the Hub: give it as --train_file")
     return Source("hub", name, (), text_column, "row", config, split, revision)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a source, to be read as often as one likes."""
+
+    source: Source
+
+    def __iter__(self):
+        return read_documents(self.source)
 
 
 def read_documents(source, progress=None):
@@ -351,6 +361,7 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
                 rows[part].append(np.array([*encoding.ids, *end] if is_end else encoding.ids, dtype=dtype))
                 parts[part].bytes += len(text.encode())
                 parts[part].documents += is_end
+                parts[part].unknown += encoding.ids.count(tokenizer.unk_token_id)
                 number += is_end
             for part, pieces in rows.items():
                 parts[part].write(pieces)
@@ -405,7 +416,7 @@ class _Part:
         self.schema = features.arrow_schema
         self.writer = ArrowWriter(path=str(path), features=features)
         self.digest = hashlib.sha256()
-        self.documents = self.tokens = self.bytes = self.max_id = 0
+        self.documents = self.tokens = self.bytes = self.unknown = self.max_id = 0
 
     def write(self, rows):
         if not rows:
@@ -424,6 +435,7 @@ class _Part:
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "unknown": self.unknown,
             "max_id": self.max_id,
             "fingerprint": self.digest.hexdigest(),
         }

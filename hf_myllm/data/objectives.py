@@ -18,6 +18,8 @@ from .order import derive_seed, random_numbers
 from .packing import Passages, Rows
 from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 
+_LOOKED_AT = 20_000_000  # tokens in which a mark must be found
+_LONGEST_WORD = 12  # tokens by which a row's last whole word may go beyond the share
 IGNORED = -100  # what torch's cross-entropy, and with it transformers, leaves out of the loss
 
 
@@ -32,7 +34,7 @@ def build(task, tokenizer, vocab_size, seed, document_isolation=False, mlm_proba
             return Causal()
         if tokenizer is None:
             raise InputError("document_isolation needs to know what ends a document: give the data's --tokenizer")
-        return Causal(end_of_document(tokenizer)[0])
+        return Causal({end_of_document(tokenizer)[0], tokenizer.bos_token_id} - {None})
     if tokenizer is None:
         raise InputError(f"task {task} needs the data's tokenizer, for its mask token: give --tokenizer")
     lacking = [name for name in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, name) is None]
@@ -58,21 +60,37 @@ def counts(batch):
     return found
 
 
+def tokens_read(batch):
+    """How many tokens of text a step has read: its targets, or where only some tokens are targets, all but padding."""
+    if "shift_labels" in batch:
+        return int((batch["shift_labels"] != IGNORED).sum())
+    is_row = (batch["labels"] != IGNORED).any(dim=1)  # and not one that only fills the batch
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"][is_row].sum())
+    return int(is_row.sum()) * batch["input_ids"].shape[1]
+
+
 class Causal:
     """Predict each next token.
 
     Args:
-        end: the token that closes a document, to keep documents apart: the positions restart at it, from which the
-            models see where a document begins. It is the last thing that a document says and the first that the next
-            one reads, so that no target is lost, and a text that starts from nothing starts as in training.
+        marks: the tokens that stand between documents, to keep documents apart: the positions restart at each, from
+            which the models see where a document begins. A mark is the last thing that a document says and the first
+            that the next one reads, so that no target is lost, and a text that starts from nothing starts as in
+            training.
     """
 
     specials = 0
 
-    def __init__(self, end=None):
-        self.end = end
+    def __init__(self, marks=()):
+        self.marks = list(marks)
 
     def rows(self, tokens, max_len, stride, name):
+        if self.marks and not np.isin(tokens.read(0, _LOOKED_AT), self.marks).any():
+            raise InputError(
+                f"document_isolation: none of the tokens {self.marks} that stand between documents is in the first "
+                f"{min(_LOOKED_AT, len(tokens)):,} tokens of {name}; write one after each document, or leave it out"
+            )
         return Rows(tokens, max_len, stride, name)
 
     def batch(self, rows, numbers, step=None, size=None):
@@ -81,8 +99,8 @@ class Causal:
         inputs, labels = windows[:, :-1], windows[:, 1:].copy()
         labels[np.arange(labels.shape[1]) < first[:, None]] = IGNORED
         batch = {"input_ids": inputs, "shift_labels": labels}
-        if self.end is not None:
-            batch["position_ids"] = _positions(inputs == self.end)
+        if self.marks:
+            batch["position_ids"] = _positions(np.isin(inputs, self.marks))
         return _tensors(batch, size)
 
 
@@ -95,7 +113,7 @@ class MaskedLM:
     Args:
         vocab_size: of the model.
         share: of the text's tokens to choose, rounded, and at least one a row.
-        whole_words: choose all tokens of a word or none; words that would go beyond the share are passed over.
+        whole_words: choose all tokens of a word or none.
         document_isolation: let no token attend to one of another document.
     """
 
@@ -135,7 +153,7 @@ class MaskedLM:
         draws = random_numbers(keys, 3 * length).reshape(rows, 3, length)
         wanted = np.rint(may_mask.sum(axis=1) * self.share).astype(np.int64)
         wanted = np.maximum(wanted, may_mask.any(axis=1))
-        slots = max(1, round(length * self.share))
+        slots = max(1, round(length * self.share)) + (_LONGEST_WORD if self.whole_words else 0)
         if self.whole_words:
             positions, used = self._choose_words(ids, may_mask, draws[:, 0], wanted, slots)
         else:
@@ -167,11 +185,14 @@ class MaskedLM:
             count = 0
             for number in np.argsort(draws[row, : len(words)]):
                 word = words[number]
-                if count + len(word) <= wanted[row]:
+                # the word that goes beyond the share is taken as often as keeps the share on average; were it always
+                # passed over, long words would hardly ever be chosen
+                beyond = count + len(word) - wanted[row]
+                if beyond <= 0 or (draws[row, -1] % len(word) >= beyond and count + len(word) <= slots):
                     positions[row, count : count + len(word)] = word
                     count += len(word)
-                    if count == wanted[row]:
-                        break
+                if beyond >= 0:
+                    break
             used[row, :count] = True
         return positions, used
 
@@ -179,10 +200,11 @@ class MaskedLM:
 class SentencePairs(MaskedLM):
     """Predict masked tokens, and whether the second of two sentences follows the first (Devlin et al. 2019).
 
-    A row is [CLS] A [SEP] B [SEP], padded. A is the beginning of a passage of one document, up to a sentence's end
-    drawn at random; B, half of the time, is the rest of the passage, and otherwise sentences of another document, no
-    longer than that rest, so that the length does not give the answer away. As in the paper, a "sentence" is any span
-    of text; where a passage has no sentence's end, it is cut anywhere.
+    A row is [CLS] A [SEP] B [SEP], padded. A passage of one document is cut between two sentences, at random; A is what
+    stands before the cut, half a row at most, and B, half of the time, what stands after it, half a row at most. The
+    other half of the time B is what stands after such a cut in a passage of another document: made alike, B tells
+    nothing of where it is from but by what it says. As in the paper, a "sentence" is any span of text; where a passage
+    has no sentence's end, it is cut anywhere.
     """
 
     specials = 3
@@ -213,32 +235,26 @@ class SentencePairs(MaskedLM):
 
     def draw_pair(self, passages, number, step):
         """Two spans of tokens, and whether the second follows the first in the text."""
-        draws = random_numbers([derive_seed(self.seed, "pair", step, number)], 5)[0].tolist()
-        passage = passages.read(number)
-        cut = _pick(self._sentence_starts(passage)[1:], draws[0])
-        if cut is None:  # no sentence ends within
-            cut = 1 + draws[0] % max(1, len(passage) - 1)
-        a, rest = passage[:cut], passage[cut:]
-        if draws[1] % 2 == 0 and len(rest):
-            return a, rest, True
-        own = passages.document_of(number)
-        other = draws[2] % (len(passages.documents) - 1)
-        other += other >= own
-        count = int(passages.first[other + 1] - passages.first[other])
-        foreign = passages.read(int(passages.first[other]) + draws[3] % count)
-        length = max(1, len(rest))
-        starts = self._sentence_starts(foreign)
-        start = _pick(starts[starts <= len(foreign) - length], draws[4]) or 0
-        return a, foreign[start : start + length], False
+        draws = random_numbers([derive_seed(self.seed, "pair", step, number)], 4)[0].tolist()
+        half = passages.length // 2
+        before, after = self._cut(passages.read(number), draws[0])
+        is_next = draws[1] % 2 == 0 and len(after) > 0
+        if not is_next:
+            own = passages.document_of(number)
+            first, stop = int(passages.first[own]), int(passages.first[own + 1])
+            other = draws[2] % (len(passages) - (stop - first))
+            foreign = passages.read(other + (stop - first if other >= first else 0))
+            start, rest = self._cut(foreign, draws[3])
+            after = rest if len(rest) else start  # a single token
+        return before[-half:], after[:half], is_next
 
-    def _sentence_starts(self, ids):
-        """Where a sentence begins: at the start, and after each token that ends one and is not followed by such."""
+    def _cut(self, ids, draw):
+        """A passage in two, where one sentence ends and another begins: after a token that ends one, and is not
+        followed by such."""
         ends = self.ends_sentence[ids]
-        return np.concatenate([[0], np.flatnonzero(ends[:-1] & ~ends[1:]) + 1])
-
-
-def _pick(values, draw):
-    return int(values[draw % len(values)]) if len(values) else None
+        places = np.flatnonzero(ends[:-1] & ~ends[1:]) + 1
+        place = places[draw % len(places)] if len(places) else 1 + draw % max(1, len(ids) - 1)
+        return ids[:place], ids[place:]
 
 
 def _positions(starts):

@@ -70,8 +70,8 @@ class Passages:
     def __init__(self, tokens, documents, length, name):
         if len(documents) < 2:
             raise InputError(
-                f"{name} is one document, and pairs of sentences need a second to take some from: give more files, or "
-                "lines as documents (--document line), or --task mlm"
+                f"{name} is one document, and pairs of sentences need a second to take some from: give more files, "
+                "lines as documents (--document line) or a larger val_fraction, or learn without pairs (--task mlm)"
             )
         self.tokens, self.documents, self.length, self.name = tokens, documents, length, name
         counts = -(-(documents[:, 1] - documents[:, 0]) // length)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import unicodedata
+from collections import Counter
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -59,15 +61,41 @@ def train_bpe(texts, vocab_size):
 
 def train_wordpiece(texts, vocab_size):
     """A WordPiece tokenizer (Wu et al. 2016) with BERT's special tokens and its splitting at spaces and punctuation,
-    capitals kept, as the class that AutoTokenizer gives for BERT."""
-    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    capitals kept, as the class that AutoTokenizer gives for BERT.
+
+    Args:
+        texts: read twice, so not an iterator.
+    """
+    # The library's own trainer numbers characters as they come out of a hash table, otherwise in each process, and
+    # breaks ties by number. So the characters are numbered here; the rest of its work is that of BPE.
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    alphabet, room = [], (vocab_size - len(BERTS_TOKENS)) * 3 // 4
+    for character, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
+        forms = [character] if _stands_alone(character) else [character, "##" + character]
+        if not character.isspace() and len(alphabet) + len(forms) <= room:
+            alphabet += forms
+    trained = Tokenizer(models.BPE(continuing_subword_prefix="##"))
     trained.normalizer = normalizers.BertNormalizer(lowercase=False)
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(BERTS_TOKENS), limit_alphabet=1000, show_progress=False
+    single = [form for form in alphabet if not form.startswith("##")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*BERTS_TOKENS, *sorted(alphabet)],
+        initial_alphabet=single,
+        limit_alphabet=len(single),
+        continuing_subword_prefix="##",
+        show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
     return BertTokenizer(vocab=trained.get_vocab(), do_lower_case=False)
+
+
+def _stands_alone(character):
+    """Whether BERT's splitting makes a word of each such character: punctuation, and Chinese characters."""
+    is_symbol = character.isascii() and not character.isalnum()
+    return is_symbol or unicodedata.category(character).startswith("P") or "\u4e00" <= character <= "\u9fff"
 
 
 TRAINERS = {"bpe": train_bpe, "wordpiece": train_wordpiece}

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -19,6 +21,22 @@ def test_a_trained_tokenizer_is_what_autotokenizer_loads(tmp_path):
     assert loaded.decode(loaded(unseen)["input_ids"]) == unseen
     assert loaded.eos_token == "<|endoftext|>"
     assert tokenizer.fingerprint(tokenizer.train_bpe([TEXT] * 20, 320)) == tokenizer.fingerprint(trained)
+
+
+def test_wordpiece_is_the_same_each_time_and_what_autotokenizer_loads(tmp_path):
+    texts = [TEXT, "playing played plays player replay 漢字漢 naïveté " * 3] * 10
+    trained = [tokenizer.train_wordpiece(texts, 200) for _ in range(6)]
+    assert len({json.dumps(one.get_vocab(), sort_keys=True) for one in trained}) == 1
+    assert len(trained[0]) <= 200
+    trained[0].save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "BertTokenizer"
+    assert tokenizer.fingerprint(loaded) == tokenizer.fingerprint(trained[0])
+    ids = loaded("Anna played naïve 漢字.")["input_ids"]
+    assert loaded.unk_token_id not in ids
+    assert loaded.decode(ids, skip_special_tokens=True) == "Anna played naïve 漢 字."
+    assert loaded.tokenize("playing") != list("playing")
+    assert [ids[0], ids[-1], loaded.pad_token_id] == [loaded.cls_token_id, loaded.sep_token_id, 0]
 
 
 def test_bytes_per_token_add_up_to_the_text():
