@@ -479,13 +479,18 @@ def end_with_the_launcher():
     accelerate's launcher passes no signal on when it is itself told to end. A shell is not a launcher: what it started
     may outlive it.
     """
+    parent = os.getppid()
     try:
-        started_by = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+        started_by = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
         return
     launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
-    if launchers & {Path(argument).name for argument in started_by[:4]}:
+    is_launcher = bool(launchers & {Path(argument).name for argument in started_by[:4]})
+    if is_launcher:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    is_orphan = os.getppid() != parent or (parent == 1 and not is_launcher and "TORCHELASTIC_RUN_ID" in os.environ)
+    if is_orphan:
+        raise InputError("the launcher has ended before its processes had begun")
 
 
 def make_accelerator(is_compiled):
