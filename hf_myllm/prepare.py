@@ -1,14 +1,23 @@
-"""From a recipe to a run: everything that it names is found, checked and put together, before anything is written."""
+"""From a recipe to a run: everything that it names is found, checked and put together, before anything is written.
 
+`python -m hf_myllm.prepare recipe.yaml` does as much of it as takes long, ahead of a launch: the tokenizer is trained
+and the text tokenized, into the cache that a launch then finds.
+"""
+
+import logging
 import math
 import os
 import stat
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
@@ -16,10 +25,10 @@ from huggingface_hub.errors import StrictDataclassError
 from . import checkpoint
 from .data import corpus, objectives, order
 from .data import tokenizer as tokenizers
-from .errors import InputError, first_line
+from .errors import InputError, exit_on_input_error, first_line
 from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
-from .recipe import Recipe
+from .recipe import Recipe, parse
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
@@ -121,7 +130,7 @@ def prepare(recipe, accelerator, resume_from):
         encode = encode_prompt if recipe.task == "causal" else encode_masked
         encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
-    training, validation, account = load_data(data, sources, tokenizer, accelerator)
+    training, validation, account = load_data(data, sources, tokenizer, accelerator.is_local_main_process)
     for tokens, source in ((training, sources[0]), (validation, sources[1] or sources[0])):
         if tokens is not None and tokens.max_id >= config.vocab_size:
             raise InputError(
@@ -372,8 +381,7 @@ def resolve(recipe, config, objective, accelerator, state):
         training.epochs = 1.0
 
 
-def load_data(data, sources, tokenizer, accelerator):
-    show = accelerator.is_local_main_process
+def load_data(data, sources, tokenizer, show):
     training_source, validation_source = sources
     training = validation = None
     account = {}
@@ -438,3 +446,33 @@ def check_same_recipe(recipe, state, resume_from):
 
 def is_first_process():
     return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_the_libraries():
+    """Leave to the libraries only what a person must read."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+@exit_on_input_error
+def main(argv):
+    recipe = parse(argv, FAMILIES)
+    quiet_the_libraries()
+    data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
+    sources = find_sources(data, False)
+    check_family(recipe, pretrained)
+    tokenizer = find_tokenizer(recipe, sources, pretrained, False)
+    for name, tokens in zip(("training", "validation"), load_data(data, sources, tokenizer, show=True), strict=False):
+        if tokens is not None:
+            if recipe.task == "mlm_nsp":
+                corpus.find_documents(tokens, (tokenizer.cls_token_id, tokenizer.sep_token_id))
+            print(f"{name:<12}{len(tokens):,} tokens are prepared")
+    print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,22 +6,17 @@ optimizer's moments, so that a run that was killed goes on bit for bit.
 """
 
 import ctypes
-import logging
 import math
 import os
 import shlex
 import signal
 import sys
-import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 from filelock import FileLock, Timeout
@@ -34,7 +29,7 @@ from .evaluation import evaluate, unigram_level
 from .generate import fill_in, generate_text
 from .models import FAMILIES
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from .prepare import check_folder, fingerprints, prepare
+from .prepare import check_folder, fingerprints, prepare, quiet_the_libraries
 from .recipe import parse
 from .report import Report, plot
 
@@ -509,16 +504,6 @@ def use_all_cores():
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def quiet_the_libraries():
-    """Leave to the libraries only what a person must read."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 
 
 if __name__ == "__main__":

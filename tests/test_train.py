@@ -1,6 +1,7 @@
 """The main job, as a user does it: train, look at the folder, use what came out, stop it, kill it, go on."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT, command, run_command, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_myllm.models.gpt import GPTForCausalLM
 
@@ -343,3 +345,49 @@ def test_mixed_precision_is_the_launchers_to_say(tiny, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, capsys):
     assert train(*tiny(learning_rate=1e9, grad_clip=0, warmup_steps=0)) == 2
     assert "lower learning_rate" in capsys.readouterr().err
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """The loss, or its gradient, is not a number in step 3, which has two micro-batches."""
+
+    def spoil(part):
+        calls = []
+
+        def loss(logits, labels, vocab_size, **kwargs):
+            if torch.is_grad_enabled():
+                calls.append(1)
+                if len(calls) in (5, 6):
+                    if part == "loss":
+                        return logits.sum() * math.nan
+                    logits.register_hook(lambda gradient: gradient * math.inf)
+            return ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
+
+        monkeypatch.setattr(GPTForCausalLM, "_loss_function", staticmethod(loss), raising=False)
+
+    return spoil
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_named_or_left_out_when_asked(tiny, tmp_path, capsys, spoilt, part):
+    spoilt(part)
+    assert train(*tiny(max_steps=6)) == 2
+    error = capsys.readouterr().err
+    assert "of step 3 is" in error
+    assert re.search(r"rows \d+, \d+, .* of ", error)
+    assert "max_skipped_steps" in error
+    spoilt(part)
+    assert train(*tiny(max_steps=6, max_skipped_steps=1, save_model=tmp_path / "on")) == 0
+    assert "left out: the loss of step 3 is" in capsys.readouterr().out
+    lines = [line for line in metrics(tmp_path / "on") if "loss" in line]
+    assert [line["step"] for line in lines if line["loss"] is None or line["grad_norm"] is None] == [3]
+    assert len(lines) == 6
+    spoilt(part)
+    assert train(*tiny(max_steps=3, max_skipped_steps=1, save_freq=1, save_model=tmp_path / "at")) == 0
+    before, after = (tmp_path / "at" / f"checkpoint-{step}" for step in (2, 3))
+    assert weights(before) == weights(after)  # the step changed nothing
+
+
+def test_steps_that_stay_not_finite_stop_the_run(tiny, capsys):
+    assert train(*tiny(learning_rate=1e9, grad_clip=0, warmup_steps=0, max_skipped_steps=3)) == 2
+    assert "the 4th in a row" in capsys.readouterr().err

@@ -1,0 +1,32 @@
+"""Preparing ahead of a launch."""
+
+import pytest
+from conftest import run_command, train
+
+from hf_myllm.data import corpus, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_what_is_prepared_ahead_is_not_prepared_again(tiny, tiny_bert, capsys, monkeypatch, kind):
+    flags = tiny(max_steps=2) if kind == "gpt" else tiny_bert(max_steps=2, task="mlm_nsp")
+    flags += ["--text_column", kind]  # what no other test has prepared
+    result = run_command(*flags, module="hf_myllm.prepare")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("tokens are prepared") == 2
+
+    def forbid(*arguments):
+        raise AssertionError("it was prepared again")
+
+    monkeypatch.setattr(corpus, "_tokenize", forbid)
+    monkeypatch.setitem(tokenizer.TRAINERS, "bpe", forbid)
+    monkeypatch.setitem(tokenizer.TRAINERS, "wordpiece", forbid)
+    assert train(*flags) == 0
+    out = capsys.readouterr().out
+    for line in result.stdout.splitlines()[:2]:
+        assert f"{line.split()[1]} tokens" in out
+
+
+def test_a_mistake_is_one_line_there_too(tiny, tmp_path):
+    result = run_command(*tiny(train_file=tmp_path / "nope.txt"), module="hf_myllm.prepare")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [line for line in result.stderr.splitlines() if "nope.txt" in line]
