@@ -4,20 +4,16 @@
 and the text tokenized, into the cache that a launch then finds.
 """
 
-import logging
 import math
 import os
 import stat
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
 import yaml
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +24,7 @@ from .data import tokenizer as tokenizers
 from .errors import InputError, exit_on_input_error, first_line
 from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
+from .processes import quiet_the_libraries
 from .recipe import Recipe, parse
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
@@ -446,16 +443,6 @@ def check_same_recipe(recipe, state, resume_from):
 
 def is_first_process():
     return os.environ.get("RANK", "0") == "0"
-
-
-def quiet_the_libraries():
-    """Leave to the libraries only what a person must read."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 
 
 @exit_on_input_error

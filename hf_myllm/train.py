@@ -5,11 +5,8 @@ from (recipe, s), never carried along. What a checkpoint holds is what training 
 optimizer's moments, so that a run that was killed goes on bit for bit.
 """
 
-import ctypes
 import math
-import os
 import shlex
-import signal
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -17,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
 from filelock import FileLock, Timeout
 
 from . import checkpoint
@@ -29,7 +24,14 @@ from .evaluation import evaluate, unigram_level
 from .generate import fill_in, generate_text
 from .models import FAMILIES
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from .prepare import check_folder, fingerprints, prepare, quiet_the_libraries
+from .prepare import check_folder, fingerprints, prepare
+from .processes import (
+    end_with_the_launcher,
+    listen_for_signals,
+    make_accelerator,
+    quiet_the_libraries,
+    use_all_cores,
+)
 from .recipe import parse
 from .report import Report, plot
 
@@ -235,22 +237,6 @@ def leave(run, report):
     report.close()
     received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
     return 128 + int(run.accelerator.gather(received).max())
-
-
-def listen_for_signals():
-    """A list that SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) put their numbers into. A second Ctrl-C stops at once;
-    a second SIGTERM does not, for one may come from whoever ends the launcher, and one from its end."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), receive)
-    return received
 
 
 # ---- evaluation, checkpoints, the end
@@ -466,44 +452,6 @@ def evaluate_only(run):
         print(f"validation loss {describe(figures)}, perplexity {figures['perplexity']:.3f}")
         print(f"over all {figures['tokens']:,} tokens of {run.validation.name}")
     return 0
-
-
-def end_with_the_launcher():
-    """On Linux, take the death of a launcher for a SIGTERM: save and leave, rather than train on unseen.
-
-    accelerate's launcher passes no signal on when it is itself told to end. A shell is not a launcher: what it started
-    may outlive it.
-    """
-    parent = os.getppid()
-    try:
-        started_by = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return
-    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
-    is_launcher = bool(launchers & {Path(argument).name for argument in started_by[:4]})
-    if is_launcher:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    is_orphan = os.getppid() != parent or (parent == 1 and not is_launcher and "TORCHELASTIC_RUN_ID" in os.environ)
-    if is_orphan:
-        raise InputError("the launcher has ended before its processes had begun")
-
-
-def make_accelerator(is_compiled):
-    try:
-        return Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
-
-
-def use_all_cores():
-    """Let the processes of this machine share its cores.
-
-    accelerate's launcher sets OMP_NUM_THREADS to 1 when it is not set, which halves the speed of two cores; so 1 is
-    taken for nobody's wish, and any other number for somebody's.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "evaluation": {"errors", "models", "data"},
     "report": {"errors", "models"},
     "generate": {"errors", "models", "checkpoint"},
-    "prepare": {"errors", "models", "recipe", "data", "checkpoint", "generate"},
+    "processes": {"errors"},
+    "prepare": {"errors", "models", "recipe", "data", "checkpoint", "generate", "processes"},
     "train": {
         "errors",
         "models",
@@ -28,6 +29,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
         "generate",
         "optim",
         "prepare",
+        "processes",
     },
 }
 

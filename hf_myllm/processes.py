@@ -1,0 +1,81 @@
+"""What a process owes to those around it: its launcher, the machine's cores, signals, and a quiet terminal."""
+
+import ctypes
+import logging
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
+
+from .errors import InputError, first_line
+
+
+def quiet_the_libraries():
+    """Leave to the libraries only what a person must read."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+def end_with_the_launcher():
+    """On Linux, take the death of a launcher for a SIGTERM: save and leave, rather than train on unseen.
+
+    accelerate's launcher passes no signal on when it is itself told to end. A shell is not a launcher: what it started
+    may outlive it.
+    """
+    parent = os.getppid()
+    try:
+        started_by = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return
+    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
+    is_launcher = bool(launchers & {Path(argument).name for argument in started_by[:4]})
+    if is_launcher:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    is_orphan = os.getppid() != parent or (parent == 1 and not is_launcher and "TORCHELASTIC_RUN_ID" in os.environ)
+    if is_orphan:
+        raise InputError("the launcher has ended before its processes had begun")
+
+
+def use_all_cores():
+    """Let the processes of this machine share its cores.
+
+    accelerate's launcher sets OMP_NUM_THREADS to 1 when it is not set, which halves the speed of two cores; so 1 is
+    taken for nobody's wish, and any other number for somebody's.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def make_accelerator(is_compiled):
+    try:
+        return Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
+
+
+def listen_for_signals():
+    """A list that SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) put their numbers into. A second Ctrl-C stops at once;
+    a second SIGTERM does not, for one may come from whoever ends the launcher, and one from its end."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), receive)
+    return received
