@@ -12,7 +12,7 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 from .errors import InputError, first_line
 
@@ -60,7 +60,10 @@ def use_all_cores():
 
 def make_accelerator(is_compiled):
     try:
-        return Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
+        accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
+        if accelerator.distributed_type == DistributedType.FSDP:  # better now than at the first checkpoint
+            raise InputError("FSDP cannot be saved and resumed yet: launch with accelerate_configs/ddp.yaml")
+        return accelerator
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
 

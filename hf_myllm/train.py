@@ -47,6 +47,13 @@ def main(argv):
     run = prepare(recipe, accelerator, resume_from)
     try:
         return evaluate_only(run) if recipe.evaluation.eval_only else train(run)
+    except RuntimeError as error:  # in a barrier or an evaluation; a step says more: see training_step
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise ProcessError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} has lost another, which has failed or "
+            f"was ended: {first_line(error)[:200]}"
+        ) from error
     finally:
         if run.lock is not None:
             run.lock.release()
