@@ -49,6 +49,8 @@ class Run:
     optimizer: object = None
     lock: object = None
     signals: list = ()  # received so far: see train
+    skipped: int = 0  # steps in a row that were not finite
+    doing: str = "its preparation"  # for messages
     start: int = 0
     total_steps: int = 0
     last_position: int | None = None
@@ -108,15 +110,7 @@ def prepare(recipe, accelerator, resume_from):
     is_trained = resume_from is not None or recipe.evaluation.eval_only
     tokenizer = find_tokenizer(recipe, sources, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained)
-    objective = objectives.build(
-        recipe.task,
-        tokenizer,
-        config.vocab_size,
-        section.seed,
-        data.document_isolation,
-        data.mlm_probability,
-        data.whole_word_masking,
-    )
+    objective = build_objective(recipe, tokenizer, config)
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, objective, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
@@ -182,11 +176,16 @@ def find_tokenizer(recipe, sources, pretrained, keep):
     Args:
         keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
     """
-    tokenizer = find_base_tokenizer(recipe, sources, pretrained, keep)
-    if recipe.data.add_tokens:
-        if tokenizer is None:
-            raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
-        tokenizer.add_tokens(recipe.data.add_tokens)
+    tokenizer, added = find_base_tokenizer(recipe, sources, pretrained, keep), recipe.data.add_tokens or []
+    if added and tokenizer is None:
+        raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
+    if not keep:
+        tokenizer.add_tokens(added) if added else None
+    elif unknown := [token for token in added if token not in tokenizer.get_vocab()]:
+        raise InputError(
+            f"add_tokens: {pretrained} does not know {unknown[0]!r}, and a model grows only when a new run starts from "
+            f"it: --init_from {pretrained} --save_model FOLDER"
+        )
     return tokenizer
 
 
@@ -220,6 +219,12 @@ def find_base_tokenizer(recipe, sources, pretrained, keep):
             f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
         )
     return None
+
+
+def build_objective(recipe, tokenizer, config):
+    data = recipe.data
+    settings = data.document_isolation, data.mlm_probability, data.whole_word_masking
+    return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
 
 
 def build_config(recipe, tokenizer, pretrained):
@@ -303,7 +308,10 @@ def build_model(recipe, config, pretrained, is_trained):
     torch.manual_seed(order.derive_seed(recipe.run.seed, "initial weights"))
     if not pretrained:
         try:
-            return model_class(config).to(dtype), []
+            model = model_class(config)
+            for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact, as when loaded
+                parameter.data = parameter.data.to(dtype)
+            return model, []
         except (RuntimeError, MemoryError) as error:
             raise InputError(f"a {recipe.model} of this config cannot be made: {first_line(error)}") from None
     vocab_size = config.vocab_size
@@ -331,7 +339,7 @@ def build_model(recipe, config, pretrained, is_trained):
             f"the model {pretrained} lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
         )
     if vocab_size > config.vocab_size:
-        # new rows are drawn from the distribution of the old ones (Hewitt 2021), so that no token starts out likely
+        # new rows start close around the mean of the old ones (Hewitt 2021), so that no token starts out likely
         model.resize_token_embeddings(vocab_size)
         fresh.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
         config.vocab_size = vocab_size
@@ -453,10 +461,11 @@ def main(argv):
     sources = find_sources(data, False)
     check_family(recipe, pretrained)
     tokenizer = find_tokenizer(recipe, sources, pretrained, False)
+    config = build_config(recipe, tokenizer, pretrained)
+    objective, length = build_objective(recipe, tokenizer, config), data.max_len or config.max_position_embeddings
     for name, tokens in zip(("training", "validation"), load_data(data, sources, tokenizer, show=True), strict=False):
         if tokens is not None:
-            if recipe.task == "mlm_nsp":
-                corpus.find_documents(tokens, (tokenizer.cls_token_id, tokenizer.sep_token_id))
+            objective.rows(tokens, length, data.stride or length, f"the {name} data")
             print(f"{name:<12}{len(tokens):,} tokens are prepared")
     print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
 

@@ -73,8 +73,6 @@ class Report:
         if write:
             line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
             line |= {"grad_norm": grad_norm, "rows": rows}
-            # JSON has no NaN
-            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             self.write(line | {"tokens_per_second": round(speed, 1), "time": round(time.time(), 3)})
 
     def has_evaluation(self, step):
@@ -92,6 +90,8 @@ class Report:
     def write(self, line):
         """A line of metrics.jsonl."""
         if self.file is not None:
+            # JSON has no NaN
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             try:
                 self.file.write(json.dumps(line) + "\n")
                 self.file.flush()

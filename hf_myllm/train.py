@@ -46,18 +46,23 @@ def main(argv):
     accelerator = make_accelerator(recipe.training.compile)
     run = prepare(recipe, accelerator, resume_from)
     try:
-        return evaluate_only(run) if recipe.evaluation.eval_only else train(run)
-    except RuntimeError as error:  # in a barrier or an evaluation; a step says more: see training_step
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        code = evaluate_only(run) if recipe.evaluation.eval_only else train(run)
+        accelerator.end_training()
+        return code
+    except InputError:
+        raise
+    except torch.OutOfMemoryError as error:
+        problem = (
+            f"out of memory: lower batch_size, which leaves a step as it is when total_batch_size is set ({error})"
+        )
+    except Exception as error:
+        if accelerator.num_processes == 1:
             raise
-        raise ProcessError(
-            f"process {accelerator.process_index} of {accelerator.num_processes} has lost another, which has failed or "
-            f"was ended: {first_line(error)[:200]}"
-        ) from error
+        problem = f"{first_line(error)[:300]}; --init_from resume goes on from the newest checkpoint"
     finally:
         if run.lock is not None:
             run.lock.release()
-        accelerator.end_training()
+    raise ProcessError(f"process {accelerator.process_index} of {accelerator.num_processes}, in {run.doing}: {problem}")
 
 
 # ---- the loop
@@ -89,6 +94,7 @@ def train(run):
     if run.resume_from is not None:
         load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.load_optimizer(run.resume_from))
         state = checkpoint.load_state(run.resume_from)
+        run.skipped = state["skipped"]
         if accelerator.scaler is not None and "scaler" in state:
             accelerator.scaler.load_state_dict(state["scaler"])
     if accelerator.is_main_process:
@@ -97,11 +103,12 @@ def train(run):
     report = Report(folder, run.start, run.total_steps, accelerator.is_main_process)
     unigram = introduce(run, report)
 
-    if is_evaluation_due(run, report):
-        report_evaluation(run, model, report, run.start)
+    if is_evaluation_due(run, report) and report_evaluation(run, model, report, run.start) is None:
+        report.say("stopped by a signal in the first evaluation; --init_from resume starts there again")
+        return leave(run, report)
     model.train()
-    skipped = 0  # in a row
     for step in range(run.start, run.total_steps):
+        run.doing = f"step {step + 1}"
         rate = learning_rate(
             step,
             run.total_steps,
@@ -116,10 +123,10 @@ def train(run):
         loss, tokens, must_stop, norm, read = training_step(run, model, step)
         done = step + 1
         is_last = done == run.total_steps
-        skipped = 0 if is_finite(run, loss, norm) else skipped + 1
-        if skipped:
-            report_skipped(run, report, step, loss, norm, skipped)
-        is_logged = skipped or is_last or done % recipe.run.log_freq == 0
+        run.skipped = 0 if is_finite(run, loss, norm) else run.skipped + 1
+        if run.skipped:
+            report_skipped(run, report, step, loss, norm)
+        is_logged = run.skipped or is_last or done % recipe.run.log_freq == 0
         report.step(done, loss, rate, tokens, norm, read, write=is_logged)
 
         report.pause()
@@ -143,28 +150,7 @@ def training_step(run, model, step):
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
     micro-batches and processes. A step whose loss or gradient is not finite changes nothing.
-
-    Raises:
-        InputError: the device has too little memory.
-        ProcessError: of several processes, this one failed, or another did.
     """
-    try:
-        return compute_step(run, model, step)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"out of memory in step {step + 1}: lower batch_size, which leaves the step as it is when total_batch_size "
-            f"is set ({first_line(error)[:150]})"
-        ) from None
-    except Exception as error:
-        if run.accelerator.num_processes == 1:
-            raise
-        raise ProcessError(
-            f"process {run.accelerator.process_index} of {run.accelerator.num_processes}, in step {step + 1}: "
-            f"{first_line(error)[:300]}; --init_from resume goes on from the newest checkpoint"
-        ) from error
-
-
-def compute_step(run, model, step):
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training
     rows = order.rows_of_step(step, section.total_batch_size, len(run.training), run.last_position, recipe.run.seed)
@@ -207,17 +193,17 @@ def is_finite(run, loss, norm):
     return math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None)
 
 
-def report_skipped(run, report, step, loss, norm, skipped):
+def report_skipped(run, report, step, loss, norm):
     """Say which step was left out, or stop when it was one too many in a row."""
     section, seed = run.recipe.training, run.recipe.run.seed
     rows = order.rows_of_step(step, section.total_batch_size, len(run.training), run.last_position, seed).tolist()
     shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     what = f"the loss of step {step + 1} is {loss} and its gradient's norm {norm} (rows {shown} of {run.training.name})"
-    if skipped > section.max_skipped_steps:
+    if run.skipped > section.max_skipped_steps:
         raise InputError(
-            f"{what}{f', the {skipped}th in a row' * (skipped > 1)}: lower learning_rate, raise warmup_steps or set "
-            "grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such steps be left out "
-            "by max_skipped_steps"
+            f"{what}{f', the {run.skipped}th in a row' * (run.skipped > 1)}: lower learning_rate, raise warmup_steps "
+            "or set grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such steps be "
+            "left out by max_skipped_steps"
         )
     report.say(f"left out: {what}")
 
@@ -267,7 +253,7 @@ def report_evaluation(run, model, report, step, is_final=False):
 
     Returns the figures of the validation rows, {} when there are none, or None when a signal came in between.
     """
-    recipe = run.recipe
+    recipe, run.doing = run.recipe, f"the evaluation after step {step}"
     count = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size
     training = evaluate_rows(run, model, run.training, count)
     validation = {}
@@ -390,7 +376,7 @@ def open_folder(run, folder):
 
 def save_checkpoint(run, step):
     """The whole state at a step, written by the main process while the others wait."""
-    accelerator, recipe = run.accelerator, run.recipe
+    accelerator, recipe, run.doing = run.accelerator, run.recipe, f"the save after step {step}"
     if not all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
         raise InputError(
             f"the weights after step {step} are not all finite, and not saved: lower learning_rate, or set grad_clip"
@@ -407,6 +393,7 @@ def save_checkpoint(run, step):
             "num_processes": accelerator.num_processes,
             "recipe": recipe.identity(),
             "data": fingerprints(run),
+            "skipped": run.skipped,
         }
         if accelerator.scaler is not None:  # fp16's loss scale is learned too
             state["scaler"] = accelerator.scaler.state_dict()

@@ -234,11 +234,31 @@ def test_a_step_without_a_target_is_no_mistake(tiny_bert, tmp_path):
     assert 0.0 in losses(tmp_path / "run")
 
 
-def test_the_recipe_may_ask_for_bf16_weights(tiny, tmp_path):
-    assert train(*tiny(dtype="bfloat16", max_steps=4)) == 0
-    assert AutoConfig.from_pretrained(tmp_path / "run").dtype == torch.bfloat16
-    assert train(*tiny(dtype="bfloat16", max_steps=6, init_from="resume"), "--allow_changed") == 0
-    assert AutoConfig.from_pretrained(tmp_path / "run").dtype == torch.bfloat16
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_recipe_may_ask_for_bf16_weights(tiny, tiny_bert, tmp_path, family):
+    flags = tiny_bert if family == "bert" else tiny
+    flags = flags(**(LLAMA if family == "llama" else {}), dtype="bfloat16", max_steps=8, save_freq=4, eval_freq=None)
+    for name in ("whole", "cut"):
+        assert train(*flags, "--save_model", tmp_path / name) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "whole").dtype == torch.bfloat16
+    for path in (tmp_path / "cut" / "model.safetensors", *(tmp_path / "cut" / "checkpoint-8").rglob("complete.json")):
+        path.unlink()
+    (tmp_path / "cut" / "checkpoint-8").rename(tmp_path / "gone")
+    assert train(*flags, "--save_model", tmp_path / "cut", "--init_from", "resume") == 0  # from step 4
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_a_model_does_not_grow_midway(tiny, stock_models, tmp_path, capsys):
+    base, run = stock_models / "gpt", tmp_path / "run"
+    flags = tiny(**{**GONE, "init_from": base, "max_steps": 2, "save_freq": 1})
+    assert train(*flags, "--add_tokens", "<a>") == 0
+    more = ["--add_tokens", "<a>", "<b>"]
+    assert train(*flags, *more, "--init_from", "resume", "--max_steps", 4, "--allow_changed") == 2
+    assert "does not know '<b>', and a model grows only when a new run starts from it" in capsys.readouterr().err
+    assert train(*flags, *more, "--eval_only", "--init_from", run) == 2
+    assert "does not know '<b>'" in capsys.readouterr().err
+    assert train(*flags, *more, "--init_from", run, "--save_model", tmp_path / "next") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "next").vocab_size == 302
 
 
 def test_a_real_bert_goes_on_learning(tiny, assets, tmp_path):

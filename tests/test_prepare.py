@@ -27,6 +27,10 @@ def test_what_is_prepared_ahead_is_not_prepared_again(tiny, tiny_bert, capsys, m
 
 
 def test_a_mistake_is_one_line_there_too(tiny, tmp_path):
+    (tmp_path / "ids.bin").write_bytes(b"\1\0" * 500)
+    result = run_command("--model", "bert", "--train_file", tmp_path / "ids.bin", module="hf_myllm.prepare")
+    assert result.returncode == 2
+    assert "needs the data's tokenizer" in result.stderr
     result = run_command(*tiny(train_file=tmp_path / "nope.txt"), module="hf_myllm.prepare")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == [line for line in result.stderr.splitlines() if "nope.txt" in line]

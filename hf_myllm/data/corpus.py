@@ -376,6 +376,8 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
 def cuts_cleanly(tokenizer):
     """Whether text may be cut before a line and give the same tokens: byte-level tokenizers that put no space before
     a text, and split it at line breaks before anything else."""
+    if any(character.isspace() for token in tokenizer.get_added_vocab() for character in token):
+        return False  # which may stand across the cut
     splitter = repr(tokenizer.backend_tokenizer.pre_tokenizer)
     return splitter.startswith("ByteLevel(add_prefix_space=False") and "use_regex=True" in splitter
 

@@ -86,11 +86,8 @@ class Causal:
         self.marks = list(marks)
 
     def rows(self, tokens, max_len, stride, name):
-        if self.marks and not np.isin(tokens.read(0, _LOOKED_AT), self.marks).any():
-            raise InputError(
-                f"document_isolation: none of the tokens {self.marks} that stand between documents is in the first "
-                f"{min(_LOOKED_AT, len(tokens)):,} tokens of {name}; write one after each document, or leave it out"
-            )
+        if self.marks:
+            _require_marks(tokens, self.marks, name)
         return Rows(tokens, max_len, stride, name)
 
     def batch(self, rows, numbers, step=None, size=None):
@@ -112,7 +109,7 @@ class MaskedLM:
 
     Args:
         vocab_size: of the model.
-        share: of the text's tokens to choose, rounded, and at least one a row.
+        share: of the text's tokens to choose, rounded, and at least one a row but where whole words allow none.
         whole_words: choose all tokens of a word or none.
         document_isolation: let no token attend to one of another document.
     """
@@ -123,12 +120,15 @@ class MaskedLM:
         self.seed, self.share, self.whole_words, self.isolation = seed, share, whole_words, document_isolation
         self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
         self.pad = tokenizer.pad_token_id or 0
+        self.ends = [self.sep, end_of_document(tokenizer)[0]]
         self.is_special = np.zeros(vocab_size, dtype=bool)
         self.is_special[[number for number in special_ids(tokenizer) if number < vocab_size]] = True
         self.ordinary = np.flatnonzero(~self.is_special[: len(tokenizer)])
         self.joins, self.joinable = continues_word(tokenizer, vocab_size)
 
     def rows(self, tokens, max_len, stride, name):
+        if self.isolation:
+            _require_marks(tokens, self.ends, name)
         return Rows(tokens, max_len - self.specials, stride, name, ahead=0)
 
     def batch(self, rows, numbers, step=None, size=None):
@@ -142,7 +142,7 @@ class MaskedLM:
         batch = self.mask_some(ids, may_mask, numbers, step)
         if self.isolation:
             starts = ids == self.cls
-            starts[:, 1:] |= ids[:, :-1] == self.sep  # where no [CLS] stands between, as in a .bin of another make
+            starts[:, 1:] |= np.isin(ids[:, :-1], self.ends)  # where no [CLS] stands between
             batch |= {"document_ids": np.cumsum(starts, axis=1), "position_ids": _positions(starts)}
         return _tensors(batch, size)
 
@@ -201,10 +201,10 @@ class SentencePairs(MaskedLM):
     """Predict masked tokens, and whether the second of two sentences follows the first (Devlin et al. 2019).
 
     A row is [CLS] A [SEP] B [SEP], padded. A passage of one document is cut between two sentences, at random; A is what
-    stands before the cut, half a row at most, and B, half of the time, what stands after it, half a row at most. The
-    other half of the time B is what stands after such a cut in a passage of another document: made alike, B tells
-    nothing of where it is from but by what it says. As in the paper, a "sentence" is any span of text; where a passage
-    has no sentence's end, it is cut anywhere.
+    stands before the cut, half a row at most, and B, half of the time, what stands after it. The other half of the time
+    B is what stands after such a cut in a passage of another document. Both are drawn each time, and as long as the
+    shorter, so that neither how long B is nor how it ends says where it is from. As in the paper, a "sentence" is any
+    span of text; where a passage has no sentence's end, it is cut anywhere.
     """
 
     specials = 3
@@ -238,15 +238,15 @@ class SentencePairs(MaskedLM):
         draws = random_numbers([derive_seed(self.seed, "pair", step, number)], 4)[0].tolist()
         half = passages.length // 2
         before, after = self._cut(passages.read(number), draws[0])
+        own = passages.document_of(number)
+        first, stop = int(passages.first[own]), int(passages.first[own + 1])
+        other = draws[2] % (len(passages) - (stop - first))
+        foreign = passages.read(other + (stop - first if other >= first else 0))
+        start, rest = self._cut(foreign, draws[3])
+        rest = rest if len(rest) else start  # a single token
         is_next = draws[1] % 2 == 0 and len(after) > 0
-        if not is_next:
-            own = passages.document_of(number)
-            first, stop = int(passages.first[own]), int(passages.first[own + 1])
-            other = draws[2] % (len(passages) - (stop - first))
-            foreign = passages.read(other + (stop - first if other >= first else 0))
-            start, rest = self._cut(foreign, draws[3])
-            after = rest if len(rest) else start  # a single token
-        return before[-half:], after[:half], is_next
+        length = min(half, len(after) or half, len(rest))  # the same whichever is taken
+        return before[-half:], (after if is_next else rest)[:length], is_next
 
     def _cut(self, ids, draw):
         """A passage in two, where one sentence ends and another begins: after a token that ends one, and is not
@@ -255,6 +255,14 @@ class SentencePairs(MaskedLM):
         places = np.flatnonzero(ends[:-1] & ~ends[1:]) + 1
         place = places[draw % len(places)] if len(places) else 1 + draw % max(1, len(ids) - 1)
         return ids[:place], ids[place:]
+
+
+def _require_marks(tokens, marks, name):
+    if not np.isin(tokens.read(0, _LOOKED_AT), marks).any():
+        raise InputError(
+            f"document_isolation: none of the tokens {marks} that stand between documents is in the first "
+            f"{min(_LOOKED_AT, len(tokens)):,} tokens of {name}; write one after each document, or leave it out"
+        )
 
 
 def _positions(starts):

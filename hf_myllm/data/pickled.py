@@ -9,6 +9,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 
@@ -43,6 +44,8 @@ class _Type:
             return list(data) if isinstance(data, list) else _refuse("an array of objects from bytes")
         if isinstance(data, str):  # how the oldest protocol keeps bytes
             data = data.encode("latin1")
+        if not isinstance(data, (bytes, bytearray)):
+            raise _Refused("an array without bytes")
         flat = np.frombuffer(bytes(data), dtype=np.dtype(self.order + self.name))
         if math.prod(shape) != flat.size or min(shape, default=0) < 0:
             raise _Refused(f"an array of shape {shape!r:.40} from {flat.size} numbers")
@@ -101,8 +104,23 @@ def _rebuild_tensor(storage, offset, size, stride, *rest):
     return array
 
 
+class _Name:
+    """What a name stands for. It can be called, and not be changed."""
+
+    __slots__ = ("make",)
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, *arguments):
+        return self.make(*arguments)
+
+    def __setstate__(self, state):
+        raise _Refused("a change of what reads it")
+
+
 _KNOWN = {
-    ("numpy", "ndarray"): "ndarray",  # only ever handed to _reconstruct
+    ("numpy", "ndarray"): lambda *arguments: _refuse("numpy.ndarray"),  # only ever handed to _reconstruct
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): lambda: None,  # a tensor's hooks, of which it has none
@@ -117,7 +135,7 @@ for _core in ("numpy.core", "numpy._core"):  # before and after numpy 2
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        return _KNOWN[module, name] if (module, name) in _KNOWN else _refuse(f"{module}.{name}")
+        return _Name(_KNOWN[module, name]) if (module, name) in _KNOWN else _refuse(f"{module}.{name}")
 
     def persistent_load(self, pid):
         raise _Refused("an object outside the file")
@@ -161,9 +179,14 @@ def read_ids(path):
 def _load(path):
     if zipfile.is_zipfile(path):  # torch.save's kind; weights_only is a restricted unpickler too
         return [torch.load(path, weights_only=True, map_location="cpu")]
-    contents = []
+    contents, size = [], os.path.getsize(path)
     with open(path, "rb") as file:
         while file.peek(1):
+            start = file.tell()
+            # the unpickler makes room for as many things as the largest number that one is remembered by
+            if any("PUT" in code.name and number > size for code, number, _ in pickletools.genops(file)):
+                raise _Refused("memory for more than it has bytes")
+            file.seek(start)
             contents.append(_Unpickler(file).load())
             if contents == [torch.serialization.MAGIC_NUMBER]:  # torch.save's kind of old
                 return [torch.load(path, weights_only=True, map_location="cpu")]

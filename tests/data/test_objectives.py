@@ -140,11 +140,17 @@ def test_masked_documents_are_kept_apart(wordpiece, corpus):
             assert stop == 128 or ids[stop - 1] == wordpiece.sep_token_id
 
 
+def test_isolated_masked_rows_need_a_mark(wordpiece):
+    objective = build("mlm", wordpiece, len(wordpiece), 0, document_isolation=True)
+    with pytest.raises(InputError, match="none of the tokens"):
+        objective.rows(stream(100, "unmarked"), 16, 14, "x.bin")
+
+
 def test_sentence_pairs(wordpiece, corpus):
     objective = build("mlm_nsp", wordpiece, len(wordpiece), 0)
     rows = objective.rows(corpus, 64, None, "x")
     assert sum(len(rows.read(number)) for number in range(len(rows))) == len(corpus) - 2 * 30  # nothing is lost
-    follows, ends_well, lengths, b_ends = [], [], {True: [], False: []}, {True: [], False: []}
+    follows, ends_well, both, lengths, b_ends = [], [], [], {True: [], False: []}, {True: [], False: []}
     for step in range(20):
         for number in range(len(rows)):
             passage, (a, b, is_next) = rows.read(number), objective.draw_pair(rows, number, step)
@@ -153,6 +159,7 @@ def test_sentence_pairs(wordpiece, corpus):
             follows.append(is_next)
             ends_well.append(wordpiece.decode([a[-1]]) in (".", "!", "?"))
             lengths[is_next].append(len(b))
+            both.append((len(a), len(b), is_next))
             b_ends[is_next].append(wordpiece.decode([b[-1]]) in (".", "!", "?"))
             if is_next:
                 text = " ".join(map(str, passage))
@@ -162,6 +169,13 @@ def test_sentence_pairs(wordpiece, corpus):
     # neither how long B is nor how it ends says whether it follows
     assert np.mean(lengths[True]) == pytest.approx(np.mean(lengths[False]), rel=0.05)
     assert np.mean(b_ends[True]) == pytest.approx(np.mean(b_ends[False]), abs=0.05)
+    # nor do both lengths together: the best guess by them, learned from half of the draws, is right as often as chance
+    pairs, half = np.array(both), len(both) // 2
+    known = {}
+    for a_length, b_length, is_next in pairs[:half] // [4, 4, 1]:
+        known.setdefault((a_length, b_length), []).append(is_next)
+    guesses = [np.mean(known.get((a, b), [0.5])) > 0.5 for a, b, _ in pairs[half:] // [4, 4, 1]]
+    assert np.mean(guesses == pairs[half:, 2].astype(bool)) == pytest.approx(0.5, abs=0.05)
     read = objective.batch(rows, np.arange(4), 0, size=5)
     assert counts(read) == {"num_items_in_batch": int((read["labels"] != IGNORED).sum()), "num_pairs_in_batch": 4}
     for row in range(4):

@@ -232,7 +232,8 @@ def test_a_signal_inside_an_evaluation_stops_it_and_it_is_made_up_for(tiny, tmp_
     out, _ = job.communicate(timeout=60)
     assert "stopped by a signal" in out, out
     assert train(*flags, "--save_model", run, "--init_from", "resume") == 0
-    assert_same_run(run, tmp_path / "one")  # the evaluations included
+    assert_same_run(run, tmp_path / "one")  # the evaluations included, that before the first step too
+    assert len(metrics(run, "val_loss")) == 3
 
 
 def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
@@ -241,7 +242,7 @@ def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
     os.kill(trainers(tmp_path / "run")[1], signal.SIGKILL)
     out, err = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "error: process 0 of 2, in step" in err
+    assert "error: process 0 of 2, in " in err
     assert "--init_from resume goes on from the newest checkpoint" in err
 
 
