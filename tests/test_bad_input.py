@@ -291,7 +291,7 @@ def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
-        result = run_command(*tiny(save_model=disk / "run", save_total_limit=9, n_embd=48))
+        result = run_command(*tiny(save_model=disk / "run", save_total_limit=9, n_embd=48, log_freq=1000))
         assert result.returncode == 2, result.stderr
         errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
         assert len(errors) == 1, result.stderr
