@@ -77,7 +77,7 @@ def set_state(thing, state):
 
 REFUSED = {
     "a command": (Command(os.system, "touch PLACE"), "(posix|nt).system"),
-    "a file": (Command(open, "PLACE", "w"), "io.open"),
+    "a file": (Command(open, "PLACE", "w"), "_?io.open"),
     "code": (Command(eval, "open('PLACE', 'w')"), "(builtins|__builtin__).eval"),
     "an import by numpy's side": (Command(np.load, "PLACE"), "numpy.load"),
     "another codec": (Command(__import__("_codecs").encode, "x", "rot13"), "_codecs.encode"),
