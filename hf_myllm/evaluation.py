@@ -33,17 +33,18 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None,
             model.train(was_training)
             return None
         batch = read_batch(share, batch_size)
-        labels = targets(batch)[targets(batch) != IGNORED]
         inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
-        outputs = model(**inputs, **dict.fromkeys(counts(batch), 1), use_cache=False)  # divided by 1: sums
+        found = counts(batch)
+        outputs = model(**inputs, **dict.fromkeys(found, 1), use_cache=False)  # divided by 1: sums
         loss_sum += outputs.loss.item()
-        tokens += labels.numel()
+        tokens += found["num_items_in_batch"]
         if "next_sentence_label" in batch:
             label, scores = inputs["next_sentence_label"], outputs.seq_relationship_logits.float()
             pair_loss += torch.nn.functional.cross_entropy(scores, label, reduction="sum").item()
             right += int((scores.argmax(-1) == label).sum())
-            pairs += int((label != IGNORED).sum())
+            pairs += found["num_pairs_in_batch"]
         if token_bytes is not None:
+            labels = targets(batch)[targets(batch) != IGNORED]
             text_bytes += int(token_bytes[labels.numpy()].sum())
     model.train(was_training)
     if accelerator.num_processes > 1:

@@ -179,8 +179,8 @@ def find_tokenizer(recipe, sources, pretrained, keep):
     tokenizer, added = find_base_tokenizer(recipe, sources, pretrained, keep), recipe.data.add_tokens or []
     if added and tokenizer is None:
         raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
-    if not keep:
-        tokenizer.add_tokens(added) if added else None
+    if added and not keep:
+        tokenizer.add_tokens(added)
     elif unknown := [token for token in added if token not in tokenizer.get_vocab()]:
         raise InputError(
             f"add_tokens: {pretrained} does not know {unknown[0]!r}, and a model grows only when a new run starts from "

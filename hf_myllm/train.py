@@ -213,16 +213,14 @@ def is_evaluation_due(run, report):
     every = run.recipe.evaluation.eval_freq
     if not every or run.start % every or run.start == run.total_steps:
         return False
-    lacks = run.accelerator.is_main_process and not report.has_evaluation(run.start)
-    return bool(run.accelerator.reduce(torch.tensor(int(lacks), device=run.accelerator.device)))
+    return holds_for_any(run, run.accelerator.is_main_process and not report.has_evaluation(run.start))
 
 
-def is_asked_to_stop(run):
-    """Whether any process has received a signal; all ask together, and get one answer."""
-    asked = bool(run.signals)
+def holds_for_any(run, condition):
+    """Whether it holds for any process; all ask together, and get one answer."""
     if run.accelerator.num_processes > 1:
-        asked = bool(run.accelerator.reduce(torch.tensor(int(asked), device=run.accelerator.device)))
-    return asked
+        return bool(run.accelerator.reduce(torch.tensor(int(condition), device=run.accelerator.device)))
+    return condition
 
 
 def leave(run, report):
@@ -244,7 +242,7 @@ def evaluate_rows(run, model, rows, count):
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
-        lambda: is_asked_to_stop(run),
+        lambda: holds_for_any(run, bool(run.signals)),
     )
 
 

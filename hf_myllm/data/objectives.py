@@ -124,7 +124,8 @@ class MaskedLM:
         self.is_special = np.zeros(vocab_size, dtype=bool)
         self.is_special[[number for number in special_ids(tokenizer) if number < vocab_size]] = True
         self.ordinary = np.flatnonzero(~self.is_special[: len(tokenizer)])
-        self.joins, self.joinable = continues_word(tokenizer, vocab_size)
+        if whole_words:
+            self.joins, self.joinable = continues_word(tokenizer, vocab_size)
 
     def rows(self, tokens, max_len, stride, name):
         if self.isolation:
