@@ -2,7 +2,8 @@
 
 RUN/checkpoint-200/ is the model folder of step 200, with trainer_state/ beside the weights:
 
-    trainer_state/optimizer.safetensors   the optimizer's moments
+    trainer_state/optimizer.safetensors   the optimizer's moments; from sharded training (FSDP2) one file per process,
+                                          optimizer-00001-of-00004.safetensors, each with its rows of every tensor
     trainer_state/state.json              the step, the recipe, the data's fingerprints
     trainer_state/complete.json           every file's size and digest, written last: the marker
 
@@ -15,25 +16,30 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import InputError
 
 _MARKER = "trainer_state/complete.json"
 _STATE = "trainer_state/state.json"
-_OPTIMIZER = "trainer_state/optimizer.safetensors"
+_OPTIMIZER = "trainer_state/optimizer"
 _PARTIAL = ".partial"
 
 
-def save(run, step, write_model, optimizer_tensors, state, limit):
+def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), wait=lambda: None):
     """Write RUN/checkpoint-<step>, then remove the oldest ones beyond `limit`.
 
     Args:
         write_model: called with a folder, writes the model into it.
         optimizer_tensors, state: a flat dict of tensors, and what else to remember, as JSON allows it.
+        shard: (number, count) of the processes that call this together, each with its rows of the tensors; the first
+            writes all the rest.
+        wait: called where they have to wait for each other.
     Returns:
         the checkpoint's folder.
     Raises:
@@ -41,11 +47,18 @@ def save(run, step, write_model, optimizer_tensors, state, limit):
     """
     final = Path(run) / f"checkpoint-{step}"
     aside = final.with_name(final.name + _PARTIAL)
+    number, count = shard
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "trainer_state").mkdir(parents=True)
+        if number == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "trainer_state").mkdir(parents=True)
+        wait()
+        part = f"-{number + 1:05}-of-{count:05}" if count > 1 else ""
+        save_file(optimizer_tensors, aside / f"{_OPTIMIZER}{part}.safetensors")
+        wait()
+        if number > 0:
+            return final
         write_model(aside)
-        save_file(optimizer_tensors, aside / _OPTIMIZER)
         (aside / _STATE).write_text(json.dumps(state, indent=1))
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         mode = (aside / _STATE).stat().st_mode
@@ -60,7 +73,7 @@ def save(run, step, write_model, optimizer_tensors, state, limit):
         aside.rename(final)
         _flush(final.parent)
         for path in Path(run).glob("checkpoint-*"):
-            if _step_of(path) > step:  # damaged, or find() would have gone on from it
+            if step_of(path) > step:  # damaged, or find() would have gone on from it
                 _remove(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -68,7 +81,12 @@ def save(run, step, write_model, optimizer_tensors, state, limit):
         kept = f"{before[0]} stays, and --init_from resume goes on from it" if before else "there is none before it"
         raise InputError(f"cannot save {final}: {error}; {kept}") from None
     for _, path in _complete(run)[limit:]:
-        _remove(path)
+        try:
+            _remove(path)
+        except OSError as error:
+            raise InputError(
+                f"cannot remove {path}: {error}; {final} is saved, and --init_from resume goes on"
+            ) from None
     return final
 
 
@@ -81,8 +99,8 @@ def find(run, warn=lambda message: None):
         InputError: there are checkpoints, and none is whole.
     """
     problems = []
-    for path in sorted(Path(run).glob("checkpoint-*"), key=_step_of, reverse=True):
-        if _step_of(path) < 0:
+    for path in sorted(Path(run).glob("checkpoint-*"), key=step_of, reverse=True):
+        if step_of(path) < 0:
             continue
         problem = damage(path)
         if problem is None:
@@ -103,7 +121,10 @@ def damage(path):
         return f"incomplete, it has no {_MARKER}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {_MARKER} cannot be read"
-    if missing := {"config.json", _STATE, _OPTIMIZER} - set(content):
+    missing = {"config.json", _STATE} - set(content)
+    if not any(name.startswith(_OPTIMIZER) for name in content):
+        missing.add(f"{_OPTIMIZER}.safetensors")
+    if missing:
         return f"its {_MARKER} does not list {', '.join(sorted(missing))}"
     for name, (size, digest) in content.items():
         file = path / name
@@ -120,8 +141,29 @@ def load_state(path):
     return json.loads((Path(path) / _STATE).read_text())
 
 
-def load_optimizer(path):
-    return load_file(Path(path) / _OPTIMIZER)
+class OptimizerFiles:
+    """The optimizer's tensors of a checkpoint, of one file or of several, each with some rows of every tensor."""
+
+    def __init__(self, path):
+        files = sorted(Path(path).glob(f"{_OPTIMIZER}*.safetensors"))
+        self._parts = [safe_open(file, framework="pt") for file in files]
+
+    def __iter__(self):
+        return iter(self._parts[0].keys())
+
+    def rows(self, name, start=0, stop=None):
+        """Rows [start, stop) of a tensor, wherever they lie; of a number, the number."""
+        found, before = [], 0
+        for part in self._parts:
+            rows = part.get_slice(name)
+            if not rows.get_shape():
+                return part.get_tensor(name)
+            first, length = max(0, start - before), rows.get_shape()[0]
+            last = length if stop is None else min(length, stop - before)
+            if first < last or not found:  # of an empty piece, the shape
+                found.append(rows[first : max(first, last)])
+            before += length
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def sweep(run):
@@ -163,14 +205,24 @@ def is_published(checkpoint, run):
 
 
 def has_checkpoints(run):
-    return any(_step_of(path) >= 0 for path in Path(run).glob("checkpoint-*"))
+    return any(step_of(path) >= 0 for path in Path(run).glob("checkpoint-*"))
+
+
+def listing(run):
+    """What tells whether a run has been written to since: its checkpoints and weights, and when they were made."""
+    found = {}
+    with suppress(OSError, ValueError):  # of a folder that cannot be, more is said elsewhere
+        for path in [*Path(run).glob("checkpoint-*"), *Path(run).glob("*.safetensors")]:
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def is_finished(run):
     return any((Path(run) / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
-def _step_of(path):
+def step_of(path):
+    """The step of a checkpoint's folder, by its name; -1 of any other."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match[1]) if match else -1
 
@@ -181,7 +233,7 @@ def _read_marker(path):
 
 def _complete(run):
     """(step, folder) of the checkpoints that have a marker, newest first."""
-    found = [(_step_of(path), path) for path in Path(run).glob("checkpoint-*") if (path / _MARKER).exists()]
+    found = [(step_of(path), path) for path in Path(run).glob("checkpoint-*") if (path / _MARKER).exists()]
     return sorted((pair for pair in found if pair[0] >= 0), reverse=True)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,7 +54,11 @@ def generate_text(
     try:
         with torch.no_grad():
             output = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
+                streamer=streamer,
+                synced_gpus=isinstance(model, FSDPModule),  # then no process stops before the others
             )
     finally:
         model.generation_config = own_config

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_steps=0, decay_steps=None):
@@ -37,26 +38,58 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay):
 
 
 def optimizer_tensors(model, optimizer):
-    """The optimizer's state as a flat dict of tensors, "<parameter's name>/<state's name>"."""
+    """The optimizer's state as a flat dict of tensors, "<parameter's name>/<state's name>"; of parameters that are
+    sharded over processes (FSDP2), this one's rows."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            tensors[f"{names[parameter]}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensors[f"{names[parameter]}/{key}"] = local(torch.as_tensor(value)).detach().cpu().contiguous()
     return tensors
 
 
 def load_optimizer_tensors(model, optimizer, tensors):
-    """The reverse of [`optimizer_tensors`].
+    """The reverse of [`optimizer_tensors`], whatever the number of processes that they were sharded over.
 
+    Args:
+        tensors: what has the names when iterated over, and gives the tensors by `rows(name, start, stop)`; for a
+            sharded parameter, only this process's rows are asked for.
     Raises:
         KeyError: a tensor belongs to no parameter of the model.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {name: number for number, name in enumerate(ordered)}
     state = {}
-    for key, value in tensors.items():
+    for key in tensors:
         name, _, part = key.rpartition("/")
-        state.setdefault(numbers[name], {})[part] = value
+        state.setdefault(numbers[name], {})[part] = _like(parameters[name], lambda *at, key=key: tensors.rows(key, *at))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def local(tensor):
+    """What this process has of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter, rows):
+    """A tensor of rows(start, stop), sharded as a parameter is: fully_shard gives each process as many rows as
+    torch.chunk would."""
+    if not isinstance(parameter, DTensor):
+        return rows(0, None)
+    mesh = parameter.device_mesh
+    length, size = len(parameter), math.ceil(len(parameter) / mesh.size())
+    start = min(length, mesh.get_local_rank() * size)
+    value = rows(start, min(length, start + size))
+    if value.dim() == 0:  # the number of steps
+        return value
+    value = value.to(parameter.to_local().device)
+    return DTensor.from_local(
+        value, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False
+    )

@@ -58,7 +58,10 @@ class Run:
 
 
 def check_folder(recipe):
-    """The checkpoint to resume from, if any; and whether the run's folder may be written to."""
+    """The checkpoint to resume from, if any; and whether the run's folder may be written to.
+
+    Checkpoints are looked at by the first process, which reads them whole; to the others it is told later.
+    """
     folder = Path(recipe.run.save_model)
     if recipe.evaluation.eval_only and not recipe.run.resume:
         return None
@@ -73,11 +76,13 @@ def check_folder(recipe):
     if not os.access(existing, os.W_OK):
         raise InputError(f"save_model {folder} cannot be written: no permission in {existing}")
     if recipe.run.resume:
-        warn = (lambda line: print(f"warning: {line}", file=sys.stderr)) if is_first_process() else (lambda line: None)
-        newest = checkpoint.find(folder, warn)
-        if newest is None and recipe.evaluation.eval_only:
+        newest = None
+        if is_first_process():
+            newest = checkpoint.find(folder, lambda line: print(f"warning: {line}", file=sys.stderr))
+        has_none = not checkpoint.has_checkpoints(folder)
+        if has_none and recipe.evaluation.eval_only:
             raise InputError(f"{folder} holds no checkpoint to evaluate; give --load_model FOLDER")
-        if newest is None and recipe.run.init_from == "scratch" and (folder / "recipe.yaml").exists():
+        if has_none and recipe.run.init_from == "scratch" and (folder / "recipe.yaml").exists():
             recipe.run.init_from = what_it_started_from(folder / "recipe.yaml")
         return newest
     if checkpoint.is_finished(folder):
@@ -131,6 +136,12 @@ def prepare(recipe, accelerator, resume_from):
     name = sources[0].name if sources[0] else ""
     held_out = f"the validation part of {name}" if sources[1] is None else sources[1].name
     model, fresh = build_model(recipe, config, pretrained, is_trained)
+    # asked of accelerate too, which would draw other dropout when it computes a layer again; the models' own does not
+    if recipe.training.gradient_checkpointing or (
+        accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
+    ):
+        # before transformers 5.23 it had the second name
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if data.document_isolation:
         use_fast_isolation(model, config, accelerator)
     # validation rows do not overlap, whatever the stride: each token is predicted once

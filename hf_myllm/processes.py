@@ -13,6 +13,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, TorchDynamoPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError, first_line
 
@@ -61,11 +63,37 @@ def use_all_cores():
 def make_accelerator(is_compiled):
     try:
         accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
-        if accelerator.distributed_type == DistributedType.FSDP:  # better now than at the first checkpoint
-            raise InputError("FSDP cannot be saved and resumed yet: launch with accelerate_configs/ddp.yaml")
-        return accelerator
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_sharding(accelerator)
+    return accelerator
+
+
+def _check_sharding(accelerator):
+    if not accelerator.is_fsdp2:
+        raise InputError("FSDP1 is not supported: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml does")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InputError(f"{accelerator.mixed_precision} does not go with FSDP2: set mixed_precision: bf16")
+
+
+def shard(accelerator, model, is_compiled):
+    """Spread a model's parameters over the processes (FSDP2), each layer gathered as a whole when its turn comes.
+
+    By torch's own fully_shard, as accelerate was configured. accelerate's way into it shards embeddings and head by
+    themselves, and fails where they share more than one parameter, as BERT's do; it also adds up gradients in bfloat16,
+    and gives the loss in it. What all layers stand on, the embeddings and the head, is gathered with the whole.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    # what bfloat16 is for: the layers' arithmetic. Gradients are added up in fp32
+    computed_in = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
+    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload or OffloadPolicy()}
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        if is_compiled:
+            layer.compile()
+        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
+    fully_shard(model, **options)
 
 
 def listen_for_signals():

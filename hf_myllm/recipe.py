@@ -113,6 +113,11 @@ class Training:
         "updates (mixed precision is the launcher's to say)",
         choices=("float32", "bfloat16"),
     )
+    gradient_checkpointing: bool = word(
+        False,
+        "compute each layer again in the backward pass instead of keeping what it made: less memory, a third more work",
+        on_resume="accept",
+    )
     compile: bool = word(False, "compile the model with torch.compile", on_resume="accept")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from filelock import FileLock, Timeout
 
 from . import checkpoint
@@ -23,13 +24,14 @@ from .errors import InputError, ProcessError, exit_on_input_error, first_line
 from .evaluation import evaluate, unigram_level
 from .generate import fill_in, generate_text
 from .models import FAMILIES
-from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from .optim import build_optimizer, learning_rate, load_optimizer_tensors, local, optimizer_tensors, whole
 from .prepare import check_folder, fingerprints, prepare
 from .processes import (
     end_with_the_launcher,
     listen_for_signals,
     make_accelerator,
     quiet_the_libraries,
+    shard,
     use_all_cores,
 )
 from .recipe import parse
@@ -41,12 +43,13 @@ def main(argv):
     recipe = parse(argv, FAMILIES)
     quiet_the_libraries()
     end_with_the_launcher()
+    before = checkpoint.listing(recipe.run.save_model)
     resume_from = check_folder(recipe)
     use_all_cores()
     accelerator = make_accelerator(recipe.training.compile)
-    run = prepare(recipe, accelerator, resume_from)
+    run = prepare(recipe, accelerator, from_the_first_process(resume_from, recipe.run.save_model, accelerator))
     try:
-        code = evaluate_only(run) if recipe.evaluation.eval_only else train(run)
+        code = evaluate_only(run) if recipe.evaluation.eval_only else train(run, before)
         accelerator.end_training()
         return code
     except InputError:
@@ -65,10 +68,28 @@ def main(argv):
     raise ProcessError(f"process {accelerator.process_index} of {accelerator.num_processes}, in {run.doing}: {problem}")
 
 
+def from_the_first_process(resume_from, folder, accelerator):
+    """The checkpoint that the first process has found and verified, for all."""
+    if accelerator.num_processes == 1:
+        return resume_from
+    step = -1 if resume_from is None else checkpoint.step_of(resume_from)
+    step = int(broadcast(torch.tensor(step, device=accelerator.device)))
+    if step < 0:
+        return None
+    path = Path(folder) / f"checkpoint-{step}"
+    if not path.exists():
+        who = f"process {accelerator.process_index} of {accelerator.num_processes}"
+        raise ProcessError(
+            f"{who} does not see {path}, which the first does: {folder} must be on a disk that all share"
+        )
+    return path
+
+
 # ---- the loop
 
 
-def train(run):
+def train(run, before):
+    """Train to the end, or to a signal; returns the exit code. `before` is what the run's folder held at the start."""
     recipe, accelerator = run.recipe, run.accelerator
     section, folder = recipe.training, Path(recipe.run.save_model)
     if run.resume_from and run.start == run.total_steps and checkpoint.is_published(run.resume_from, folder):
@@ -78,23 +99,25 @@ def train(run):
     run.signals = listen_for_signals()
     if accelerator.is_main_process:
         run.lock = lock_folder(folder)
-        if check_folder(recipe) != run.resume_from:  # preparing may have taken hours
+        if checkpoint.listing(folder) != before:  # preparing may have taken hours
             raise InputError(f"another run has written into {folder} since this one was started; start it again")
     digest = order.derive_seed(*sorted(fingerprints(run).items()), len(run.tokenizer or ()))
-    seen = torch.tensor([[run.start, digest]], device=accelerator.device)
-    starts, digests = accelerator.gather(seen).T.tolist()
-    if len(set(starts)) > 1:
-        raise InputError(f"the processes see checkpoints of steps {starts}: {folder} must be on a disk that all share")
+    digests = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:
         raise InputError("the processes have not prepared the same tokens: give all machines the same files")
+    if accelerator.is_fsdp2:  # before the optimizer, which then has this process's share only
+        shard(accelerator, run.model, section.compile)
     optimizer = build_optimizer(
         run.model, section.learning_rate, (section.beta1, section.beta2), section.epsilon, section.weight_decay
     )
-    model, run.optimizer = accelerator.prepare(run.model, optimizer)
+    if accelerator.is_fsdp2:
+        model, run.optimizer = run.model, accelerator.prepare_optimizer(optimizer)
+    else:
+        model, run.optimizer = accelerator.prepare(run.model, optimizer)
     if run.resume_from is not None:
-        load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.load_optimizer(run.resume_from))
+        load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.OptimizerFiles(run.resume_from))
         state = checkpoint.load_state(run.resume_from)
-        run.skipped = state["skipped"]
+        run.skipped, precision = state["skipped"], state.get("mixed_precision", accelerator.mixed_precision)
         if accelerator.scaler is not None and "scaler" in state:
             accelerator.scaler.load_state_dict(state["scaler"])
     if accelerator.is_main_process:
@@ -102,6 +125,8 @@ def train(run):
     accelerator.wait_for_everyone()
     report = Report(folder, run.start, run.total_steps, accelerator.is_main_process)
     unigram = introduce(run, report)
+    if run.resume_from is not None and precision != accelerator.mixed_precision:
+        report.say(f"            until now in precision {precision}: from here on it is another run than that would be")
 
     if is_evaluation_due(run, report) and report_evaluation(run, model, report, run.start) is None:
         report.say("stopped by a signal in the first evaluation; --init_from resume starts there again")
@@ -178,7 +203,8 @@ def training_step(run, model, step):
             loss = model(**inputs, **counts, use_cache=False).loss
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip or math.inf).item()  # inf: only measured
+    norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip or math.inf)  # inf: only measured
+    norm = whole(norm).item()
     loss = accelerator.reduce(loss_sum).item()
     if is_finite(run, loss, norm) or accelerator.scaler is not None:  # fp16's scaler must see what it scaled too far
         run.optimizer.step()
@@ -267,7 +293,8 @@ def report_evaluation(run, model, report, step, is_final=False):
         line |= {f"val_{key}": value for key, value in validation.items() if key.startswith("nsp")}
         shown += f", validation loss {describe(validation)}"
     report.say(shown)
-    if recipe.evaluation.start_context is not None and run.tokenizer is not None and run.accelerator.is_main_process:
+    speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
+    if recipe.evaluation.start_context is not None and run.tokenizer is not None and speaks:
         line["sample"] = sample(run, step)
         report.say("\n".join(f"  | {printable(text)}" for text in line["sample"].splitlines()))
     report.write(line)
@@ -373,22 +400,28 @@ def open_folder(run, folder):
 
 
 def save_checkpoint(run, step):
-    """The whole state at a step, written by the main process while the others wait."""
+    """The whole state at a step, written by the main process while the others wait; in sharded training (FSDP2) each
+    writes its rows of the optimizer's state."""
     accelerator, recipe, run.doing = run.accelerator, run.recipe, f"the save after step {step}"
-    if not all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
+    is_sharded = accelerator.is_fsdp2
+    if holds_for_any(run, not all(bool(local(weight).isfinite().all()) for weight in run.model.parameters())):
         raise InputError(
             f"the weights after step {step} are not all finite, and not saved: lower learning_rate, or set grad_clip"
         )
-    if accelerator.is_main_process:
+    weights = accelerator.get_state_dict(run.model) if is_sharded else None  # gathered on the main process
+    if weights:
+        weights |= {tied: weights[source] for tied, source in run.model.all_tied_weights_keys.items()}
+    if accelerator.is_main_process or is_sharded:
 
         def write_model(folder):
-            run.model.save_pretrained(folder)
+            run.model.save_pretrained(folder, state_dict=weights)
             if run.tokenizer is not None:
                 tokenizers.save(run.tokenizer, folder)
 
         state = {
             "step": step,
             "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
             "recipe": recipe.identity(),
             "data": fingerprints(run),
             "skipped": run.skipped,
@@ -396,7 +429,16 @@ def save_checkpoint(run, step):
         if accelerator.scaler is not None:  # fp16's loss scale is learned too
             state["scaler"] = accelerator.scaler.state_dict()
         tensors = optimizer_tensors(run.model, run.optimizer.optimizer)
-        checkpoint.save(recipe.run.save_model, step, write_model, tensors, state, recipe.run.save_total_limit)
+        checkpoint.save(
+            recipe.run.save_model,
+            step,
+            write_model,
+            tensors,
+            state,
+            recipe.run.save_total_limit,
+            (accelerator.process_index, accelerator.num_processes) if is_sharded else (0, 1),
+            accelerator.wait_for_everyone if is_sharded else lambda: None,
+        )
     accelerator.wait_for_everyone()
 
 
@@ -438,7 +480,10 @@ def finish(run, model, report, folder, unigram):
 def evaluate_only(run):
     if run.validation is None:
         raise InputError("there is nothing to evaluate on: give --val_file FILE, or a val_fraction above 0")
-    run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
+    if run.accelerator.is_fsdp2:
+        shard(run.accelerator, run.model, run.recipe.training.compile)
+    else:
+        run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     figures = evaluate_rows(run, run.model, run.validation, None)
     if run.accelerator.is_main_process:
         print(f"validation loss {describe(figures)}, perplexity {figures['perplexity']:.3f}")

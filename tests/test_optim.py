@@ -46,6 +46,11 @@ def test_decay_is_on_matrices_only():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
+class InMemory(dict):
+    def rows(self, name, start=0, stop=None):
+        return self[name][start:stop] if self[name].dim() else self[name]
+
+
 def test_the_state_by_name_comes_back_bit_for_bit():
     def step(model, optimizer, seed):
         torch.manual_seed(seed)
@@ -62,7 +67,7 @@ def test_the_state_by_name_comes_back_bit_for_bit():
     assert {name.rpartition("/")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"}
     again.load_state_dict(model.state_dict())
     second = build_optimizer(again, 1e-3, (0.9, 0.95), 1e-8, 0.1)
-    load_optimizer_tensors(again, second, tensors)
+    load_optimizer_tensors(again, second, InMemory(tensors))
     step(model, first, 9)
     step(again, second, 9)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):

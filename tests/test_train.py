@@ -253,6 +253,13 @@ def test_accumulation_does_not_change_the_loss(tiny, tmp_path):
         assert last == pytest.approx(metrics(tmp_path / "whole")[-1]["val_loss"], abs=1e-5)
 
 
+def test_layers_computed_again_change_nothing_dropout_included(tiny, tmp_path):
+    for name in ("false", "true"):
+        flags = tiny(max_steps=4, save_model=tmp_path / name, eval_freq=None)
+        assert train(*flags, "--gradient_checkpointing", name) == 0
+    assert weights(tmp_path / "true") == weights(tmp_path / "false")
+
+
 def test_the_learning_rate_follows_its_schedule(tiny, tmp_path):
     flags = {"lr_schedule": "wsd", "decay_steps": 4, "warmup_steps": 3, "max_steps": 12, "learning_rate": 1e-3}
     assert train(*tiny(**flags, min_lr=1e-4)) == 0

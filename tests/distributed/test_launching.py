@@ -11,6 +11,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 CONFIGS = ROOT / "accelerate_configs"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -36,8 +37,12 @@ def test_layers_that_fsdp_gathers_are_the_models_own():
     text = (CONFIGS / "fsdp2.yaml").read_text()
     for family in FAMILIES.values():
         for model_class in family.tasks.values():
-            (layer,) = [name for name in model_class._no_split_modules if name.endswith(("Block", "Layer"))]
-            assert layer in text
+            small = family.config(vocab_size=10, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+            layers = {
+                type(m).__name__ for m in model_class(small).modules() if isinstance(m, GradientCheckpointingLayer)
+            }
+            assert len(layers) == 1
+            assert layers.pop() in text
 
 
 def test_the_cpu_configuration_starts_two_processes(tiny):

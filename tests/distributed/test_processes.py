@@ -7,6 +7,7 @@ ACCELERATE_USE_CPU, and the number of processes is asserted.
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,20 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 LAUNCH = "accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no --num_processes {} --num_machines {}"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def start(processes, arguments, machines=1, extra="", **options):
-    line = [*LAUNCH.format(processes, machines).split(), *extra.split(), "-m", "hf_myllm.train", *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(line, env=ENVIRONMENT, cwd=ROOT, **options)
+def start(processes, arguments, machines=1, extra="", launcher=LAUNCH, program="-m hf_myllm.train", **options):
+    line = [*launcher.format(processes, machines).split(), *extra.split(), *program.split(), *map(str, arguments)]
+    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(line, cwd=ROOT, **options)
 
 
-def launch(processes, *arguments):
-    job = start(processes, arguments)
+def launch(processes, *arguments, **how):
+    job = start(processes, arguments, **how)
     out, err = job.communicate(timeout=300)
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
@@ -56,12 +61,12 @@ def weights(run):
     return (Path(run) / "model.safetensors").read_bytes()
 
 
-def assert_same_run(run, reference):
+def assert_same_run(run, reference, tolerance=1e-6):
     """The same rows and learning rates at each step, and the same losses but for rounding."""
     for key in ("rows", "tokens", "learning_rate"):
         assert metrics(run, key) == metrics(reference, key), key
     for key in ("loss", "val_loss"):
-        assert metrics(run, key) == pytest.approx(metrics(reference, key), abs=1e-6), key
+        assert metrics(run, key) == pytest.approx(metrics(reference, key), abs=tolerance), key
 
 
 def test_two_processes_train_what_one_does_dropout_included(tiny, tmp_path):
@@ -244,6 +249,87 @@ def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
     assert job.returncode != 0
     assert "error: process 0 of 2, in " in err
     assert "--init_from resume goes on from the newest checkpoint" in err
+
+
+def test_an_error_in_one_process_names_it_and_ends_all(tiny, tmp_path):
+    (tmp_path / "failing.py").write_text(
+        "import os, sys\n"
+        "from hf_myllm import train\n"
+        "step = train.training_step\n"
+        "def failing_step(run, model, number):\n"
+        "    if number == 3 and os.environ['RANK'] == '1':\n"
+        "        raise RuntimeError('the disk has gone')\n"
+        "    return step(run, model, number)\n"
+        "train.training_step = failing_step\n"
+        "sys.exit(train.main())\n"
+    )
+    result = launch(2, *tiny(eval_freq=None), program=str(tmp_path / "failing.py"))
+    assert result.returncode != 0
+    assert "error: process 1 of 2, in step 4: the disk has gone; --init_from resume goes on" in result.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
+    """FSDP2 by accelerate_configs/fsdp2.yaml, on CPU by sharding.py: the run of one process, in losses and in what
+    stock transformers loads; resumed, the same bytes, and by one process, the same run again. The layers are computed
+    again in the backward pass, with the same dropout."""
+    processes = 2 if device == "cpu" else torch.cuda.device_count()
+    how = {
+        "launcher": "accelerate launch --config_file accelerate_configs/fsdp2.yaml --main_process_port 0 "
+        "--mixed_precision no --num_processes {}",
+        "program": "tests/distributed/sharding.py" if device == "cpu" else "-m hf_myllm.train",
+        "env": ENVIRONMENT | {"ACCELERATE_USE_CPU": str(device == "cpu")},
+    }
+    still = {} if device == "cpu" else {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    tolerance = 1e-6 if device == "cpu" else 1e-3
+    flags, run = tiny(max_steps=16, save_freq=8, eval_freq=8, **still), tmp_path / "sharded"
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    result = launch(processes, *flags, "--save_model", run, **how)
+    assert result.returncode == 0, result.stderr
+    assert f"{processes} x {device}" in result.stdout
+    assert_same_run(run, tmp_path / "one", tolerance)
+    assert metrics(run, "grad_norm") == pytest.approx(metrics(tmp_path / "one", "grad_norm"), abs=tolerance)
+    model, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert not loading["missing_keys"] | loading["unexpected_keys"]
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    assert load_file(run / "model.safetensors").keys() == one.keys()
+    if processes == 2:
+        state = run / "checkpoint-16" / "trainer_state"
+        parts = sorted(path.stat().st_size for path in state.glob("optimizer-0000*-of-00002.safetensors"))
+        assert parts[0] == pytest.approx(parts[1], rel=0.1)
+
+    def cut():
+        """The run as it was at step 8."""
+        shutil.copytree(run, tmp_path / "again", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "again" / "checkpoint-16")
+        (tmp_path / "again" / "model.safetensors").unlink()
+
+    cut()
+    result = launch(processes, *flags, "--save_model", tmp_path / "again", "--init_from", "resume", **how)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "again", run, tolerance)
+    if device == "cpu":
+        assert weights(tmp_path / "again") == weights(run)
+    shutil.rmtree(tmp_path / "again")
+    cut()
+    assert train(*flags, "--save_model", tmp_path / "again", "--init_from", "resume") == 0
+    assert_same_run(tmp_path / "again", tmp_path / "one", tolerance)
+
+    # a BERT, from where one process was, in bfloat16
+    run, how["launcher"] = tmp_path / "bert", how["launcher"].replace("precision no", "precision bf16")
+    flags = tiny_bert(max_steps=8, save_freq=4, eval_freq=4)
+    assert train(*flags, "--save_model", run) == 0
+    exact = metrics(run, "loss")
+    shutil.rmtree(run / "checkpoint-8")
+    (run / "model.safetensors").unlink()
+    result = launch(processes, *flags, "--save_model", run, "--init_from", "resume", **how)
+    assert result.returncode == 0, result.stderr
+    assert metrics(run, "loss") == pytest.approx(exact, abs=0.05)
+    assert metrics(run, "loss")[4:] != exact[4:]
+    assert "until now in precision no" in result.stdout
+    result = launch(processes, *flags, "--load_model", run, "--eval_only", "true", **how)
+    assert f"validation loss {metrics(run, 'val_loss')[-1]:.4f}" in result.stdout
 
 
 def test_a_mistake_is_said_once(tiny):

@@ -1,0 +1,139 @@
+"""A checkpoint is whole or absent, wherever its writing ends."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from hf_myllm import checkpoint
+from hf_myllm.errors import InputError
+
+
+class Killed(BaseException):
+    """Stands in for kill -9: no handler of an Exception may tidy up after it."""
+
+
+def write_model(folder):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+
+
+def save(run, step, limit=2, **options):
+    tensors = {"a/exp_avg": torch.full((4, 3), float(step)), "a/step": torch.tensor(float(step))}
+    return checkpoint.save(run, step, write_model, tensors, {"step": step}, limit, **options)
+
+
+class Stages:
+    """Counts what a save does to the disk, and lets an error through at one of them."""
+
+    NAMES = ["shutil.rmtree", "os.fsync", "pathlib.Path.mkdir", "pathlib.Path.write_text", "pathlib.Path.rename"]
+    NAMES += ["pathlib.Path.chmod", "hf_myllm.checkpoint.save_file", "hf_myllm.checkpoint._digest"]
+
+    def __init__(self, monkeypatch, error, at):
+        self.error, self.at, self.count = error, at, 0
+        for name in self.NAMES:
+            self.put_before(monkeypatch, name)
+
+    def put_before(self, monkeypatch, name):
+        owner, _, leaf = name.rpartition(".")
+        module, _, kind = owner.rpartition(".")
+        owner = getattr(__import__(module), kind) if kind == "Path" else __import__(owner, fromlist=["."])
+        original = getattr(owner, leaf)
+
+        def stage(*arguments, **options):
+            self.count += 1
+            if self.count == self.at:
+                if options.get("ignore_errors") and isinstance(self.error, OSError):
+                    return None
+                raise self.error
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, leaf, stage)
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")], ids=["killed", "disk full"])
+def test_wherever_a_save_ends_there_is_a_whole_checkpoint(tmp_path, monkeypatch, error):
+    """At each of its steps in turn: what resumes is the checkpoint before or the new one, and saving again works."""
+    at, found, said = 0, set(), set()
+    while True:
+        at += 1
+        run = tmp_path / str(at)
+        for step in (10, 20):
+            save(run, step)
+        with monkeypatch.context() as patch:
+            stages = Stages(patch, error, at)
+            try:
+                save(run, 30)
+                if stages.count < at:
+                    break
+            except (Killed, InputError) as end:
+                said.add(str(end)[:7])
+            except OSError:
+                pytest.fail("an error of the disk is not said in a line")
+        newest = checkpoint.find(run)
+        found.add(newest.name)
+        assert checkpoint.damage(newest) is None
+        checkpoint.sweep(run)
+        assert not list(run.glob("*.partial"))
+        save(run, 30)
+        assert checkpoint.find(run).name == "checkpoint-30"
+        assert sorted(path.name for path in run.iterdir()) == ["checkpoint-20", "checkpoint-30"]
+    assert at > 20  # it does as much to the disk
+    assert found == {"checkpoint-20", "checkpoint-30"}
+    assert said == {"" if isinstance(error, Killed) else "cannot "}
+
+
+def test_any_file_that_is_torn_is_seen(tmp_path):
+    save(tmp_path, 10)
+    whole = save(tmp_path, 20)
+    aside = tmp_path / "aside"
+    shutil.copytree(whole, aside)
+    for file in sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file()):
+        content = (aside / file).read_bytes()
+        for torn in (None, b"", content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1])):
+            (whole / file).unlink()
+            if torn is not None:
+                (whole / file).write_bytes(torn)
+            warnings = []
+            assert checkpoint.find(tmp_path, warnings.append).name == "checkpoint-10", (file, torn)
+            assert len(warnings) == 1
+            assert "checkpoint-20" in warnings[0]
+            (whole / file).write_bytes(content)
+    assert checkpoint.find(tmp_path) == whole
+
+
+def test_the_clock_has_no_say(tmp_path):
+    """A machine whose clock is behind wrote the newer one."""
+    for step, when in ((10, 2_000_000_000), (20, 1_000_000_000), (30, 0)):
+        path = save(tmp_path, step, limit=3)
+        for file in [path, *path.rglob("*")]:
+            os.utime(file, (when, when))
+    assert checkpoint.find(tmp_path).name == "checkpoint-30"
+    save(tmp_path, 40, limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-40"]
+
+
+def test_rows_of_the_optimizer_are_found_in_whichever_file(tmp_path):
+    """Written by three processes of which one has nothing, as torch.chunk deals out two rows."""
+    whole = torch.arange(8.0).reshape(2, 4)
+    shares = [*torch.chunk(whole, 3), whole[:0]]
+    for number in (1, 2, 0):
+        tensors = {"a/exp_avg": shares[number].contiguous(), "a/step": torch.tensor(5.0)}
+        folder = tmp_path / "checkpoint-5.partial" / "trainer_state"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {path.name: path.read_bytes() for path in folder.iterdir()}  # the first process comes last here
+
+        def bring_back(kept=kept, folder=folder):
+            for name, content in kept.items():
+                (folder / name).write_bytes(content)
+
+        checkpoint.save(tmp_path, 5, write_model, tensors, {}, 1, (number, 3), bring_back)
+    files = checkpoint.OptimizerFiles(checkpoint.find(tmp_path))
+    assert sorted(files) == ["a/exp_avg", "a/step"]
+    assert files.rows("a/step") == 5
+    for start, stop in ((0, None), (0, 1), (1, 2), (0, 2), (2, 2), (1, None)):
+        assert torch.equal(files.rows("a/exp_avg", start, stop), whole[start:stop])
+    (tmp_path / "checkpoint-5" / "trainer_state" / "optimizer-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match="optimizer-00002-of-00003.safetensors is missing"):
+        checkpoint.find(tmp_path)
