@@ -1,0 +1,131 @@
+"""What a checkpoint and a restart cost: `python benchmarks/checkpoint.py` (GPT-2's 124M parameters by default).
+
+Ours beside what else a user would call, in one process, on the same model, optimizer and disk: accelerate's save_state
+with the model folder that it does not write. Ours also flushes to the disk and reads every byte again for its digest;
+`sync` is what flushing costs the other. Loading maps the files, whose bytes are read when they are used. The restart is
+of real commands: from launch to the end of the first step.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from hf_myllm import checkpoint
+from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
+from hf_myllm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from hf_myllm.processes import quiet_the_libraries
+
+
+def timed(work):
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def median(work, repeats):
+    """The middle of several times (seconds), and the last result."""
+    found = [timed(work) for _ in range(repeats)]
+    return sorted(seconds for seconds, _ in found)[repeats // 2], found[-1][1]
+
+
+def saves(config, folder, repeats):
+    accelerator, model = Accelerator(cpu=True), GPTForCausalLM(config)
+    optimizer = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    steps = iter(range(1, 1000))
+
+    def save():
+        tensors = optimizer_tensors(model, optimizer)
+        return checkpoint.save(folder / "ours", next(steps), model.save_pretrained, tensors, {"step": 1}, 2)
+
+    rows = {}
+    rows["checkpoint.save"], path = median(save, repeats)
+    rows["checkpoint.find, with digests"], _ = median(lambda: checkpoint.find(folder / "ours"), repeats)
+    rows["load the optimizer"], _ = median(
+        lambda: load_optimizer_tensors(model, optimizer, checkpoint.OptimizerFiles(path)), repeats
+    )
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+
+    def save_state():
+        accelerator.save_state(folder / "state")
+        accelerator.unwrap_model(prepared).save_pretrained(folder / "state" / "model")
+
+    rows["accelerate's save_state and save_pretrained"], _ = median(save_state, repeats)
+    rows["sync"], _ = timed(os.sync)
+    rows["accelerate's load_state"], _ = median(lambda: accelerator.load_state(folder / "state"), repeats)
+    return rows, size
+
+
+def restarts(sizes, folder):
+    """Seconds from the command to the end of its first step: of a new run, and of one that resumes."""
+    (folder / "text.txt").write_text("The cat sees my friend. " * 2000)
+    common = [
+        sys.executable,
+        "-m",
+        "hf_myllm.train",
+        "--train_file",
+        folder / "text.txt",
+        "--save_model",
+        folder / "run",
+    ]
+    common += [
+        "--tokenizer",
+        "{train: bpe, vocab_size: 300}",
+        "--max_len",
+        32,
+        "--batch_size",
+        1,
+        "--eval_freq",
+        "null",
+    ]
+    common += [text for key, value in sizes.items() for text in (f"--{key}", value)]
+    rows = {}
+    for name, more in (("first start", ["--max_steps", 2]), ("resume", ["--max_steps", 3, "--init_from", "resume"])):
+        start, seen = time.time(), None
+        subprocess.run([*map(str, common), *map(str, more), "--allow_changed", "true"], check=True, capture_output=True)
+        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(line)
+            if line.get("time", 0) > start and seen is None:
+                seen = line["time"] - start
+        rows[f"{name}, to the end of its first step"] = seen
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--n_head", type=int, default=12)
+    parser.add_argument("--vocab_size", type=int, default=50257)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="write the figures there")
+    arguments = parser.parse_args()
+    quiet_the_libraries()
+    sizes = {name: getattr(arguments, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size")}
+    with tempfile.TemporaryDirectory() as folder:
+        rows, size = saves(GPTConfig(**sizes), Path(folder), arguments.repeats)
+        rows |= restarts(sizes, Path(folder))
+    ratio = rows["checkpoint.save"] / (rows["accelerate's save_state and save_pretrained"] + rows["sync"])
+    print(f"{size / 1e9:.2f} GB a checkpoint, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, seconds in rows.items():
+        print(f"{name:<50}{seconds:8.2f} s")
+    print(f"{'checkpoint.save / (save_state + save_pretrained + sync)':<58}{ratio:.2f}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"bytes": size, "seconds": rows, "ratio": ratio}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
