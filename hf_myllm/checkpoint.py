@@ -31,7 +31,11 @@ _OPTIMIZER = "trainer_state/optimizer"
 _PARTIAL = ".partial"
 
 
-def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), wait=lambda: None):
+class ShardError(InputError):
+    """A process that is not the first could not write its part of a checkpoint; the first says that there was one."""
+
+
+def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), exchange=lambda value: [value]):
     """Write RUN/checkpoint-<step>, then remove the oldest ones beyond `limit`.
 
     Args:
@@ -39,7 +43,7 @@ def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), 
         optimizer_tensors, state: a flat dict of tensors, and what else to remember, as JSON allows it.
         shard: (number, count) of the processes that call this together, each with its rows of the tensors; the first
             writes all the rest.
-        wait: called where they have to wait for each other.
+        exchange: gives each of them the values of all, in their order.
     Returns:
         the checkpoint's folder.
     Raises:
@@ -48,14 +52,34 @@ def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), 
     final = Path(run) / f"checkpoint-{step}"
     aside = final.with_name(final.name + _PARTIAL)
     number, count = shard
-    try:
+    theirs = OSError("another process could not write its part")
+    part = aside / (_OPTIMIZER + (f"-{number + 1:05}-of-{count:05}" if count > 1 else "") + ".safetensors")
+
+    def begin():
         if number == 0:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / "trainer_state").mkdir(parents=True)
-        wait()
-        part = f"-{number + 1:05}-of-{count:05}" if count > 1 else ""
-        save_file(optimizer_tensors, aside / f"{_OPTIMIZER}{part}.safetensors")
-        wait()
+
+    def write_part():
+        save_file(optimizer_tensors, part)
+        _flush(part)
+        return str(part.relative_to(aside)), [part.stat().st_size, _digest(part)]  # each its own: it may be large
+
+    def on_all(work):
+        """What it gives on each process; an error on any is an error on all."""
+        value = problem = None
+        try:
+            value = work()
+        except (OSError, SafetensorError) as error:
+            problem = error
+        found = exchange((problem is not None, value))
+        if problem or any(is_bad for is_bad, _ in found):
+            raise problem or theirs
+        return [value for _, value in found]
+
+    try:
+        on_all(begin)
+        parts = dict(on_all(write_part))
         if number > 0:
             return final
         write_model(aside)
@@ -64,9 +88,15 @@ def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), 
         mode = (aside / _STATE).stat().st_mode
         for path in files:
             path.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
-        content = {str(path.relative_to(aside)): [path.stat().st_size, _digest(path)] for path in files}
+        names = {str(path.relative_to(aside)): path for path in files}
+        content = {name: parts.get(name) or [path.stat().st_size, _digest(path)] for name, path in names.items()}
         (aside / _MARKER).write_text(json.dumps({"step": step, "files": content}, indent=1))
-        for path in [*files, aside / _MARKER, aside / "trainer_state", aside]:
+        for path in [
+            *(path for name, path in names.items() if name not in parts),
+            aside / _MARKER,
+            aside / "trainer_state",
+            aside,
+        ]:
             _flush(path)
         if final.exists():  # a damaged one, which find() passed over
             _remove(final)
@@ -76,10 +106,13 @@ def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), 
             if step_of(path) > step:  # damaged, or find() would have gone on from it
                 _remove(path)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if number == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         before = [path.name for _, path in _complete(run)]
         kept = f"{before[0]} stays, and --init_from resume goes on from it" if before else "there is none before it"
-        raise InputError(f"cannot save {final}: {error}; {kept}") from None
+        raise (InputError if number == 0 or error is theirs else ShardError)(
+            f"cannot save {final}: {error}; {kept}"
+        ) from None
     for _, path in _complete(run)[limit:]:
         try:
             _remove(path)
@@ -122,8 +155,9 @@ def damage(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {_MARKER} cannot be read"
     missing = {"config.json", _STATE} - set(content)
-    if not any(name.startswith(_OPTIMIZER) for name in content):
-        missing.add(f"{_OPTIMIZER}.safetensors")
+    parts = [name for name in content if name.startswith(_OPTIMIZER)]
+    if not parts or any(f"-of-{len(parts):05}" not in name for name in parts if "-of-" in name):
+        missing.add(f"{_OPTIMIZER}*.safetensors, all parts")
     if missing:
         return f"its {_MARKER} does not list {', '.join(sorted(missing))}"
     for name, (size, digest) in content.items():
@@ -145,8 +179,8 @@ class OptimizerFiles:
     """The optimizer's tensors of a checkpoint, of one file or of several, each with some rows of every tensor."""
 
     def __init__(self, path):
-        files = sorted(Path(path).glob(f"{_OPTIMIZER}*.safetensors"))
-        self._parts = [safe_open(file, framework="pt") for file in files]
+        files = sorted(name for name in _read_marker(path) if name.startswith(_OPTIMIZER))  # and no other that is there
+        self._parts = [safe_open(Path(path) / file, framework="pt") for file in files]
 
     def __iter__(self):
         return iter(self._parts[0].keys())

@@ -55,7 +55,7 @@ def load_optimizer_tensors(model, optimizer, tensors):
         tensors: what has the names when iterated over, and gives the tensors by `rows(name, start, stop)`; for a
             sharded parameter, only this process's rows are asked for.
     Raises:
-        KeyError: a tensor belongs to no parameter of the model.
+        KeyError, ValueError: a tensor belongs to no parameter of the model, or is of another shape.
     """
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
@@ -82,14 +82,20 @@ def _like(parameter, rows):
     """A tensor of rows(start, stop), sharded as a parameter is: fully_shard gives each process as many rows as
     torch.chunk would."""
     if not isinstance(parameter, DTensor):
-        return rows(0, None)
+        return _checked(rows(0, None), parameter)
     mesh = parameter.device_mesh
     length, size = len(parameter), math.ceil(len(parameter) / mesh.size())
     start = min(length, mesh.get_local_rank() * size)
-    value = rows(start, min(length, start + size))
+    value = _checked(rows(start, min(length, start + size)), parameter.to_local())
     if value.dim() == 0:  # the number of steps
         return value
     value = value.to(parameter.to_local().device)
     return DTensor.from_local(
         value, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False
     )
+
+
+def _checked(value, parameter):
+    if value.dim() and value.shape != parameter.shape:
+        raise ValueError(f"a tensor of {tuple(value.shape)} is not of a parameter of {tuple(parameter.shape)}")
+    return value

@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint
-from .data import corpus, objectives, order
+from .data import corpus, objectives, order, sources
 from .data import tokenizer as tokenizers
 from .errors import InputError, exit_on_input_error, first_line
 from .generate import encode_masked, encode_prompt
@@ -37,6 +37,7 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
+    given: object  # the sources
     tokenizer: object  # None for a .bin without one
     objective: object  # of the task: see objectives
     training: object  # its rows; None when only evaluating
@@ -53,8 +54,38 @@ class Run:
     doing: str = "its preparation"  # for messages
     start: int = 0
     total_steps: int = 0
-    last_position: int | None = None
+    order: object = None  # of the rows: see order
     accumulation: int = 1
+
+    @property
+    def scale(self):
+        """How much more text there is than was read: above 1 in a dry run that has read only the beginning."""
+        return 1 / max(1e-9, self.account.get("share", 1.0))
+
+    def mixture(self):
+        """A line for each of several sources: its share of the rows, and how often it is gone through."""
+        total = sum(weight for _, _, weight in self.order.parts)
+        read = self.total_steps * self.recipe.training.total_batch_size
+        for source, (_, rows, weight) in zip(self.given.training, self.order.parts, strict=False):
+            times = weight / total * read / (rows * self.scale)
+            yield f"{weight / total:6.1%} from {source.name}: its {rows:,} rows {times:.2f} times"
+
+
+@dataclass
+class Given:
+    """The sources that a recipe names."""
+
+    training: list  # none when only evaluating on a val_file
+    weights: list  # of each, in any unit
+    validation: object  # None: a part of training is held out
+
+    @property
+    def all(self):
+        return [*self.training, *([self.validation] if self.validation else [])]
+
+    @property
+    def name(self):
+        return ", ".join(source.name for source in self.training)
 
 
 def check_folder(recipe):
@@ -109,11 +140,17 @@ def what_it_started_from(path):
 def prepare(recipe, accelerator, resume_from):
     """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
     data, section = recipe.data, recipe.run
-    sources = find_sources(data, recipe.evaluation.eval_only)
+    given = find_sources(data, recipe.evaluation.eval_only)
+    if section.dry_run:
+        given = Given(
+            [quick_look(one) for one in given.training],
+            given.weights,
+            given.validation and quick_look(given.validation),
+        )
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
     check_family(recipe, pretrained)
     is_trained = resume_from is not None or recipe.evaluation.eval_only
-    tokenizer = find_tokenizer(recipe, sources, pretrained, is_trained)
+    tokenizer = find_tokenizer(recipe, given, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained)
     objective = build_objective(recipe, tokenizer, config)
     state = checkpoint.load_state(resume_from) if resume_from else None
@@ -126,15 +163,17 @@ def prepare(recipe, accelerator, resume_from):
         encode = encode_prompt if recipe.task == "causal" else encode_masked
         encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
-    training, validation, account = load_data(data, sources, tokenizer, accelerator.is_local_main_process)
-    for tokens, source in ((training, sources[0]), (validation, sources[1] or sources[0])):
-        if tokens is not None and tokens.max_id >= config.vocab_size:
+    training, validation, account = load_data(data, given, tokenizer, accelerator.is_local_main_process)
+    held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
+    for tokens, name in ((training, given.name), (validation, held_out)):
+        if tokens is None or tokens.max_id < config.vocab_size:
+            continue
+        if (place := tokens.first_beyond(config.vocab_size)) is not None:
             raise InputError(
-                f"{source.name} has the token id {tokens.max_id} (at position {tokens.position_of_max}), and the model "
-                f"a vocabulary of {config.vocab_size}: raise vocab_size, or give the data's own tokenizer"
+                f"{name} has the token id {int(tokens.read(place, 1)[0])} (at position {place}, and up to "
+                f"{tokens.max_id}), and the model a vocabulary of {config.vocab_size}: raise vocab_size, or give the "
+                "data's own tokenizer"
             )
-    name = sources[0].name if sources[0] else ""
-    held_out = f"the validation part of {name}" if sources[1] is None else sources[1].name
     model, fresh = build_model(recipe, config, pretrained, is_trained)
     # asked of accelerate too, which would draw other dropout when it computes a layer again; the models' own does not
     if recipe.training.gradient_checkpointing or (
@@ -142,16 +181,17 @@ def prepare(recipe, accelerator, resume_from):
     ):
         # before transformers 5.23 it had the second name
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    if data.document_isolation:
+    if objective.isolates:
         use_fast_isolation(model, config, accelerator)
     # validation rows do not overlap, whatever the stride: each token is predicted once
     apart = data.max_len - objective.specials
     run = Run(
         recipe,
         accelerator,
+        given,
         tokenizer,
         objective,
-        None if training is None else objective.rows(training, data.max_len, data.stride, name),
+        None if training is None else objective.rows(training, data.max_len, data.stride, given.name),
         None if validation is None else objective.rows(validation, data.max_len, apart, held_out),
         model,
         fresh,
@@ -161,33 +201,45 @@ def prepare(recipe, accelerator, resume_from):
     if tokenizer is not None and recipe.task == "causal":  # what is masked adds up to no text
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not recipe.evaluation.eval_only:
-        plan(run, state)
+        plan(run, state, order.integer_weights(given.weights))
     return run
 
 
 def find_sources(data, eval_only):
-    """Where training and validation text come from; either may be None."""
-    files = {"text_column": data.text_column, "document": data.document}
-    training = validation = None
+    """Where the text comes from."""
+    validation = None
     if data.val_file:
-        validation = corpus.file_source(data.val_file, **files)
-    if data.dataset and not (eval_only and validation):
-        training = corpus.hub_source(
-            data.dataset, data.dataset_config, data.dataset_split, data.dataset_revision, data.text_column
-        )
-    elif data.train_file and not (eval_only and validation):
-        training = corpus.file_source(data.train_file, **files)
-    return training, validation
+        validation = sources.file_source(data.val_file, data.text_column, data.document)
+    if eval_only and validation:
+        return Given([], [], validation)
+    named = data.datasets or [asdict(data)]
+    return Given([find_source(one, data) for one in named], [one.get("weight", 1.0) for one in named], validation)
 
 
-def find_tokenizer(recipe, sources, pretrained, keep):
+def find_source(one, data):
+    """The source that a mapping names, with `data`'s words where it has none."""
+    column = one.get("text_column", data.text_column)
+    if one.get("dataset"):
+        split = one.get("dataset_split", data.dataset_split)
+        return sources.hub_source(one["dataset"], one.get("dataset_config"), split, one.get("dataset_revision"), column)
+    return sources.file_source(one["train_file"], column, one.get("document", data.document))
+
+
+def quick_look(source):
+    """The source as a dry run reads it: only its beginning, unless it is small, or prepared already."""
+    size = 0 if source.kind in sources.OF_IDS else sources.total_size(source)
+    is_large = size is None or size > (20_000_000 if source.kind not in ("hub", "parquet") else 20_000)
+    return replace(source, limit=4_000_000) if is_large else source
+
+
+def find_tokenizer(recipe, given, pretrained, keep):
     """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from; with the tokens that
     the recipe adds.
 
     Args:
         keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
     """
-    tokenizer, added = find_base_tokenizer(recipe, sources, pretrained, keep), recipe.data.add_tokens or []
+    tokenizer, added = find_base_tokenizer(recipe, given, pretrained, keep), recipe.data.add_tokens or []
     if added and tokenizer is None:
         raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
     if added and not keep:
@@ -200,7 +252,7 @@ def find_tokenizer(recipe, sources, pretrained, keep):
     return tokenizer
 
 
-def find_base_tokenizer(recipe, sources, pretrained, keep):
+def find_base_tokenizer(recipe, given, pretrained, keep):
     data, model_type = recipe.data, FAMILIES[recipe.model].config.model_type
     if keep:
         try:
@@ -211,20 +263,20 @@ def find_base_tokenizer(recipe, sources, pretrained, keep):
         try:
             return tokenizers.load(data.tokenizer)
         except InputError as error:
-            if not data.dataset:
+            if not any(source.kind == "hub" for source in given.training):
                 raise
             raise InputError(f"{error}; and without the Hub, pass --train_file FILE in place of the data set") from None
-    source = sources[0] or sources[1]
     if isinstance(data.tokenizer, dict):
-        kind, size = data.tokenizer["train"], data.tokenizer["vocab_size"]
+        kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
 
         def train_tokenizer(folder):
-            tokenizers.save(tokenizers.TRAINERS[kind](corpus.Documents(source), size), folder)
+            tokenizers.save(tokenizers.TRAINERS[kind](sources.Texts(text), size), folder)
 
-        return tokenizers.load(str(corpus.cached_folder([kind, size, corpus.source_key(source)], train_tokenizer)))
+        key = [kind, size, *map(sources.source_key, text)]
+        return tokenizers.load(str(corpus.cached_folder(key, train_tokenizer)))
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), model_type)
-    if any(source and source.kind not in corpus.OF_IDS for source in sources):
+    if any(source.kind not in sources.OF_IDS for source in given.all):
         kind = "wordpiece" if recipe.model == "bert" else "bpe"
         raise InputError(
             f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
@@ -234,7 +286,7 @@ def find_base_tokenizer(recipe, sources, pretrained, keep):
 
 def build_objective(recipe, tokenizer, config):
     data = recipe.data
-    settings = data.document_isolation, data.mlm_probability, data.whole_word_masking
+    settings = data.packing, data.mlm_probability, data.whole_word_masking
     return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
 
 
@@ -383,7 +435,7 @@ def resolve(recipe, config, objective, accelerator, state):
         raise InputError(
             f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
         )
-    if recipe.task != "mlm_nsp":
+    if recipe.task != "mlm_nsp" and data.packing in ("stream", "documents"):
         data.stride = data.stride or data.max_len - objective.specials
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
@@ -397,31 +449,50 @@ def resolve(recipe, config, objective, accelerator, state):
         training.epochs = 1.0
 
 
-def load_data(data, sources, tokenizer, show):
-    training_source, validation_source = sources
-    training = validation = None
-    account = {}
-    if training_source is not None:
-        fraction = 0.0 if validation_source else data.val_fraction
-        training, validation, account = corpus.load_tokens(
-            training_source, tokenizer, fraction, data.bin_dtype, show_progress=show
-        )
-    if validation_source is not None:
-        validation, _, _ = corpus.load_tokens(validation_source, tokenizer, 0.0, data.bin_dtype, show_progress=show)
+def load_data(data, given, tokenizer, show):
+    """Training and validation tokens, either None where there are none, and the account of both."""
+    fraction = 0.0 if given.validation else data.val_fraction
+    loaded = [corpus.load_tokens(one, tokenizer, fraction, data.bin_dtype, show) for one in given.training]
+    training, validation, account = None, None, {}
+    if loaded:
+        training = corpus.join([tokens for tokens, _, _ in loaded])
+        account = loaded[0][2] if len(loaded) == 1 else corpus.add_up([one for _, _, one in loaded])
+        if held_out := [tokens for _, tokens, _ in loaded if tokens is not None]:
+            validation = corpus.join(held_out)
+    if given.validation:
+        validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, show)
     return training, validation, account
 
 
-def plan(run, state):
-    """From which step to which, of how many micro-batches; `state` is that of the checkpoint to go on from."""
+def plan(run, state, weights):
+    """From which step to which, of how many micro-batches, over which rows.
+
+    Args:
+        state: that of the checkpoint to go on from, or None.
+        weights: of each source, whole numbers.
+    """
     section = run.recipe.training
     # no larger micro-batches than the step can fill
     section.batch_size = min(section.batch_size, math.ceil(section.total_batch_size / run.accelerator.num_processes))
     run.accumulation = math.ceil(section.total_batch_size / (section.batch_size * run.accelerator.num_processes))
+    last_position = None
     if section.max_steps:
         run.total_steps = section.max_steps
     else:
-        run.last_position = max(1, int(section.epochs * len(run.training)))
-        run.total_steps = math.ceil(run.last_position / section.total_batch_size)
+        last_position = max(1, int(section.epochs * len(run.training)))
+        run.total_steps = math.ceil(last_position / section.total_batch_size)
+    parts = ()
+    if len(run.training.parts) > 1:
+        edges = [*run.training.parts, len(run.training)]
+        parts = [(a, b - a, weight) for a, b, weight in zip(edges, edges[1:], weights, strict=False)]
+    run.order = order.Order(
+        len(run.training),
+        section.total_batch_size,
+        run.recipe.run.seed,
+        last_position,
+        tuple(parts),
+        run.training.lengths,
+    )
     if section.warmup_steps > run.total_steps:
         raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")
     if state is not None:
@@ -469,12 +540,12 @@ def main(argv):
     recipe = parse(argv, FAMILIES)
     quiet_the_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
-    sources = find_sources(data, False)
+    given = find_sources(data, False)
     check_family(recipe, pretrained)
-    tokenizer = find_tokenizer(recipe, sources, pretrained, False)
+    tokenizer = find_tokenizer(recipe, given, pretrained, False)
     config = build_config(recipe, tokenizer, pretrained)
     objective, length = build_objective(recipe, tokenizer, config), data.max_len or config.max_position_embeddings
-    for name, tokens in zip(("training", "validation"), load_data(data, sources, tokenizer, show=True), strict=False):
+    for name, tokens in zip(("training", "validation"), load_data(data, given, tokenizer, show=True), strict=False):
         if tokens is not None:
             objective.rows(tokens, length, data.stride or length, f"the {name} data")
             print(f"{name:<12}{len(tokens):,} tokens are prepared")

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -12,11 +13,11 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, TorchDynamoPlugin
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .errors import InputError, first_line
+from .errors import InputError, ProcessError, first_line
 
 
 def quiet_the_libraries():
@@ -61,8 +62,17 @@ def use_all_cores():
 
 
 def make_accelerator(is_compiled):
+    # transformers would leave weights out on all but the first process, and expect accelerate to spread them
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "False"
+    # who dies is seen at once; the time is for one process that works while the others wait, as on a large checkpoint
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    compiler = TorchDynamoPlugin(backend="inductor") if is_compiled else None
     try:
-        accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
+        accelerator = Accelerator(dynamo_plugin=compiler, kwargs_handlers=[patience])
+    except torch.distributed.DistError as error:
+        who = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
+        message = f"{who}: the others cannot be reached ({first_line(error)[:200]}); the first may have said why"
+        raise ProcessError(message) from None
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -88,7 +98,7 @@ def shard(accelerator, model, is_compiled):
     # what bfloat16 is for: the layers' arithmetic. Gradients are added up in fp32
     computed_in = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload or OffloadPolicy()}
+    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         if is_compiled:
             layer.compile()

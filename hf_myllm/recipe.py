@@ -44,6 +44,12 @@ class Data:
         on_resume="accept",
     )
     val_file: str | list[str] | None = word(None, "text to validate on, of the same kinds", on_resume="accept")
+    datasets: list[dict] | None = word(
+        None,
+        "several sources, instead of train_file: a list of {train_file or dataset, weight}, and dataset_config, "
+        "dataset_split, dataset_revision, text_column, document where they differ; the weights are shares of the rows",
+        on_resume="accept",
+    )
     dataset: str | None = word(None, "a data set of the Hugging Face Hub, instead of train_file", on_resume="accept")
     dataset_config: str | None = word(None, "its configuration", on_resume="accept")
     dataset_split: str = word("train", "its split to train on", on_resume="accept")
@@ -58,7 +64,8 @@ class Data:
     bin_dtype: str = word("auto", "number type of a .bin", choices=("auto", "uint16", "uint32"), on_resume="accept")
     tokenizer: str | dict | None = word(
         None,
-        "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (wordpiece for BERT); "
+        "a Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (or unigram; "
+        "wordpiece for BERT); "
         "default: the one of the model in init_from",
     )
     add_tokens: list[str] | None = word(
@@ -73,8 +80,12 @@ class Data:
         minimum=1,
         maximum=MANY,
     )
-    document_isolation: bool = word(
-        False, "let no token of a row attend to one of another document, and begin positions anew at each document"
+    packing: str = word(
+        "stream",
+        "how documents fill rows. stream: one after another, over the ends of rows; documents: the same, but no token "
+        "attends to one of another document, and positions begin anew at each; pad: one document a row, as long as the "
+        "longest of its batch; best_fit: whole documents, as many as fit a row, which do not see each other",
+        choices=("stream", "documents", "pad", "best_fit"),
     )
     mlm_probability: float = word(0.15, "share of a row's tokens that masked-LM tasks predict", above=0, below=1)
     whole_word_masking: bool = word(False, "mask all tokens of a word or none")
@@ -157,6 +168,9 @@ class Run:
         "none); or a folder or Hub id of a model of this family",
         on_resume="accept",
     )
+    dry_run: bool = word(
+        False, "say what the run would do, in seconds, and end: sizes, counts, a first batch", on_resume="accept"
+    )
     resume: bool = word(False, "the same as --init_from resume", on_resume="accept")
     allow_changed: bool = word(False, "resume although the recipe or the data has changed", on_resume="accept")
     save_freq: int | None = word(500, "steps between checkpoints; null: one at the end", minimum=1, on_resume="accept")
@@ -185,6 +199,8 @@ class Recipe:
         """The keys whose value makes the run what it is, flat: two recipes with equal ones train the same."""
         keys = {"model": self.model, "task": self.task}
         keys |= {f"config.{key}": value for key, value in self.config.items()}
+        if self.data.datasets:
+            keys["weights"] = [one.get("weight", 1.0) for one in self.data.datasets]
         for section in SECTIONS:
             values = getattr(self, section)
             for key in dataclasses.fields(values):
@@ -203,7 +219,13 @@ ALIASES = {
     "load_model": "init_from",
 }
 # Of each pair, a recipe gives one; a flag takes the place of the file's.
-EXCLUSIVE = (("train_file", "dataset"), ("total_batch_size", "gradient_accumulation_steps"), ("epochs", "max_steps"))
+EXCLUSIVE = (
+    ("train_file", "dataset"),
+    ("train_file", "datasets"),
+    ("dataset", "datasets"),
+    ("total_batch_size", "gradient_accumulation_steps"),
+    ("epochs", "max_steps"),
+)
 # leaf name -> (section, type, field); a test holds that no name stands in two sections
 WORDS = {
     key.name: (section, typing.get_type_hints(owner)[key.name], key)
@@ -434,14 +456,17 @@ def _check(recipe, families, given):
     recipe.task = recipe.task or next(iter(tasks))
     if recipe.task not in tasks:
         raise InputError(f"task '{recipe.task}' is not one of {recipe.model}, which learns {' or '.join(tasks)}")
-    if recipe.task == "mlm_nsp" and (data.document_isolation or data.stride):
-        name = "document_isolation" if data.document_isolation else "stride"
+    if recipe.task == "mlm_nsp" and (data.packing != "stream" or data.stride):
+        name = "packing" if data.packing != "stream" else "stride"
         raise InputError(f"{name} has no meaning with task mlm_nsp, whose rows are pairs of sentences: leave it out")
+    if data.packing in ("pad", "best_fit") and data.stride:
+        raise InputError(f"stride has no meaning with packing {data.packing}, whose rows are documents: leave it out")
+    _check_datasets(data.datasets or [], given)
     if recipe.run.resume and recipe.run.init_from == "resume":
         recipe.run.init_from = "scratch"
-    if not evaluation.eval_only and not data.train_file and not data.dataset:
+    if not evaluation.eval_only and not (data.train_file or data.dataset or data.datasets):
         raise InputError("there is nothing to train on: give --train_file FILE, or --dataset ID of the Hub")
-    if evaluation.eval_only and not (data.val_file or data.train_file or data.dataset):
+    if evaluation.eval_only and not (data.val_file or data.train_file or data.dataset or data.datasets):
         raise InputError("there is nothing to evaluate on: give --val_file FILE")
     if evaluation.eval_only and recipe.run.init_from == "scratch" and not recipe.run.resume:
         raise InputError("eval_only needs a trained model: give --load_model FOLDER, or --init_from resume")
@@ -453,18 +478,34 @@ def _check(recipe, families, given):
         raise InputError(f"warmup_steps ({training.warmup_steps}) must not be above max_steps ({training.max_steps})")
 
 
+def _check_datasets(datasets, given):
+    """Each has a source and a weight, and no word that is not known."""
+    words = ("dataset_config", "dataset_split", "dataset_revision", "text_column", "document")
+    for number, one in enumerate(datasets, start=1):
+        where = f"{given['datasets'][0]}: datasets, the {number}."
+        for key, value in one.items():
+            if key not in ("train_file", "dataset", "weight", *words):
+                near = difflib.get_close_matches(str(key), ("train_file", "dataset", "weight", *words), n=1)
+                raise InputError(f"{where}: unknown key '{key}'{f'; did you mean {near[0]!r}?' if near else ''}")
+            one[key] = _coerce(value, float if key == "weight" else WORDS[key][1], key, where)
+            _limit(one[key], {"above": 0} if key == "weight" else WORDS[key][2].metadata, key, where)
+        if bool(one.get("train_file")) == bool(one.get("dataset")):
+            raise InputError(f"{where}: give one of train_file and dataset")
+
+
 def _check_trained_tokenizer(settings, where):
     unknown = set(settings) - {"train", "vocab_size"}
     kind = settings.get("train")
-    if unknown or kind not in ("bpe", "wordpiece") or not isinstance(settings.get("vocab_size"), int):
+    if unknown or kind not in ("bpe", "unigram", "wordpiece") or not isinstance(settings.get("vocab_size"), int):
         raise InputError(
-            f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}} (or wordpiece): {settings}"
+            f"{where}: tokenizer must be a name, a folder or {{train: bpe, vocab_size: N}} (or unigram, wordpiece): "
+            f"{settings}"
         )
     if settings["vocab_size"] > MANY:
         raise InputError(f"{where}: vocab_size must be at most {MANY}, not {settings['vocab_size']}")
     if kind == "wordpiece" and settings["vocab_size"] < 100:
         raise InputError(f"{where}: vocab_size must be at least 100, not {settings['vocab_size']}")
-    if kind == "bpe" and settings["vocab_size"] < 257:
+    if kind != "wordpiece" and settings["vocab_size"] < 257:
         raise InputError(
             f"{where}: a byte-level tokenizer has 256 bytes and an end-of-text token: vocab_size must be at least 257, "
             f"not {settings['vocab_size']}"

@@ -5,6 +5,7 @@ from (recipe, s), never carried along. What a checkpoint holds is what training 
 optimizer's moments, so that a run that was killed goes on bit for bit.
 """
 
+import gc
 import math
 import shlex
 import sys
@@ -14,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
-from . import checkpoint
+from . import checkpoint, dry_run
 from .data import objectives, order
 from .data import tokenizer as tokenizers
 from .errors import InputError, ProcessError, exit_on_input_error, first_line
@@ -49,7 +50,14 @@ def main(argv):
     accelerator = make_accelerator(recipe.training.compile)
     run = prepare(recipe, accelerator, from_the_first_process(resume_from, recipe.run.save_model, accelerator))
     try:
+        if recipe.run.dry_run:
+            if accelerator.is_main_process:
+                dry_run.show(run, argv)
+            return 0
         code = evaluate_only(run) if recipe.evaluation.eval_only else train(run, before)
+        # a sharded model knows of the process group, which must end before Python does
+        run.model = run.optimizer = None
+        gc.collect()
         accelerator.end_training()
         return code
     except InputError:
@@ -61,7 +69,10 @@ def main(argv):
     except Exception as error:
         if accelerator.num_processes == 1:
             raise
-        problem = f"{first_line(error)[:300]}; --init_from resume goes on from the newest checkpoint"
+        goes_on = "; --init_from resume goes on from the newest checkpoint" * checkpoint.has_checkpoints(
+            recipe.run.save_model
+        )
+        problem = f"{first_line(error)[:300]}{goes_on}"
     finally:
         if run.lock is not None:
             run.lock.release()
@@ -92,15 +103,25 @@ def train(run, before):
     """Train to the end, or to a signal; returns the exit code. `before` is what the run's folder held at the start."""
     recipe, accelerator = run.recipe, run.accelerator
     section, folder = recipe.training, Path(recipe.run.save_model)
-    if run.resume_from and run.start == run.total_steps and checkpoint.is_published(run.resume_from, folder):
+    is_main = accelerator.is_main_process
+    is_over = run.resume_from and run.start == run.total_steps
+    if is_over and holds_for_any(run, is_main and checkpoint.is_published(run.resume_from, folder)):
         if accelerator.is_main_process:
             print(f"{folder} is finished, after {run.total_steps} steps; raise max_steps or epochs to go further")
         return 0
     run.signals = listen_for_signals()
-    if accelerator.is_main_process:
-        run.lock = lock_folder(folder)
-        if checkpoint.listing(folder) != before:  # preparing may have taken hours
-            raise InputError(f"another run has written into {folder} since this one was started; start it again")
+    problem = None
+    if is_main:
+        try:
+            run.lock = lock_folder(folder)
+            if checkpoint.listing(folder) != before:  # preparing may have taken hours
+                problem = InputError(
+                    f"another run has written into {folder} since this one was started; start it again"
+                )
+        except InputError as error:
+            problem = error
+    if holds_for_any(run, problem is not None):
+        raise problem or InputError(f"the first process cannot use {folder}, and says why")
     digest = order.derive_seed(*sorted(fingerprints(run).items()), len(run.tokenizer or ()))
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:
@@ -115,7 +136,10 @@ def train(run, before):
     else:
         model, run.optimizer = accelerator.prepare(run.model, optimizer)
     if run.resume_from is not None:
-        load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.OptimizerFiles(run.resume_from))
+        try:
+            load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.OptimizerFiles(run.resume_from))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"the optimizer's state in {run.resume_from} is not of this model: {error}") from None
         state = checkpoint.load_state(run.resume_from)
         run.skipped, precision = state["skipped"], state.get("mixed_precision", accelerator.mixed_precision)
         if accelerator.scaler is not None and "scaler" in state:
@@ -178,7 +202,7 @@ def training_step(run, model, step):
     """
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training
-    rows = order.rows_of_step(step, section.total_batch_size, len(run.training), run.last_position, recipe.run.seed)
+    rows = run.order.rows_of_step(step)
     shares = order.micro_batches(
         rows, section.batch_size, accelerator.process_index, accelerator.num_processes, run.accumulation
     )
@@ -198,7 +222,8 @@ def training_step(run, model, step):
     for number, ((offset, _), batch) in enumerate(zip(shares, batches, strict=True)):
         torch.manual_seed(order.derive_seed(recipe.run.seed, "dropout", step, offset))
         is_last = number == len(batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
+        # sharded, whole gradients would stay on each process until the last
+        with nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             inputs = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
             loss = model(**inputs, **counts, use_cache=False).loss
             accelerator.backward(loss * scale)
@@ -221,13 +246,12 @@ def is_finite(run, loss, norm):
 
 def report_skipped(run, report, step, loss, norm):
     """Say which step was left out, or stop when it was one too many in a row."""
-    section, seed = run.recipe.training, run.recipe.run.seed
-    rows = order.rows_of_step(step, section.total_batch_size, len(run.training), run.last_position, seed).tolist()
+    section, rows = run.recipe.training, run.order.rows_of_step(step).tolist()
     shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     what = f"the loss of step {step + 1} is {loss} and its gradient's norm {norm} (rows {shown} of {run.training.name})"
     if run.skipped > section.max_skipped_steps:
         raise InputError(
-            f"{what}{f', the {run.skipped}th in a row' * (run.skipped > 1)}: lower learning_rate, raise warmup_steps "
+            f"{what}{f', {run.skipped} such in a row' * (run.skipped > 1)}: lower learning_rate, raise warmup_steps "
             "or set grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such steps be "
             "left out by max_skipped_steps"
         )
@@ -340,8 +364,13 @@ def introduce(run, report):
     )
     if run.fresh:
         report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
-    tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {recipe.data.max_len}"
+    up_to = "up to " * (recipe.data.packing in ("pad", "best_fit"))
+    tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {up_to}{recipe.data.max_len}"
     report.say(f"training    {tokens}")
+    if repeated := sum(source.repeated for source in run.given.all):
+        report.say(f"            named more than once, and read once: {repeated} files")
+    for line in run.mixture():
+        report.say(f"            {line}")
     unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"]["tokens"])
     if unknown > 0.001:
         name = run.tokenizer.unk_token
@@ -408,37 +437,36 @@ def save_checkpoint(run, step):
         raise InputError(
             f"the weights after step {step} are not all finite, and not saved: lower learning_rate, or set grad_clip"
         )
-    weights = accelerator.get_state_dict(run.model) if is_sharded else None  # gathered on the main process
-    if weights:
-        weights |= {tied: weights[source] for tied, source in run.model.all_tied_weights_keys.items()}
+    weights, together = None, {}
+    if is_sharded:
+        weights = accelerator.get_state_dict(run.model)  # gathered on the main process
+        if weights:
+            weights |= {tied: weights[source] for tied, source in run.model.all_tied_weights_keys.items()}
+        together["shard"] = accelerator.process_index, accelerator.num_processes
+        together["exchange"] = lambda value: gather_object([value])
+
+    def write_model(folder):
+        run.model.save_pretrained(folder, state_dict=weights)
+        if run.tokenizer is not None:
+            tokenizers.save(run.tokenizer, folder)
+
+    state = {
+        "step": step,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "recipe": recipe.identity(),
+        "data": fingerprints(run),
+        "skipped": run.skipped,
+    }
+    if accelerator.scaler is not None:  # fp16's loss scale is learned too
+        state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process or is_sharded:
-
-        def write_model(folder):
-            run.model.save_pretrained(folder, state_dict=weights)
-            if run.tokenizer is not None:
-                tokenizers.save(run.tokenizer, folder)
-
-        state = {
-            "step": step,
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-            "recipe": recipe.identity(),
-            "data": fingerprints(run),
-            "skipped": run.skipped,
-        }
-        if accelerator.scaler is not None:  # fp16's loss scale is learned too
-            state["scaler"] = accelerator.scaler.state_dict()
-        tensors = optimizer_tensors(run.model, run.optimizer.optimizer)
-        checkpoint.save(
-            recipe.run.save_model,
-            step,
-            write_model,
-            tensors,
-            state,
-            recipe.run.save_total_limit,
-            (accelerator.process_index, accelerator.num_processes) if is_sharded else (0, 1),
-            accelerator.wait_for_everyone if is_sharded else lambda: None,
-        )
+        tensors, limit = optimizer_tensors(run.model, run.optimizer.optimizer), recipe.run.save_total_limit
+        try:
+            checkpoint.save(recipe.run.save_model, step, write_model, tensors, state, limit, **together)
+        except checkpoint.ShardError as error:
+            who = f"process {accelerator.process_index} of {accelerator.num_processes}"
+            raise ProcessError(f"{who}, in {run.doing}: {error}") from None
     accelerator.wait_for_everyone()
 
 

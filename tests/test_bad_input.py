@@ -37,6 +37,8 @@ def place(tmp_path, stories):
     (tmp_path / "mixed" / "LICENSE.txt").write_text("You may.")
     (tmp_path / "mixed" / "data.jsonl").write_text('{"text": "x"}')
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    (tmp_path / "utf16.txt").write_bytes("Anna".encode("utf-16-le"))
     (tmp_path / "bad_config").mkdir()
     (tmp_path / "bad_config" / "config.json").write_text("[1]")
     (tmp_path / "other").mkdir()
@@ -62,7 +64,7 @@ CASES = {
     "vocabulary smaller than the tokenizer": ({"vocab_size": 100}, "vocab_size 100 is smaller than .* 300"),
     "vocabulary smaller than the data": (
         {"train_file": "PLACE/large_ids.bin", "tokenizer": None, "vocab_size": 300},
-        r"token id 60000 \(at position 321\), and the model a vocabulary of 300",
+        r"token id 60000 \(at position 321, .* and the model a vocabulary of 300",
     ),
     "missing file": ({"train_file": "PLACE/nope.txt"}, "nope.txt does not exist"),
     "glob without match": ({"train_file": "PLACE/*.nope"}, "does not exist"),
@@ -107,7 +109,23 @@ CASES = {
     ),
     "64-bit ids": ({"train_file": "PLACE/wide.bin", "tokenizer": None}, "wide.bin holds 64-bit numbers"),
     "files of several kinds": ({"train_file": "PLACE/mixed"}, "files of several kinds"),
-    "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "is compressed"),
+    "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "a.txt.gz cannot be read"),
+    "an archive": ({"train_file": "PLACE/a.zip"}, "a.zip is an archive: unpack it"),
+    "UTF-16": ({"train_file": "PLACE/utf16.txt"}, "a NUL byte at offset 1; if it is UTF-16"),
+    "a data set of two sources": (
+        {"train_file": None, "datasets": "[{train_file: a.txt, dataset: b}]"},
+        "the command line: datasets, the 1.: give one of train_file and dataset",
+    ),
+    "an unknown word of a data set": (
+        {"train_file": None, "datasets": "[{train_file: a.txt, wieght: 2}]"},
+        "unknown key 'wieght'; did you mean 'weight'",
+    ),
+    "a weight of nothing": (
+        {"train_file": None, "datasets": "[{train_file: a.txt, weight: 0}]"},
+        "must be more than 0",
+    ),
+    "whole documents and a stride": ({"packing": "pad", "stride": 8}, "stride has no meaning with packing pad"),
+    "an unknown packing": ({"packing": "bestfit"}, "'packing' must be one of stream, documents, pad, best_fit"),
     "a name that no folder can have": ({"save_model": "PLACE/" + "x" * 300}, "save_model .* cannot be a folder"),
     "a config that is none": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
     "a model that does not fit into memory": ({"vocab_size": 10**14}, "of this config cannot be made"),

@@ -1,7 +1,9 @@
 """A checkpoint is whole or absent, wherever its writing ends."""
 
+import json
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -114,26 +116,67 @@ def test_the_clock_has_no_say(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-40"]
 
 
+def save_in_parts(run, step, shares):
+    """A save by as many processes as there are shares, in threads that wait for each other as processes would."""
+    barrier, values, ends = threading.Barrier(len(shares)), {}, [None] * len(shares)
+
+    def process(number):
+        def exchange(value):
+            values[number] = value
+            barrier.wait()
+            found = [values[other] for other in range(len(shares))]
+            barrier.wait()
+            return found
+
+        tensors = {"a/exp_avg": shares[number].contiguous(), "a/step": torch.tensor(5.0)}
+        try:
+            checkpoint.save(run, step, write_model, tensors, {}, 1, (number, len(shares)), exchange)
+        except InputError as error:
+            ends[number] = error
+
+    threads = [threading.Thread(target=process, args=(number,)) for number in range(len(shares))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ends
+
+
 def test_rows_of_the_optimizer_are_found_in_whichever_file(tmp_path):
     """Written by three processes of which one has nothing, as torch.chunk deals out two rows."""
     whole = torch.arange(8.0).reshape(2, 4)
-    shares = [*torch.chunk(whole, 3), whole[:0]]
-    for number in (1, 2, 0):
-        tensors = {"a/exp_avg": shares[number].contiguous(), "a/step": torch.tensor(5.0)}
-        folder = tmp_path / "checkpoint-5.partial" / "trainer_state"
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = {path.name: path.read_bytes() for path in folder.iterdir()}  # the first process comes last here
-
-        def bring_back(kept=kept, folder=folder):
-            for name, content in kept.items():
-                (folder / name).write_bytes(content)
-
-        checkpoint.save(tmp_path, 5, write_model, tensors, {}, 1, (number, 3), bring_back)
-    files = checkpoint.OptimizerFiles(checkpoint.find(tmp_path))
+    assert save_in_parts(tmp_path, 5, [*torch.chunk(whole, 3), whole[:0]]) == [None] * 3
+    path = checkpoint.find(tmp_path)
+    stray = path / "trainer_state" / "optimizer-00004-of-00004.safetensors"
+    shutil.copy(path / "trainer_state" / "optimizer-00001-of-00003.safetensors", stray)  # not of this checkpoint
+    files = checkpoint.OptimizerFiles(path)
     assert sorted(files) == ["a/exp_avg", "a/step"]
     assert files.rows("a/step") == 5
     for start, stop in ((0, None), (0, 1), (1, 2), (0, 2), (2, 2), (1, None)):
         assert torch.equal(files.rows("a/exp_avg", start, stop), whole[start:stop])
-    (tmp_path / "checkpoint-5" / "trainer_state" / "optimizer-00002-of-00003.safetensors").unlink()
-    with pytest.raises(InputError, match="optimizer-00002-of-00003.safetensors is missing"):
+    name = "trainer_state/optimizer-00002-of-00003.safetensors"
+    (path / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing"):
         checkpoint.find(tmp_path)
+    marker = json.loads((path / "trainer_state" / "complete.json").read_text())
+    del marker["files"][name]
+    (path / "trainer_state" / "complete.json").write_text(json.dumps(marker))
+    with pytest.raises(InputError, match="does not list .*all parts"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_part_that_cannot_be_written_ends_the_save_of_all(tmp_path, monkeypatch):
+    write = checkpoint.save_file
+
+    def full(tensors, path):
+        if "00002-of" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    save(tmp_path, 3)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    first, second, third = save_in_parts(tmp_path, 5, list(torch.chunk(torch.zeros(6, 2), 3)))
+    assert isinstance(second, checkpoint.ShardError)
+    assert "No space left" in str(second)
+    assert "another process could not write its part; checkpoint-3 stays" in str(first) == str(third)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]

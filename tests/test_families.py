@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -111,16 +112,18 @@ LLAMA = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_kept_apart_learn_and_are_another_run(tiny, tiny_bert, tmp_path, family):
     flags = tiny_bert() if family == "bert" else tiny(**(LLAMA if family == "llama" else {"model": family}))
-    for isolation in ("true", "false"):
+    if family == "llama":
+        flags += ["--tokenizer", "{train: unigram, vocab_size: 300}"]
+    for isolation in ("documents", "stream"):
         run = tmp_path / isolation
-        assert train(*flags, "--document_isolation", isolation, "--epochs", 2, "--save_model", run) == 0
+        assert train(*flags, "--packing", isolation, "--epochs", 2, "--save_model", run) == 0
         assert losses(run)[-1] < losses(run)[0]
         kind, tokenizer = AutoConfig.from_pretrained(run), AutoTokenizer.from_pretrained(run)
         assert kind.model_type == FAMILIES[family].config.model_type
         # AutoTokenizer has its own mind about some model types: what it loads must cut text as training did
         trained = json.loads((run / "tokenizer.json").read_text())
         assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == trained["pre_tokenizer"]
-    assert losses(tmp_path / "true") != losses(tmp_path / "false")
+    assert losses(tmp_path / "documents") != losses(tmp_path / "stream")
 
 
 def test_a_pickle_trains_what_the_same_ids_in_a_bin_train(tmp_path):
@@ -289,7 +292,7 @@ MISTAKES = {
         {"task": "mlm_nsp", "train_file": "PLACE/one.txt", "val_fraction": 0},
         "one.txt is one document, and pairs of sentences need a second",
     ),
-    "pairs of isolated documents": ({"task": "mlm_nsp", "document_isolation": "true"}, "isolation has no meaning"),
+    "pairs of isolated documents": ({"task": "mlm_nsp", "packing": "documents"}, "packing has no meaning"),
     "rows too short": ({"max_len": 2}, "max_len 2 is too small"),
     "heads that do not divide": ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide"),
     "an encoder that lacks weights": (
@@ -319,3 +322,37 @@ def test_mistakes_with_a_bert(tiny_bert, stock_models, tmp_path, capsys, case):
     assert len(error.strip().splitlines()) == 1, error
     assert re.search(message, error), error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+@pytest.mark.parametrize("packing", ["pad", "best_fit"])
+def test_whole_documents_learn_and_resume(tiny, tiny_bert, tmp_path, family, packing):
+    flags = (tiny_bert if family == "bert" else tiny)(packing=packing, max_steps=24, save_freq=10, document="line")
+    run = tmp_path / "run"
+    assert train(*flags) == 0
+    assert losses(run)[-1] < losses(run)[0]
+    reference = (run / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoint-24")
+    (run / "model.safetensors").unlink()
+    assert train(*flags, "--init_from", "resume") == 0
+    assert (run / "model.safetensors").read_bytes() == reference
+
+
+def test_several_sources_by_weight(tiny, stories, tmp_path, capsys):
+    """Two sources, the smaller of which gets most of the rows; each is split for validation, and what a step reads is
+    a matter of the recipe alone."""
+    (tmp_path / "numbers.txt").write_text("".join(f"{n} times two is {2 * n}.\n" for n in range(200)))
+    numbers, run = f"{{train_file: {tmp_path / 'numbers.txt'}, document: line, weight: 3}}", tmp_path / "run"
+    flags = tiny(train_file=None, max_steps=16, save_freq=8, datasets=f"[{{train_file: {stories}}}, {numbers}]")
+    assert train(*flags) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"25.0% from {stories}: its \d+ rows 0\.\d+ times", out), out
+    assert re.search(r"75.0% from .*numbers.txt: its \d+ rows \d+\.\d+ times", out)
+    reference = (run / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoint-16")
+    (run / "model.safetensors").unlink()
+    changed = f"[{{train_file: {stories}, weight: 2}}, {numbers}]"
+    assert train(str(run / "recipe.yaml"), "--datasets", changed, "--init_from", "resume") == 2
+    assert "belongs to another recipe: weights was [1.0, 3.0] and is [2.0, 3.0]" in capsys.readouterr().err
+    assert train(str(run / "recipe.yaml"), "--save_model", str(run), "--init_from", "resume") == 0
+    assert (run / "model.safetensors").read_bytes() == reference

@@ -18,6 +18,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "generate": {"errors", "models", "checkpoint"},
     "processes": {"errors"},
     "prepare": {"errors", "models", "recipe", "data", "checkpoint", "generate", "processes"},
+    "dry_run": {"data"},
     "train": {
         "errors",
         "models",
@@ -29,6 +30,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
         "generate",
         "optim",
         "prepare",
+        "dry_run",
         "processes",
     },
 }

@@ -397,4 +397,4 @@ def test_a_step_that_is_not_finite_is_named_or_left_out_when_asked(tiny, tmp_pat
 
 def test_steps_that_stay_not_finite_stop_the_run(tiny, capsys):
     assert train(*tiny(learning_rate=1e9, grad_clip=0, warmup_steps=0, max_skipped_steps=3)) == 2
-    assert "the 4th in a row" in capsys.readouterr().err
+    assert "4 such in a row" in capsys.readouterr().err

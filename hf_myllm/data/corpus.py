@@ -5,15 +5,13 @@ a `.bin` of token ids is read where it is, and a `.pkl` of them is copied into s
 flat stream ([`Tokens`]).
 """
 
-import functools
-import glob
 import hashlib
 import json
 import os
-import re
 import shutil
-import sysconfig
-from dataclasses import asdict, dataclass, replace
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -21,35 +19,17 @@ import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
-from pyarrow import parquet
 from tqdm import tqdm
 
-from ..errors import InputError, first_line
+from ..errors import InputError
+from . import packing
 from .pickled import read_ids
-from .tokenizer import end_of_document
+from .sources import OF_IDS, read_pieces, source_key, total_size
+from .tokenizer import end_of_document, place_to_cut
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-_FORMAT = 3  # of the cache: raise it when what is cached changes
-# any other suffix is plain text
-_KINDS = {".jsonl": "json", ".parquet": "parquet", ".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
-OF_IDS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
-_PIECE = 100_000  # characters: a longer document is tokenized in pieces
-_LINE = re.compile(r"\n(?=\S)")
+_FORMAT = 4  # of the cache: raise it when what is cached changes
 _BATCH = 1_000_000  # characters tokenized at once: enough for every core, and some 200 bytes of memory for each
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where text comes from: files of one kind ("text", "json", "parquet", "bin", "pkl"), or a Hub data set ("hub")."""
-
-    kind: str
-    name: str
-    files: tuple[str, ...] = ()
-    text_column: str = "text"
-    document: str = "file"
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
 
 
 class Tokens:
@@ -59,13 +39,14 @@ class Tokens:
         chunks: one-dimensional arrays of unsigned integers.
         fingerprint: a digest of the stream's content.
         max_id: the largest id in it.
-        position_of_max: where in the stream that id stands first.
     """
 
-    def __init__(self, chunks, fingerprint, max_id, position_of_max=0):
+    parts = (0,)  # where each of several sources begins
+
+    def __init__(self, chunks, fingerprint, max_id):
         self.chunks = [chunk for chunk in chunks if len(chunk)]
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
-        self.fingerprint, self.max_id, self.position_of_max = fingerprint, max_id, position_of_max
+        self.fingerprint, self.max_id = fingerprint, max_id
 
     def __len__(self):
         return int(self.starts[-1])
@@ -82,6 +63,13 @@ class Tokens:
             missing -= len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def first_beyond(self, size):
+        """The position of the first id that a vocabulary of this size does not have; there must be one."""
+        for start in range(0, len(self), 1 << 24):
+            found = np.flatnonzero(self.read(start, 1 << 24) >= size)
+            if len(found):
+                return start + int(found[0])
+
     def split(self, position):
         """The stream before a position, and from it on."""
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
@@ -89,179 +77,31 @@ class Tokens:
         before = [*self.chunks[:number], self.chunks[number][:offset]]
         after = [self.chunks[number][offset:], *self.chunks[number + 1 :]]
         return (
-            Tokens(before, f"{self.fingerprint}[:{position}]", self.max_id, self.position_of_max),
-            Tokens(after, f"{self.fingerprint}[{position}:]", self.max_id, self.position_of_max),
+            Tokens(before, f"{self.fingerprint}[:{position}]", self.max_id),
+            Tokens(after, f"{self.fingerprint}[{position}:]", self.max_id),
         )
 
 
-def file_source(spec, text_column="text", document="file"):
-    """The source that `train_file` or `val_file` names: a file, a glob, a folder, or a list of them.
-
-    Raises:
-        InputError: a file is missing, empty or not readable, nothing matches, or the kinds are mixed.
-    """
-    patterns = [spec] if isinstance(spec, str) else list(spec)
-    files = []
-    for pattern in patterns:
-        files += _expand(pattern)
-    for file in files:
-        if not os.path.isfile(file):
-            raise InputError(f"{file} is not a file")
-        if not os.access(file, os.R_OK):
-            raise InputError(f"{file} cannot be read: no permission")
-        if Path(file).suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"):
-            raise InputError(f"{file} is compressed: decompress it first")
-    kinds = {_kind(file) for file in files}
-    if len(kinds) > 1:
-        raise InputError(f"{' '.join(patterns)}: files of several kinds ({', '.join(sorted(kinds))}); give one kind")
-    if all(os.path.getsize(file) == 0 for file in files):
-        raise InputError(f"{' '.join(patterns)} is empty; give a file with text in it")
-    return Source(kinds.pop(), " ".join(patterns), tuple(files), text_column, document)
+def join(streams):
+    """Streams one after another, as one; `parts` are where each begins."""
+    if len(streams) == 1:
+        return streams[0]
+    chunks = [chunk for stream in streams for chunk in stream.chunks]
+    fingerprint = hashlib.sha256(repr([stream.fingerprint for stream in streams]).encode()).hexdigest()
+    joined = Tokens(chunks, fingerprint, max(stream.max_id for stream in streams))
+    joined.parts = np.cumsum([0, *map(len, streams)])[:-1].tolist()
+    return joined
 
 
-def _kind(file):
-    return _KINDS.get(Path(file).suffix.lower(), "text")
-
-
-def _expand(pattern):
-    path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
-    if os.path.isdir(path):
-        endings = (".txt", *_KINDS)
-        found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in endings)
-        if found := [file for file in found if not os.path.isdir(file)]:
-            return found
-        raise InputError(f"folder {pattern} holds no .txt, .jsonl, .parquet, .bin or .pkl; give a glob: {pattern}/*.md")
-    if os.path.exists(path):
-        return [path]
-    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not found:
-        raise InputError(f"{pattern} does not exist (looked in {os.getcwd()})")
-    return found
-
-
-def hub_source(name, config=None, split="train", revision=None, text_column="text"):
-    """The source that `dataset` names.
-
-    Raises:
-        InputError: it is a path here, which is for train_file to name.
-    """
-    if os.path.exists(name):
-        raise InputError(f"dataset {name} is a path here, not a data set of the Hub: give it as --train_file")
-    return Source("hub", name, (), text_column, "row", config, split, revision)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of a source, to be read as often as one likes."""
-
-    source: Source
-
-    def __iter__(self):
-        return read_documents(self.source)
-
-
-def read_documents(source, progress=None):
-    """The documents of a source, one text after another; empty ones are left out.
-
-    Args:
-        progress: called with the bytes read since the last call.
-    Raises:
-        InputError: a file is not UTF-8 (with the offset), the column is missing or does not hold text, or the Hub
-            cannot be reached.
-    """
-    progress = progress or (lambda count: None)
-    if source.kind in OF_IDS:
-        raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
-    if source.kind == "text":
-        for file in source.files:
-            with _open(file) as lines:
-                offset = 0
-                for part in [lines.read()] if source.document == "file" else lines:
-                    text = _decode(part, file, offset)
-                    offset += len(part)
-                    progress(len(part))
-                    if text.strip():
-                        yield text
-        return
-    for where, row in _read_json_lines(source, progress) if source.kind == "json" else _load_rows(source):
-        text = row.get(source.text_column)
-        if text is None and source.text_column not in row:
-            columns = f"{source.text_column!r}, but {', '.join(map(repr, row))}"
-            raise InputError(f"{where} has no column {columns}; name it with --text_column")
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{where}: column '{source.text_column}' does not hold text: {text!r:.80}")
-        if text and text.strip():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
-            yield text
-
-
-def _open(file):
-    try:
-        return open(file, "rb")
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
-
-
-def _decode(part, file, offset):
-    try:
-        return part.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8: byte 0x{part[error.start]:02x} at offset {offset + error.start}; convert it, "
-            f"for example with iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _read_json_lines(source, progress):
-    for file in source.files:
-        with _open(file) as lines:
-            offset = 0
-            for number, line in enumerate(lines, start=1):
-                where = f"{file} line {number}"
-                text = _decode(line, file, offset)
-                offset += len(line)
-                progress(len(line))
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where} is not JSON: {error}; each line must be an object of its own") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{where} is not an object with columns: {text.strip():.80}")
-                yield where, row
-
-
-def _load_rows(source):
-    try:
-        if source.kind == "hub":
-            rows = _load_hub(source)
-        else:
-            if not any(parquet.read_metadata(file).num_rows for file in source.files):
-                raise InputError(f"{source.name} has no rows; give a file with text in it")
-            rows = datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield f"{source.name} row {number}", row
-    except InputError:
-        raise
-    except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
-        raise InputError(
-            f"{source.name} cannot be read as {source.kind}: {first_line(error.__cause__ or error)[:300]}"
-        ) from None
-
-
-@functools.cache
-def _load_hub(source):
-    try:
-        return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
-    except Exception as error:
-        raise InputError(
-            f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({first_line(error)[:200]}); to "
-            "train without the Hub, pass --train_file FILE (.txt, .jsonl, .parquet or .bin)"
-        ) from None
+def add_up(accounts):
+    """The accounts of several sources as one."""
+    total = {"share": min(account.get("share", 1.0) for account in accounts)}
+    for part in ("train", "validation"):
+        counts = [account[part] for account in accounts if part in account]
+        keys = {key for count in counts for key in count} - {"max_id", "fingerprint"}
+        if counts:
+            total[part] = {key: sum(count.get(key, 0) for count in counts) for key in sorted(keys)}
+    return total
 
 
 def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False):
@@ -319,17 +159,11 @@ def cached_folder(key, make):
     return folder
 
 
-def source_key(source):
-    """What a cached result of this source depends on; files by size and time of change, which is quick to look up."""
-    if source.kind == "hub":  # an unpinned revision may have moved on
-        return asdict(source) | {"fingerprint": _load_hub(source)._fingerprint}
-    stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return asdict(replace(source, files=(), name="")) | {"files": files}
-
-
 def _open_tokenized(source, tokenizer, val_fraction, show_progress):
-    key = ["tokens", source_key(source), tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
+    cut = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
+    if source.limit and _cache(["tokens", source_key(replace(source, limit=0)), *cut]).exists():
+        source = replace(source, limit=0)
+    key = ["tokens", source_key(source), *cut]
     folder = cached_folder(key, lambda aside: _tokenize(source, tokenizer, val_fraction, aside, show_progress))
     account = json.loads((folder / "account.json").read_text())
     streams = {}
@@ -345,11 +179,9 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     end = end_of_document(tokenizer)
     parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
-    total = sum(os.path.getsize(file) for file in source.files) if source.kind in ("text", "json") else None
-    silent = None if show_progress else True  # None: only on a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=silent, leave=False, delay=1) as bar:
-        number = 0
-        for batch in _batches(read_documents(source, bar.update), cuts_cleanly(tokenizer)):
+    number = 0
+    with _Progress(total_size(source), show_progress) as progress:
+        for batch in _batches(read_pieces(source, place_to_cut(tokenizer), progress.read)):
             encoded = tokenizer.backend_tokenizer.encode_batch_fast(
                 [text for text, _ in batch], add_special_tokens=False
             )
@@ -365,7 +197,9 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
                 number += is_end
             for part, pieces in rows.items():
                 parts[part].write(pieces)
+            progress.wrote(sum(len(piece) for pieces in rows.values() for piece in pieces))
     account = {part: writer.close() for part, writer in parts.items()}
+    account["share"] = progress.share if source.limit else 1.0  # of the source that was read
     if account["train"]["tokens"] == 0:
         if account["validation"]["tokens"]:
             raise InputError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
@@ -373,41 +207,60 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     (folder / "account.json").write_text(json.dumps(account))
 
 
-def cuts_cleanly(tokenizer):
-    """Whether text may be cut before a line and give the same tokens: byte-level tokenizers that put no space before
-    a text, and split it at line breaks before anything else."""
-    if any(character.isspace() for token in tokenizer.get_added_vocab() for character in token):
-        return False  # which may stand across the cut
-    splitter = repr(tokenizer.backend_tokenizer.pre_tokenizer)
-    return splitter.startswith("ByteLevel(add_prefix_space=False") and "use_regex=True" in splitter
+class _Progress:
+    """How much of a source has been read, how fast it becomes tokens, and how long that will still take: a bar on a
+    terminal, a line now and then elsewhere."""
+
+    def __init__(self, total, is_shown):
+        self.total, self.is_shown, self.is_terminal = total, is_shown, sys.stderr.isatty()
+        self.done = self.tokens = 0
+        self.began = self.said = time.monotonic()
+
+    def __enter__(self):
+        silent = not (self.is_shown and self.is_terminal)
+        bar_format = "tokenizing {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt}, {desc}{remaining} left"
+        if self.total is None:
+            bar_format = "tokenizing {desc}{elapsed}"
+        self.bar = tqdm(
+            total=self.total, unit="B", unit_scale=True, bar_format=bar_format, disable=silent, leave=False, delay=1
+        )
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    @property
+    def share(self):
+        return min(1.0, self.done / self.total) if self.total else 1.0
+
+    def read(self, count):
+        self.done += count
+        self.bar.update(count)
+
+    def wrote(self, tokens):
+        self.tokens += tokens
+        now = time.monotonic()
+        speed = self.tokens / max(1e-9, now - self.began)
+        self.bar.set_description_str(f"{speed / 1e6:.2f}M tokens/s, ", refresh=False)
+        if self.is_shown and not self.is_terminal and now - self.said > 10:
+            self.said = now
+            left = tqdm.format_interval((now - self.began) * (1 / self.share - 1)) if self.share else "?"
+            far = f"{self.share:.0%}, " if self.total else ""
+            left = f", {left} left" if self.total else ""
+            print(f"tokenizing  {far}{self.tokens:,} tokens, {speed / 1e6:.2f}M tokens/s{left}", file=sys.stderr)
 
 
-def _batches(texts, in_pieces):
-    """Lists of (text, whether it ends a document), of about `_BATCH` characters each."""
+def _batches(pieces):
+    """Lists of pieces, of about `_BATCH` characters each."""
     batch, size = [], 0
-    for text in texts:
-        pieces = _pieces(text) if in_pieces else [text]
-        for number, piece in enumerate(pieces, start=1):
-            batch.append((piece, number == len(pieces)))
-            size += len(piece)
-            if size >= _BATCH:
-                yield batch
-                batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
-
-
-def _pieces(text):
-    """A long text cut before a line break that something other than white space follows: GPT-2's splitting never joins
-    such a break to what is before it."""
-    pieces, start = [], 0
-    while len(text) - start > _PIECE:
-        match = _LINE.search(text, start + _PIECE)
-        if match is None:
-            break
-        pieces.append(text[start : match.start()])
-        start = match.start()
-    return [*pieces, text[start:]]
 
 
 class _Part:
@@ -451,15 +304,13 @@ def _open_ids(source, tokenizer, bin_dtype):
         chunks = [_map_pickle(replace(source, files=(file,))) for file in files]
 
     def measure(folder):  # once, for it reads every token
-        digest, max_id, position, seen = hashlib.sha256(), -1, 0, 0
+        digest, max_id = hashlib.sha256(), -1
         for chunk in chunks:
             for start in range(0, len(chunk), 1 << 24):
                 block = np.asarray(chunk[start : start + (1 << 24)])
                 digest.update(block)
-                if int(block.max()) > max_id:
-                    max_id, position = int(block.max()), seen + start + int(block.argmax())
-            seen += len(chunk)
-        account = {"max_id": max_id, "position_of_max": position, "fingerprint": digest.hexdigest()}
+                max_id = max(max_id, int(block.max()))
+        account = {"max_id": max_id, "fingerprint": digest.hexdigest()}
         (folder / "account.json").write_text(json.dumps(account))
 
     folder = cached_folder(["ids", source_key(source), [str(chunk.dtype) for chunk in chunks]], measure)
@@ -486,6 +337,45 @@ def find_documents(tokens, marks):
 
     folder = cached_folder(["documents", tokens.fingerprint, list(marks)], find)
     return np.load(folder / "documents.npy", mmap_mode="r")
+
+
+def find_spans(tokens, marks, length, edges, is_fitted, ahead):
+    """The documents of a stream as rows: found once and kept in the cache, and memory-mapped.
+
+    Args:
+        marks: the ids that stand between documents.
+        length: positions of a row.
+        edges: how many positions of a row each document takes beyond its tokens.
+        is_fitted: whether a row may have several documents, as many as fit.
+        ahead: 1 where the tokens are targets, of which the mark that closes a document is one and the first token of
+            all, which nothing predicts, is none.
+    Returns:
+        spans, the first span of each row, and the first row of each source, as [`packing.Spans`] takes them.
+    """
+
+    def find(folder):
+        documents = np.array(find_documents(tokens, marks))
+        if ahead:
+            documents = np.stack([np.maximum(documents[:, 0], 1), np.minimum(documents[:, 1] + 1, len(tokens))], axis=1)
+            documents = documents[documents[:, 0] < documents[:, 1]]
+        spans = packing.cut(documents, length - edges)
+        owners = np.searchsorted(tokens.parts, spans[:, 0], side="right") - 1
+        rows = np.arange(len(spans))
+        for part in range(len(tokens.parts)) if is_fitted else ():  # no row has documents of two sources
+            mine = np.flatnonzero(owners == part)
+            row_of = packing.best_fit(spans[mine, 1] - spans[mine, 0] + edges, length)
+            order = np.argsort(row_of, kind="stable")
+            spans[mine], rows[mine] = spans[mine[order]], row_of[order] + (rows[mine[0] - 1] + 1 if part else 0)
+        first = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(spans))
+        np.save(folder / "spans.npy", spans)
+        np.save(folder / "first.npy", first)
+        np.save(
+            folder / "parts.npy", [np.searchsorted(first, np.searchsorted(owners, p)) for p in range(len(tokens.parts))]
+        )
+
+    key = ["spans", tokens.fingerprint, list(marks), length, edges, is_fitted, ahead]
+    folder = cached_folder(key, find)
+    return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("spans", "first", "parts")]
 
 
 def _map_pickle(source):

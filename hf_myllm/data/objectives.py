@@ -2,6 +2,7 @@
 
 Each has
     specials                              how many positions of a row are not the text's
+    isolates                              whether a row's documents do not see each other
     rows(tokens, max_len, stride, name)   the stream cut as the task needs it
     batch(rows, numbers, step, size)      the model's inputs for some rows, a dict of tensors
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .corpus import find_documents
+from .corpus import find_documents, find_spans
 from .order import derive_seed, random_numbers
-from .packing import Passages, Rows
+from .packing import Passages, Rows, Spans
 from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
@@ -23,18 +24,18 @@ _LONGEST_WORD = 12  # tokens by which a row's last whole word may go beyond the 
 IGNORED = -100  # what torch's cross-entropy, and with it transformers, leaves out of the loss
 
 
-def build(task, tokenizer, vocab_size, seed, document_isolation=False, mlm_probability=0.15, whole_word_masking=False):
+def build(task, tokenizer, vocab_size, seed, packing="stream", mlm_probability=0.15, whole_word_masking=False):
     """The objective of a task.
 
     Raises:
         InputError: the tokenizer lacks a token that the task needs.
     """
     if task == "causal":
-        if not document_isolation:
+        if packing == "stream":
             return Causal()
         if tokenizer is None:
-            raise InputError("document_isolation needs to know what ends a document: give the data's --tokenizer")
-        return Causal({end_of_document(tokenizer)[0], tokenizer.bos_token_id} - {None})
+            raise InputError(f"packing {packing} needs to know what ends a document: give the data's --tokenizer")
+        return Causal({end_of_document(tokenizer)[0], tokenizer.bos_token_id} - {None}, packing)
     if tokenizer is None:
         raise InputError(f"task {task} needs the data's tokenizer, for its mask token: give --tokenizer")
     lacking = [name for name in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, name) is None]
@@ -44,7 +45,7 @@ def build(task, tokenizer, vocab_size, seed, document_isolation=False, mlm_proba
             "does not have: give BERT's, or {train: wordpiece, vocab_size: 8192}"
         )
     kind = MaskedLM if task == "mlm" else SentencePairs
-    return kind(tokenizer, vocab_size, seed, mlm_probability, whole_word_masking, document_isolation)
+    return kind(tokenizer, vocab_size, seed, mlm_probability, whole_word_masking, packing)
 
 
 def targets(batch):
@@ -78,26 +79,54 @@ class Causal:
             which the models see where a document begins. A mark is the last thing that a document says and the first
             that the next one reads, so that no target is lost, and a text that starts from nothing starts as in
             training.
+        packing: see the recipe's word.
     """
 
     specials = 0
 
-    def __init__(self, marks=()):
-        self.marks = list(marks)
+    def __init__(self, marks=(), packing="documents"):
+        self.marks, self.packing = sorted(marks), packing
+        self.isolates = bool(self.marks) and packing != "pad"
 
     def rows(self, tokens, max_len, stride, name):
         if self.marks:
             _require_marks(tokens, self.marks, name)
-        return Rows(tokens, max_len, stride, name)
+        if self.packing not in ("pad", "best_fit"):
+            return Rows(tokens, max_len, stride, name)
+        self.width = max_len
+        spans, first, parts = find_spans(tokens, self.marks, max_len, 0, self.packing == "best_fit", ahead=1)
+        return Spans(tokens, spans, first, 0, name, parts)
 
     def batch(self, rows, numbers, step=None, size=None):
-        """input_ids and shift_labels, (rows, max_len); position_ids too when documents are kept apart."""
+        """input_ids and shift_labels, (rows, max_len); position_ids too when documents are kept apart. Rows of one
+        document each are as long as the longest of them, rounded up."""
+        if isinstance(rows, Spans):
+            return self._batch_of_spans(rows, numbers, size)
         windows, first = rows.read(numbers)
         inputs, labels = windows[:, :-1], windows[:, 1:].copy()
         labels[np.arange(labels.shape[1]) < first[:, None]] = IGNORED
         batch = {"input_ids": inputs, "shift_labels": labels}
         if self.marks:
             batch["position_ids"] = _positions(np.isin(inputs, self.marks))
+        return _tensors(batch, size)
+
+    def _batch_of_spans(self, rows, numbers, size):
+        spans = [rows.read(int(number)) for number in numbers]
+        width = self.width if self.isolates else _padded(spans, 0, self.width)
+        inputs, labels = np.full((len(spans), width), self.marks[0]), np.full((len(spans), width), IGNORED)
+        starts = np.zeros(inputs.shape, dtype=bool)
+        for row, documents in enumerate(spans):
+            place = 0
+            for start, stop in documents:
+                window = rows.tokens.read(start - 1, stop - start + 1)
+                end = place + stop - start
+                inputs[row, place:end], labels[row, place:end] = window[:-1], window[1:]
+                starts[row, place] = True
+                place = end
+            starts[row, place : place + 1] = True  # what fills the row is nobody's
+        batch = {"input_ids": inputs, "shift_labels": labels}
+        if self.isolates:
+            batch["position_ids"] = _positions(starts)
         return _tensors(batch, size)
 
 
@@ -111,13 +140,14 @@ class MaskedLM:
         vocab_size: of the model.
         share: of the text's tokens to choose, rounded, and at least one a row but where whole words allow none.
         whole_words: choose all tokens of a word or none.
-        document_isolation: let no token attend to one of another document.
+        packing: see the recipe's word.
     """
 
     specials = 2
 
-    def __init__(self, tokenizer, vocab_size, seed, share=0.15, whole_words=False, document_isolation=False):
-        self.seed, self.share, self.whole_words, self.isolation = seed, share, whole_words, document_isolation
+    def __init__(self, tokenizer, vocab_size, seed, share=0.15, whole_words=False, packing="stream"):
+        self.seed, self.share, self.whole_words, self.packing = seed, share, whole_words, packing
+        self.isolates = packing in ("documents", "best_fit")
         self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
         self.pad = tokenizer.pad_token_id or 0
         self.ends = [self.sep, end_of_document(tokenizer)[0]]
@@ -128,23 +158,49 @@ class MaskedLM:
             self.joins, self.joinable = continues_word(tokenizer, vocab_size)
 
     def rows(self, tokens, max_len, stride, name):
-        if self.isolation:
+        if self.packing != "stream":
             _require_marks(tokens, self.ends, name)
-        return Rows(tokens, max_len - self.specials, stride, name, ahead=0)
+        if self.packing not in ("pad", "best_fit"):
+            return Rows(tokens, max_len - self.specials, stride, name, ahead=0)
+        self.width, marks = max_len, sorted({*self.ends, self.cls})
+        spans, first, parts = find_spans(tokens, marks, max_len, self.specials, self.packing == "best_fit", ahead=0)
+        return Spans(tokens, spans, first, self.specials, name, parts)
 
     def batch(self, rows, numbers, step=None, size=None):
         """input_ids (rows, max_len); masked_positions and labels (rows, masked), the same number of slots for each row,
         of which those that a row does not need have the label -100; document_ids and position_ids (rows, max_len) when
-        documents are kept apart."""
+        documents are kept apart; attention_mask where rows are as long as the longest of them."""
+        if isinstance(rows, Spans):
+            return self._batch_of_spans(rows, numbers, step, size)
         windows, first = rows.read(numbers)
         edges = np.full((len(windows), 1), self.cls), np.full((len(windows), 1), self.sep)
         ids = np.concatenate([edges[0], windows, edges[1]], axis=1)
         may_mask = ~self.is_special[ids] & (np.arange(ids.shape[1]) > first[:, None])
         batch = self.mask_some(ids, may_mask, numbers, step)
-        if self.isolation:
+        if self.isolates:
             starts = ids == self.cls
             starts[:, 1:] |= np.isin(ids[:, :-1], self.ends)  # where no [CLS] stands between
             batch |= {"document_ids": np.cumsum(starts, axis=1), "position_ids": _positions(starts)}
+        return _tensors(batch, size)
+
+    def _batch_of_spans(self, rows, numbers, step, size):
+        spans = [rows.read(int(number)) for number in numbers]
+        width = self.width if self.isolates else _padded(spans, self.specials, self.width)
+        ids, documents = np.full((len(spans), width), self.pad), np.zeros((len(spans), width), dtype=np.int64)
+        starts = np.zeros(ids.shape, dtype=bool)
+        for row, pieces in enumerate(spans):
+            place = 0
+            for number, (start, stop) in enumerate(pieces, start=1):
+                text = np.concatenate([[self.cls], rows.tokens.read(start, stop - start), [self.sep]])
+                ids[row, place : place + len(text)], documents[row, place : place + len(text)] = text, number
+                starts[row, place] = True
+                place += len(text)
+            starts[row, place : place + 1] = True
+        batch = self.mask_some(ids, ~self.is_special[ids] & (documents > 0), numbers, step)
+        if self.isolates:  # what fills the row is a document of its own, number 0
+            batch |= {"document_ids": documents, "position_ids": _positions(starts)}
+        else:
+            batch["attention_mask"] = (documents > 0).astype(np.int64)
         return _tensors(batch, size)
 
     def mask_some(self, ids, may_mask, numbers, step):
@@ -258,11 +314,17 @@ class SentencePairs(MaskedLM):
         return ids[:place], ids[place:]
 
 
+def _padded(spans, edges, limit):
+    """The width of a batch: its longest row's, rounded up so that there are not too many shapes."""
+    longest = max((sum(stop - start + edges for start, stop in row) for row in spans), default=1)
+    return min(limit, -(-longest // 8) * 8)
+
+
 def _require_marks(tokens, marks, name):
     if not np.isin(tokens.read(0, _LOOKED_AT), marks).any():
         raise InputError(
-            f"document_isolation: none of the tokens {marks} that stand between documents is in the first "
-            f"{min(_LOOKED_AT, len(tokens)):,} tokens of {name}; write one after each document, or leave it out"
+            f"documents cannot be told apart: none of the tokens {marks} that stand between documents is in the first "
+            f"{min(_LOOKED_AT, len(tokens)):,} tokens of {name}; write one after each document, or leave out packing"
         )
 
 

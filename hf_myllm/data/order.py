@@ -6,10 +6,12 @@ in one epoch and end in the next.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
 _ROUNDS = 6
+_GROUPED = 32  # steps whose rows are sorted by length together
 
 
 def derive_seed(*parts):
@@ -63,22 +65,74 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-def rows_of_step(step, total_batch_size, num_rows, last_position, seed):
-    """The rows that all processes together read at a step.
+@dataclass(frozen=True)
+class Order:
+    """The order in which a run reads its rows.
 
     Args:
-        step: counted from 0.
+        num_rows: of all sources together, which are numbered one after another.
         last_position: where the stream ends (epochs * num_rows), or None when only the number of steps ends the run.
-    Returns:
-        int64 array of at most total_batch_size row numbers; fewer only in the last step.
+        parts: of several sources, (first row, number of rows, weight) of each; a weight is the share of the positions
+            that the source gets, each time in an order of its own.
+        lengths: called with row numbers, gives the length of each, where rows of like length are to come together;
+            None where all are equal.
     """
-    start = step * total_batch_size
-    stop = start + total_batch_size
-    positions = np.arange(start, stop if last_position is None else min(stop, last_position), dtype=np.int64)
+
+    num_rows: int
+    total_batch_size: int
+    seed: int
+    last_position: int | None = None
+    parts: tuple = ()
+    lengths: object = None
+
+    def rows_of_step(self, step):
+        """The rows that all processes together read at a step, counted from 0.
+
+        Returns:
+            int64 array of at most total_batch_size row numbers; fewer only at the end.
+        """
+        if self.lengths is None:
+            return self._rows_at(step * self.total_batch_size, (step + 1) * self.total_batch_size)
+        # rows of _GROUPED steps sorted by length, and dealt out to these steps in random order
+        group, place = divmod(step, _GROUPED)
+        first = group * _GROUPED * self.total_batch_size
+        rows = self._rows_at(first, first + _GROUPED * self.total_batch_size)
+        rows = rows[np.argsort(self.lengths(rows), kind="stable")]
+        steps = -(-len(rows) // self.total_batch_size)
+        chunk = int(shuffle(np.array([place]), steps, self.seed, f"group {group}")[0])
+        return rows[chunk * self.total_batch_size : (chunk + 1) * self.total_batch_size]
+
+    def _rows_at(self, start, stop):
+        """The rows at these positions of the stream."""
+        stop = stop if self.last_position is None else min(stop, self.last_position)
+        positions = np.arange(start, stop, dtype=np.int64)
+        if not self.parts:
+            return _reshuffled(positions, self.num_rows, self.seed)
+        rows = np.empty_like(positions)
+        left = sum(weight for _, _, weight in self.parts)
+        places, at = np.arange(len(positions)), positions
+        for number, (first, count, weight) in enumerate(self.parts):
+            # of each stretch of positions, this source gets weight / left, and those after it the rest: its k-th is
+            # where k first reaches that share, which is found without counting
+            before = at * weight // left
+            is_mine = (at + 1) * weight // left > before
+            rows[places[is_mine]] = first + _reshuffled(before[is_mine], count, derive_seed(self.seed, number))
+            places, at, left = places[~is_mine], (at - before)[~is_mine], left - weight
+        return rows
+
+
+def _reshuffled(positions, num_rows, seed):
+    """The rows of one source at these positions of its own endless stream."""
     epochs, indices = np.divmod(positions, num_rows)
     for epoch in np.unique(epochs):
         indices[epochs == epoch] = shuffle(indices[epochs == epoch], num_rows, seed, int(epoch))
     return indices
+
+
+def integer_weights(weights):
+    """Weights of any unit as whole numbers that add up to about 10,000, small enough for exact arithmetic on any
+    position."""
+    return [max(1, round(weight / sum(weights) * 10_000)) for weight in weights]
 
 
 def digest(rows):

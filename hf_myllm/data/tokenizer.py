@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from ..errors import InputError, first_line
 
@@ -59,6 +60,25 @@ def train_bpe(texts, vocab_size):
     return GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
+def train_unigram(texts, vocab_size):
+    """A byte-level unigram tokenizer (Kudo 2018; bytes, so that no text is unknown).
+
+    The library's trainer adds up in another order each time, so that two trainings of it differ a little: one of them
+    is kept, in the cache and in the run's folder.
+    """
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
 def train_wordpiece(texts, vocab_size):
     """A WordPiece tokenizer (Wu et al. 2016) with BERT's special tokens and its splitting at spaces and punctuation,
     capitals kept, as the class that AutoTokenizer gives for BERT.
@@ -98,7 +118,7 @@ def _stands_alone(character):
     return is_symbol or unicodedata.category(character).startswith("P") or "\u4e00" <= character <= "\u9fff"
 
 
-TRAINERS = {"bpe": train_bpe, "wordpiece": train_wordpiece}
+TRAINERS = {"bpe": train_bpe, "unigram": train_unigram, "wordpiece": train_wordpiece}
 
 
 def save(tokenizer, folder):
@@ -133,6 +153,27 @@ def end_of_document(tokenizer):
         f"the tokenizer {tokenizer.name_or_path} has no end-of-text token to put between documents; "
         "set eos_token in its tokenizer_config.json"
     )
+
+
+def place_to_cut(tokenizer):
+    """A pattern of where text may be cut and still give the same tokens (what it matches is left out), or None where
+    none is known."""
+    if any(character.isspace() for token in tokenizer.get_added_vocab() for character in token):
+        return None  # such a token may stand across the cut
+    backend = tokenizer.backend_tokenizer
+    normalizer, splitter = repr(backend.normalizer), repr(backend.pre_tokenizer)
+    if splitter.startswith("ByteLevel(add_prefix_space=False") and "use_regex=True" in splitter:
+        # GPT-2's splitting never joins such a break or space to what is before it
+        return re.compile(r"(?=\n\S)|(?<=\S)(?= \S)") if normalizer == "None" else None
+    if splitter.startswith("BertPreTokenizer"):
+        return re.compile(r"[ \t\r\n]+")
+    if splitter.startswith("Sequence(pretokenizers=[WhitespaceSplit(), Metaspace("):
+        return re.compile(r"[ \t\r\n]+(?=\w)")
+    is_llamas = re.match(r'Metaspace\(replacement="▁", prepend_scheme=(first|always), split=False', splitter)
+    if is_llamas and normalizer == "None" and not any(re.search("[^▁]▁", token) for token in tokenizer.get_vocab()):
+        # it puts a space before each text: the cut takes one away; and no token has a space inside
+        return re.compile(r"(?<=\S) (?=\S)")
+    return None
 
 
 def token_bytes(tokenizer, vocab_size):

@@ -1,19 +1,24 @@
 """Every kind of source gives the same tokens, once, with its mistakes named."""
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from hf_myllm.data import corpus, tokenizer
+from hf_myllm.data import corpus, sources, tokenizer
 from hf_myllm.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def bpe(stories):
-    return tokenizer.train_bpe(corpus.read_documents(corpus.file_source(str(stories))), 300)
+    return tokenizer.train_bpe(sources.Texts([sources.file_source(str(stories))]), 300)
 
 
 def documents(stories):
@@ -29,7 +34,7 @@ def expected(bpe, texts):
 
 
 def load(spec, bpe, fraction=0.0, **options):
-    return corpus.load_tokens(corpus.file_source(spec, **options), bpe, fraction)
+    return corpus.load_tokens(sources.file_source(spec, **options), bpe, fraction)
 
 
 def test_all_text_sources_agree(stories, bpe, tmp_path):
@@ -37,20 +42,38 @@ def test_all_text_sources_agree(stories, bpe, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
     datasets.Dataset.from_dict({"body": texts}).to_parquet(tmp_path / "a.parquet")
     wanted = expected(bpe, texts)
-    sources = {
+    found = {
         "folder": load(str(stories), bpe),
         "glob": load(f"{stories}/*.txt", bpe),
         "list": load([str(path) for path in sorted(stories.glob("*.txt"))], bpe),
         "jsonl": load(str(tmp_path / "a.jsonl"), bpe),
         "parquet": load(str(tmp_path / "a.parquet"), bpe, text_column="body"),
     }
-    for name, (tokens, held_out, account) in sources.items():
+    rows = [{"text": text, "n": 1} for text in texts]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        with open(tmp_path / f"a{suffix}", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["n", "text"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    plain = (tmp_path / "a.jsonl").read_bytes()
+    for suffix, compress in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(plain))
+    with pa.output_stream(tmp_path / "a.jsonl.zst", compression="zstd") as file:
+        file.write(plain)
+    (tmp_path / "zipped").mkdir()
+    for path in stories.glob("*.txt"):
+        (tmp_path / "zipped" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    names = ["a.json", "b.json", "a.csv", "a.tsv", "zipped", *(f"a.jsonl.{z}" for z in ("gz", "bz2", "xz", "zst"))]
+    found |= {name: load(str(tmp_path / name), bpe) for name in names}
+    for name, (tokens, held_out, account) in found.items():
         assert everything(tokens) == wanted, name
         assert held_out is None
         assert account["train"]["documents"] == 40
         assert account["train"]["bytes"] == sum(len(text.encode()) for text in texts)
         assert tokens.max_id == max(wanted)
-    assert len({tokens.fingerprint for tokens, _, _ in sources.values()}) == 1
+    assert len({tokens.fingerprint for tokens, _, _ in found.values()}) == 1
 
 
 def test_one_document_per_line(tmp_path, bpe):
@@ -68,26 +91,65 @@ def test_validation_is_every_so_manieth_document(stories, bpe):
     assert len(training) + len(held_out) == len(expected(bpe, texts))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama2", "bert-base-uncased", "t5"])
 def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name):
     loaded = tokenizer.load(str(assets / "tokenizers" / name))
-    text = (assets / "corpora" / "tinyshakespeare.txt").read_text()
-    monkeypatch.setattr(corpus, "_PIECE", 1000)
+    file = assets / "corpora" / "tinyshakespeare.txt"
+    monkeypatch.setattr(sources, "_PIECE", 1000)
     monkeypatch.setattr(corpus, "_BATCH", 20_000)
-    assert corpus.cuts_cleanly(loaded) == (name == "gpt2")
-    tokens, _, account = load(str(assets / "corpora" / "tinyshakespeare.txt"), loaded)
+    tokens, _, account = load(str(file), loaded)
     assert account["train"]["documents"] == 1
-    assert everything(tokens) == [*loaded(text, add_special_tokens=False)["input_ids"], loaded.eos_token_id]
-    assert name == "llama2" or len(tokens.chunks) > 10
+    whole = loaded(file.read_text(), add_special_tokens=False)["input_ids"]
+    assert everything(tokens) == [*whole, *tokenizer.end_of_document(loaded)]
+    assert len(tokens.chunks) > 10
 
 
-def test_python_in_pieces_is_the_same_tokens(bpe, monkeypatch):
-    monkeypatch.setattr(corpus, "_PIECE", 50)
-    texts = list(corpus.read_documents(corpus.file_source("{stdlib}/[a-c]*.py")))
+@pytest.mark.parametrize("name", ["bpe", "llama2", "bert-base-uncased", "t5"])
+def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, name):
+    """Python, with its indentation, and all sorts of white space and characters, cut as often as may be."""
+    loaded = bpe if name == "bpe" else tokenizer.load(str(assets / "tokenizers" / name))
+    monkeypatch.setattr(sources, "_PIECE", 50)
+    texts = list(sources.Texts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
+    draw = np.random.default_rng(0)
+    parts = [
+        "a",
+        "Zebra",
+        " ",
+        "  ",
+        "\n",
+        "\n\n ",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "\u0301",
+        "'s",
+        "\u00e9",
+        "\u4e2d",
+        "7",
+        "...",
+        "_",
+        "\r\n",
+    ]
+    texts += ["".join(draw.choice(parts, 400)) for _ in range(50)]
+    place = tokenizer.place_to_cut(loaded)
+    cuts = 0
     for text in texts:
-        pieces = corpus._pieces(text)
-        assert "".join(pieces) == text
-        assert [i for piece in pieces for i in bpe(piece)["input_ids"]] == bpe(text)["input_ids"]
+        pieces = list(sources._in_pieces([text[:90], text[90:]], place))
+        cuts += len(pieces) - 1
+        assert [is_end for _, is_end in pieces] == [False] * (len(pieces) - 1) + [True]
+        ids = [i for piece, _ in pieces for i in loaded(piece, add_special_tokens=False)["input_ids"]]
+        assert ids == loaded(text, add_special_tokens=False)["input_ids"]
+    assert cuts > 200
+
+
+def test_one_endless_line_is_cut_all_the_same(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(sources, "_LONGEST", 10_000)
+    monkeypatch.setattr(sources, "_PIECE", 1000)
+    monkeypatch.setattr(sources, "_BLOCK", 700)
+    (tmp_path / "line.txt").write_text("\u00e9" * 50_000)
+    tokens, _, account = load(str(tmp_path / "line.txt"), bpe)
+    assert account["train"]["documents"] == 1
+    assert bpe.decode(everything(tokens)[:-1]) == "\u00e9" * 50_000
 
 
 def test_few_documents_are_cut_by_tokens(tmp_path, bpe):
@@ -133,7 +195,7 @@ def test_bin_files_of_both_widths(tmp_path, bpe, dtype):
     ids.tofile(tmp_path / "a.bin")
     tokens, held_out, _ = load(str(tmp_path / "a.bin"), bpe, 0.2)
     assert everything(tokens) + everything(held_out) == ids.tolist()
-    assert (tokens.max_id, tokens.position_of_max) == (299, 299)
+    assert (tokens.max_id, tokens.first_beyond(299), tokens.first_beyond(300)) == (299, 299, None)
 
 
 def test_a_stream_in_pieces_reads_as_one():
@@ -167,12 +229,24 @@ def test_mistakes_are_named(tmp_path, bpe):
     datasets.Dataset.from_dict({"text": [3, 4]}).to_parquet(tmp_path / "b.parquet")
     refused("b.parquet row 1: column 'text' does not hold text: 3", tmp_path / "b.parquet")
     refused("c.jsonl line 2 is not JSON", tmp_path / "c.jsonl", b'{"text": "x"}\n{"text": \n')
+    refused("e.json object 2 is not JSON", tmp_path / "e.json", b'[{"text": "x"}, {"text": ]')
+    refused("f.json object 1 is not an object with columns: 3", tmp_path / "f.json", b"[3]")
+    refused("g.csv has no column 'text', but 'a', 'b'|line 2 has no column", tmp_path / "g.csv", b"a,b\n1,2\n")
+    refused("h.csv line 2 has more fields than the 1", tmp_path / "h.csv", b"text\nx,y\n")
+    refused("i.csv line 2 cannot be read as CSV", tmp_path / "i.csv", b'text\n"x" y\n')
+    refused("byte 0xe9 at offset 8", tmp_path / "j.csv", b"text\ncaf\xe9\n")
+    refused("k.jsonl.gz cannot be read", tmp_path / "k.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9])
+    refused("l.txt.zst cannot be read", tmp_path / "l.txt.zst", b"no zstd")
+    refused("m.bin.gz is compressed", tmp_path / "m.bin.gz", b"x")
+    refused("n.zip is an archive", tmp_path / "n.zip", b"x")
+    refused("a NUL byte at offset 1", tmp_path / "o.txt", "ab".encode("utf-16-le"))
+    refused("byte 0xc3 at offset 4", tmp_path / "p.txt", b"cafe\xc3")
     (tmp_path / "folder").mkdir()
     refused("holds no .txt", tmp_path / "folder")
     refused("cannot be read as parquet", tmp_path / "d.parquet", b"not a parquet file")
     (tmp_path / "mixed").mkdir()
     with pytest.raises(InputError, match="several kinds"):
-        corpus.file_source([str(tmp_path / "latin.txt"), str(tmp_path / "odd.bin")])
+        sources.file_source([str(tmp_path / "latin.txt"), str(tmp_path / "odd.bin")])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -185,5 +259,48 @@ def test_a_file_without_permission_is_named(tmp_path, bpe):
 
 def test_the_hub_out_of_reach_says_what_else_works(bpe):
     with pytest.raises(InputError, match="--train_file FILE") as error:
-        corpus.load_tokens(corpus.hub_source("someone/some-corpus"), bpe)
+        corpus.load_tokens(sources.hub_source("someone/some-corpus"), bpe)
     assert "someone/some-corpus" in str(error.value)
+
+
+def test_a_file_named_twice_is_read_once(tmp_path, bpe):
+    (tmp_path / "a.txt").write_text("Anna finds a king.")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    source = sources.file_source([str(tmp_path / "a.txt"), f"{tmp_path}/**/*.txt"])
+    assert len(source.files) == 1
+    assert source.repeated > 1
+    assert len(sources.file_source(str(tmp_path)).files) == 1
+    (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
+    with pytest.raises(InputError, match=r"self.txt (is not a file|does not exist)"):
+        sources.file_source(str(tmp_path / "self.txt"))
+
+
+def test_a_file_that_disappears_is_named(tmp_path, bpe, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("Anna finds a king.")
+    source = sources.file_source(str(tmp_path))
+    monkeypatch.setattr(corpus, "_BATCH", 1)
+    read = corpus.read_pieces
+
+    def losing(*arguments):
+        for piece in read(*arguments):
+            (tmp_path / "b.txt").unlink(missing_ok=True)
+            yield piece
+
+    monkeypatch.setattr(corpus, "read_pieces", losing)
+    with pytest.raises(InputError, match="b.txt cannot be read: .*No such file"):
+        corpus.load_tokens(source, bpe)
+    with pytest.raises(InputError, match="cannot be read: .*No such file"):
+        corpus.load_tokens(source, bpe)
+
+
+def test_several_sources_are_one_stream_that_knows_where_each_begins(tmp_path, bpe):
+    for name, text in (("a", "Anna finds a king."), ("b", "the cat sees my friend.")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    streams = [load(str(tmp_path / f"{name}.txt"), bpe)[0] for name in "ab"]
+    joined = corpus.join(streams)
+    assert everything(joined) == everything(streams[0]) + everything(streams[1])
+    assert joined.parts == [0, len(streams[0])]
+    assert joined.fingerprint != corpus.join(streams[::-1]).fingerprint
+    assert joined.first_beyond(5) == next(place for place, token in enumerate(everything(joined)) if token >= 5)

@@ -45,7 +45,7 @@ class Ends:
 
 def test_documents_kept_apart_restart_at_the_token_between_them():
     tokens = stream(33, "apart", at={5: 3, 6: 3, 20: 3})
-    objective = build("causal", Ends, 100, 0, document_isolation=True)
+    objective = build("causal", Ends, 100, 0, packing="documents")
     rows = objective.rows(tokens, 16, 16, "x")
     read = objective.batch(rows, np.arange(2), size=3)
     assert read["position_ids"][0].tolist() == [*range(5), 0, *range(10)]
@@ -127,7 +127,7 @@ def test_the_draw_depends_on_seed_step_and_row_alone(wordpiece, corpus, task):
 
 
 def test_masked_documents_are_kept_apart(wordpiece, corpus):
-    objective = build("mlm", wordpiece, len(wordpiece), 0, document_isolation=True)
+    objective = build("mlm", wordpiece, len(wordpiece), 0, packing="documents")
     rows = objective.rows(corpus, 128, 126, "x")
     read = objective.batch(rows, np.arange(len(rows)), 0)
     for ids, documents, positions in zip(
@@ -141,7 +141,7 @@ def test_masked_documents_are_kept_apart(wordpiece, corpus):
 
 
 def test_isolated_masked_rows_need_a_mark(wordpiece):
-    objective = build("mlm", wordpiece, len(wordpiece), 0, document_isolation=True)
+    objective = build("mlm", wordpiece, len(wordpiece), 0, packing="documents")
     with pytest.raises(InputError, match="none of the tokens"):
         objective.rows(stream(100, "unmarked"), 16, 14, "x.bin")
 
@@ -210,5 +210,5 @@ def test_what_a_task_needs_of_a_tokenizer():
         build("mlm", bpe, 300, 0)
     with pytest.raises(InputError, match="give --tokenizer"):
         build("mlm", None, 300, 0)
-    with pytest.raises(InputError, match="document_isolation"):
-        build("causal", None, 300, 0, document_isolation=True)
+    with pytest.raises(InputError, match="packing documents"):
+        build("causal", None, 300, 0, packing="documents")

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hf_myllm.data.order import derive_seed, micro_batches, rows_of_step, shuffle, spread
+from hf_myllm.data.order import Order, derive_seed, integer_weights, micro_batches, shuffle, spread
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -37,9 +37,9 @@ def test_any_element_alone_is_as_in_the_whole():
 
 
 def test_memory_does_not_grow_with_the_corpus():
-    rows_of_step(0, 512, 10**3, None, 1)
+    Order(10**3, 512, 1).rows_of_step(0)
     tracemalloc.start()
-    rows = rows_of_step(10**9, 512, 10**13, None, 1)
+    rows = Order(10**13, 512, 1).rows_of_step(10**9)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
     assert rows.min() >= 0
@@ -48,11 +48,11 @@ def test_memory_does_not_grow_with_the_corpus():
 
 
 def test_steps_read_each_row_once_an_epoch_and_cross_epochs():
-    rows = np.concatenate([rows_of_step(step, 8, 21, 63, 5) for step in range(8)])
+    rows = np.concatenate([Order(21, 8, 5, 63).rows_of_step(step) for step in range(8)])
     assert len(rows) == 63
     for epoch in range(3):
         assert sorted(rows[21 * epoch : 21 * (epoch + 1)]) == list(range(21))
-    assert len(rows_of_step(7, 8, 21, 63, 5)) == 7  # the last step has what is left
+    assert len(Order(21, 8, 5, 63).rows_of_step(7)) == 7  # the last step has what is left
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1), (3, 2)])
@@ -72,3 +72,33 @@ def test_seeds_differ_in_every_part():
     seeds = {derive_seed(a, b, c) for a in (1, 2) for b in ("x", "y") for c in range(50)}
     assert len(seeds) == 200
     assert derive_seed(1, "x", 2) == derive_seed(1, "x", 2) < 1 << 63
+
+
+def test_a_mixture_gives_each_source_its_share_at_any_position():
+    """Three sources of 7, 100 and 1000 rows, of which the smallest is to have half of all rows."""
+    weights = integer_weights([3.0, 2.0, 1.0])
+    parts = ((0, 7, weights[0]), (7, 100, weights[1]), (107, 1000, weights[2]))
+    order = Order(1107, 6, 1, None, parts)
+    rows = np.concatenate([order.rows_of_step(step) for step in range(100)])
+    counts = [int(((rows >= first) & (rows < first + size)).sum()) for first, size, _ in parts]
+    assert counts == pytest.approx([300, 200, 100], abs=2)
+    for first, size, _ in parts:  # each source in an order of its own, epoch after epoch
+        mine = rows[(rows >= first) & (rows < first + size)]
+        for epoch in range(len(mine) // size):
+            assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(first, first + size))
+        assert len(set(mine[:size])) == min(size, len(mine))
+    late = order.rows_of_step(10**9 + 7)
+    assert late.tolist() == order.rows_of_step(10**9 + 7).tolist()
+    assert np.histogram(late, [0, 7, 107, 1108])[0].tolist() == pytest.approx([3, 2, 1], abs=1)
+
+
+def test_rows_of_like_length_come_together_and_none_is_lost():
+    lengths = np.random.default_rng(0).integers(1, 1000, 5003)
+    order = Order(5003, 8, 1, 5003 * 2, lengths=lambda rows: lengths[rows])
+    steps = [order.rows_of_step(step) for step in range(-(-5003 * 2 // 8))]
+    assert sorted(np.concatenate(steps)) == sorted([*range(5003)] * 2)
+    padding = [lengths[rows].max() * len(rows) - lengths[rows].sum() for rows in steps]
+    plain = [Order(5003, 8, 1, 5003 * 2).rows_of_step(step) for step in range(len(steps))]
+    assert sum(padding) < 0.15 * sum(lengths[rows].max() * len(rows) - lengths[rows].sum() for rows in plain)
+    means = [lengths[rows].mean() for rows in steps[:32]]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.6  # not from short to long

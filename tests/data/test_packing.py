@@ -1,11 +1,13 @@
-"""No token is lost, whatever max_len and stride."""
+"""No token is lost, whatever max_len, stride and packing."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.objectives import Causal
-from hf_myllm.data.packing import Rows
+from hf_myllm.data.objectives import Causal, build
+from hf_myllm.data.packing import Rows, best_fit, cut
 from hf_myllm.errors import InputError
 
 
@@ -54,3 +56,92 @@ def test_empty_rows_fill_a_batch_and_count_for_nothing():
     assert batch["input_ids"].shape == (5, 8)
     assert (batch["shift_labels"][2:] == -100).all()
     assert Causal().batch(rows, np.arange(0), size=3)["input_ids"].shape == (3, 8)
+
+
+def test_long_spans_are_cut_and_short_ones_left():
+    spans = cut(np.array([[0, 3], [4, 4 + 25], [30, 40]]), 10)
+    assert spans.tolist() == [[0, 3], [4, 14], [14, 24], [24, 29], [30, 40]]
+
+
+def test_best_fit_fills_rows_with_whole_documents():
+    lengths = np.random.default_rng(0).integers(1, 101, 3000)
+    row_of = best_fit(lengths, 100)
+    used = np.bincount(row_of, weights=lengths)
+    assert used.max() <= 100
+    assert used.min() > 0
+    assert len(used) < 1.03 * lengths.sum() / 100  # hardly more rows than if documents could be cut
+    assert best_fit(np.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
+
+
+END = SimpleNamespace(eos_token_id=9, bos_token_id=None, name_or_path="x")
+BERT = SimpleNamespace(
+    eos_token_id=None, sep_token_id=1, cls_token_id=2, mask_token_id=3, pad_token_id=4, name_or_path="x",
+    cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]", all_special_ids=[1, 2, 3, 4], __len__=lambda: 100,
+)  # fmt: skip
+
+
+def written(documents, between):
+    """Documents of token ids, with marks after each, the last one's left out; in two sources."""
+    ids = np.concatenate([np.array([*document, *between]) for document in documents])[: -len(between)]
+    tokens = Tokens([ids.astype(np.uint16)], f"{ids.tolist()}", int(ids.max()))
+    tokens.parts = [0, sum(len(document) + len(between) for document in documents[:10])]
+    return tokens
+
+
+@pytest.mark.parametrize("packing", ["pad", "best_fit"])
+def test_whole_documents_are_predicted_once_and_alone(packing):
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(10, 100, size) for size in [*draw.integers(1, 31, 30), 100]]
+    tokens = written(documents, [9])
+    objective = build("causal", END, 100, 0, packing=packing)
+    rows = objective.rows(tokens, 32, None, "x")
+    assert rows.accounted() == len(tokens) - 1
+    seen = []
+    for start in range(0, len(rows), 3):
+        numbers = np.arange(start, min(start + 3, len(rows)))
+        batch = {name: values.numpy() for name, values in objective.batch(rows, numbers, size=3).items()}
+        assert batch["input_ids"].shape[0] == 3
+        width = batch["input_ids"].shape[1]
+        assert width <= 32
+        if packing == "pad":
+            longest = max(int(rows.lengths([number])[0]) for number in numbers)
+            assert longest <= width < longest + 8 or width == 32
+        positions = batch.get("position_ids", np.broadcast_to(np.arange(width), batch["input_ids"].shape))
+        for inputs, labels, places in zip(batch["input_ids"], batch["shift_labels"], positions, strict=True):
+            kept = labels >= 0
+            goes_on = kept[1:] & (places[1:] > 0)
+            assert np.array_equal(inputs[1:][goes_on], labels[:-1][goes_on])
+            begins = inputs[kept & (places == 0)]
+            assert np.isin(begins, [9, documents[0][0], documents[-1][31], documents[-1][63], documents[-1][95]]).all()
+            seen += labels[kept].tolist()
+    whole = tokens.read(0, len(tokens))[1:].tolist()
+    assert sorted(seen) == sorted(whole)
+    assert len(rows.parts) == 2
+    first_of_second = [stop for row in range(rows.parts[1]) for _, stop in rows.read(row)]
+    assert max(first_of_second) <= tokens.parts[1]
+    if packing == "best_fit":
+        assert len(rows) < 31
+
+
+@pytest.mark.parametrize("packing", ["pad", "best_fit"])
+def test_whole_documents_are_masked_between_their_own_marks(packing):
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(10, 100, size) for size in [*draw.integers(1, 28, 30), 100]]
+    tokens = written(documents, [1, 2])
+    bert = type("Bert", (), {**vars(BERT), "__len__": lambda self: 100})()
+    objective = build("mlm", bert, 100, 0, packing=packing)
+    rows = objective.rows(tokens, 32, None, "x")
+    assert rows.accounted() == sum(map(len, documents))
+    batch = {name: values.numpy() for name, values in objective.batch(rows, np.arange(len(rows)), size=40).items()}
+    ids, positions, labels = batch["input_ids"].copy(), batch["masked_positions"], batch["labels"]
+    for row in range(len(rows)):
+        ids[row, positions[row][labels[row] >= 0]] = labels[row][labels[row] >= 0]
+        for number, (start, stop) in enumerate(rows.read(row), start=1):
+            text = [2, *tokens.read(start, stop - start), 1]
+            if packing == "pad":
+                assert ids[row][batch["attention_mask"][row] == 1].tolist() == text
+            else:
+                mine = batch["document_ids"][row] == number
+                assert ids[row][mine].tolist() == text
+                assert batch["position_ids"][row][mine].tolist() == list(range(len(text)))
+    assert ((labels >= 0).sum(axis=1)[: len(rows)] > 0).all()

@@ -23,6 +23,20 @@ def test_a_trained_tokenizer_is_what_autotokenizer_loads(tmp_path):
     assert tokenizer.fingerprint(tokenizer.train_bpe([TEXT] * 20, 320)) == tokenizer.fingerprint(trained)
 
 
+def test_a_unigram_tokenizer_knows_all_text(tmp_path):
+    trained = tokenizer.train_unigram([TEXT, "playing played plays player replay " * 3] * 20, 320)
+    trained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert 257 <= len(loaded) <= 320
+    assert tokenizer.fingerprint(loaded) == tokenizer.fingerprint(trained)
+    for text in (TEXT, "\u03a9mega \x00 \U0001f600"):
+        assert loaded.decode(loaded(text)["input_ids"]) == text
+    counts = tokenizer.token_bytes(loaded, 320)
+    assert counts[loaded(TEXT)["input_ids"]].sum() == len(TEXT.encode())
+    assert [loaded.eos_token_id, loaded.bos_token_id] == [0, 0]
+    assert tokenizer.place_to_cut(loaded) is not None
+
+
 def test_wordpiece_is_the_same_each_time_and_what_autotokenizer_loads(tmp_path):
     texts = [TEXT, "playing played plays player replay 漢字漢 naïveté " * 3] * 10
     trained = [tokenizer.train_wordpiece(texts, 200) for _ in range(6)]

@@ -1,0 +1,403 @@
+"""Where text comes from: files of many kinds, compressed or not, or data sets of the Hub; read as documents."""
+
+import bz2
+import codecs
+import csv
+import functools
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import sysconfig
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from pyarrow import parquet
+
+from ..errors import InputError, first_line
+
+# any other suffix is plain text
+_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_KINDS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
+OF_IDS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
+_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda raw: _unpack_zst(raw)}
+_PIECE = 100_000  # characters: a longer document comes in pieces
+_LONGEST = 8_000_000  # characters that are looked through for a place to cut
+_BLOCK = 1 << 20  # bytes read at once
+_ANY_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one kind ("text", "jsonl", "json", "csv", "parquet", "bin", "pkl"), or a Hub data set ("hub")."""
+
+    kind: str
+    name: str
+    files: tuple[str, ...] = ()
+    text_column: str = "text"
+    document: str = "file"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    repeated: int = 0  # files that were named twice, and are read once
+    limit: int = 0  # characters after which reading stops, for a quick look; 0: none
+
+
+def file_source(spec, text_column="text", document="file"):
+    """The source that `train_file` or `val_file` names: a file, a glob, a folder, or a list of them.
+
+    Raises:
+        InputError: a file is missing, empty or not readable, nothing matches, or the kinds are mixed.
+    """
+    patterns = [spec] if isinstance(spec, str) else list(spec)
+    name, found, files = " ".join(patterns), [], {}
+    for pattern in patterns:
+        found += _expand(pattern)
+    for file in found:
+        if not os.path.isfile(file):
+            raise InputError(f"{file} is not a file")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{file} cannot be read: no permission")
+        if Path(file).suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".rar"):
+            raise InputError(f"{file} is an archive: unpack it first")
+        if kind_of(file) in ("parquet", *OF_IDS) and Path(file).suffix.lower() in _COMPRESSED:
+            raise InputError(f"{file} is compressed, and its kind is read in place: decompress it first")
+        files.setdefault(os.path.realpath(file), file)  # one file by two names, or by a link that leads back
+    kinds = {kind_of(file) for file in files.values()}
+    if len(kinds) > 1:
+        raise InputError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}); give one kind")
+    if all(os.path.getsize(file) == 0 for file in files):
+        raise InputError(f"{name} is empty; give a file with text in it")
+    repeated = len(found) - len(files)
+    return Source(kinds.pop(), name, tuple(files.values()), text_column, document, repeated=repeated)
+
+
+def kind_of(file):
+    path = Path(file)
+    return _KINDS.get(Path(path.stem if path.suffix.lower() in _COMPRESSED else path).suffix.lower(), "text")
+
+
+def _expand(pattern):
+    path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
+    if os.path.isdir(path):
+        endings = (".txt", *_KINDS)
+        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in (*endings, *_COMPRESSED)]
+        found = sorted(str(file) for file in found if kind_of(file) != "text" or ".txt" in file.name.lower())
+        if found := [file for file in found if not os.path.isdir(file)]:
+            return found
+        raise InputError(f"folder {pattern} holds no {', '.join(endings)}; give a glob: {pattern}/*.md")
+    if os.path.exists(path):
+        return [path]
+    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not found:
+        raise InputError(f"{pattern} does not exist (looked in {os.getcwd()})")
+    return found
+
+
+def hub_source(name, config=None, split="train", revision=None, text_column="text"):
+    """The source that `dataset` names.
+
+    Raises:
+        InputError: it is a path here, which is for train_file to name.
+    """
+    if os.path.exists(name):
+        raise InputError(f"dataset {name} is a path here, not a data set of the Hub: give it as --train_file")
+    return Source("hub", name, (), text_column, "row", config, split, revision)
+
+
+def source_key(source):
+    """What a cached result of this source depends on; files by size and time of change, which is quick to look up.
+
+    Raises:
+        InputError: a file is no longer there.
+    """
+    if source.kind == "hub":  # an unpinned revision may have moved on
+        return asdict(source) | {"fingerprint": _load_hub(source)._fingerprint}
+    try:
+        stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
+    except OSError as error:
+        raise InputError(f"{source.name} cannot be read: {error}") from None
+    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return asdict(replace(source, files=(), name="", repeated=0)) | {"files": files}
+
+
+# ---- documents
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text of some sources, to be read as often as one likes, long documents in pieces cut before a space."""
+
+    sources: list
+
+    def __iter__(self):
+        return (text for source in self.sources for text, _ in read_pieces(source, _ANY_SPACE))
+
+
+def total_size(source):
+    """How much there is to read, in what `progress` is told: bytes, or the rows of a data set."""
+    if source.kind == "hub":
+        return len(_load_hub(source))
+    if source.kind == "parquet":
+        try:
+            return sum(parquet.read_metadata(file).num_rows for file in source.files)
+        except (OSError, pa.ArrowException):
+            return None  # which is said when it is read
+    return sum(os.path.getsize(file) for file in source.files)
+
+
+def read_pieces(source, cut=None, progress=lambda count: None):
+    """The documents of a source, one after another; empty ones are left out.
+
+    Args:
+        cut: a pattern of where a long document may be cut; what it matches is left out. None: only a document that is
+            very long is cut at all, between any two words.
+        progress: called with the bytes read since the last call.
+    Yields:
+        (text, is_end): a document, or a piece of one, and whether the document ends with it.
+    Raises:
+        InputError: a file is not UTF-8 (with the offset), the column is missing or does not hold text, or the Hub
+            cannot be reached.
+    """
+    seen = 0
+    for text, is_end in _read_all_pieces(source, cut, progress):
+        seen += len(text)
+        is_last = bool(source.limit) and seen >= source.limit
+        yield text, is_end or is_last
+        if is_last:
+            return
+
+
+def _read_all_pieces(source, cut, progress):
+    if source.kind in OF_IDS:
+        raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
+    if source.kind == "text" and source.document == "file":
+        for file in source.files:
+            yield from _in_pieces(_read_blocks(file, progress), cut)
+    elif source.kind == "text":
+        for file in source.files:
+            for _, line in _read_lines(file, progress):
+                _refuse_nul(line, file)
+                yield from _in_pieces([line], cut)
+    else:
+        for where, row in _read_rows(source, progress):
+            yield from _in_pieces([_text_of(row, where, source.text_column)], cut)
+
+
+def _in_pieces(blocks, cut):
+    """One document, of which the text comes in blocks, in pieces of about _PIECE characters."""
+    ready, held, start = None, "", _PIECE  # a piece is kept back until it is known whether the document ends with it
+    for block in blocks:
+        held += block
+        while len(held) > start:
+            if cut is not None and (place := cut.search(held, start)):
+                piece, held = held[: place.start()], held[place.end() :]
+            elif len(held) > _LONGEST:  # memory has an end; here a token may come out otherwise than in the whole
+                place = _ANY_SPACE.search(held, _LONGEST // 2) or re.compile("").search(held, _LONGEST)
+                piece, held = held[: place.start()], held[place.end() :]
+            else:
+                start = len(held) - 1  # looked through up to here
+                break
+            start = _PIECE
+            if ready is not None:
+                yield ready, False
+            ready = piece if ready is not None or piece.strip() else None
+    if ready is not None:
+        yield ready, False
+        yield held, True
+    elif held.strip():
+        yield held, True
+
+
+def _text_of(row, where, column):
+    if column not in row:
+        columns = f"{column!r}, but {', '.join(map(repr, row))}"
+        raise InputError(f"{where} has no column {columns}; name it with --text_column")
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: column '{column}' does not hold text: {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
+    return text
+
+
+def _refuse_nul(text, file, offset=0):
+    if "\0" in text:
+        place = offset + len(text[: text.index("\0")].encode())
+        raise InputError(
+            f"{file} is not text: a NUL byte at offset {place}; if it is UTF-16, convert it, for example with iconv -f "
+            "utf-16 -t utf-8"
+        )
+
+
+# ---- files
+
+
+@contextmanager
+def _opened(file, progress):
+    """The bytes of a file, decompressed where its name says that it is compressed."""
+    decompress = _COMPRESSED.get(Path(file).suffix.lower(), lambda raw: raw)
+    told = 0
+
+    def tell():
+        nonlocal told
+        progress(raw.tell() - told)
+        told = raw.tell()
+
+    try:
+        with open(file, "rb") as raw:
+            yield decompress(raw), tell
+    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from None
+
+
+def _unpack_zst(raw):
+    return io.BufferedReader(pa.input_stream(raw, compression="zstd"))
+
+
+def _read_blocks(file, progress):
+    """The text of a file, a block at a time."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    with _opened(file, progress) as (stream, tell):
+        block = stream.read(_BLOCK)
+        if block.startswith(codecs.BOM_UTF8):
+            block, offset = block[3:], 3
+        while True:
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                _refuse_encoding(file, error, offset - pending)
+            _refuse_nul(text, file, offset - pending)
+            if not block:
+                return
+            yield text
+            offset += len(block)
+            tell()
+            block = stream.read(_BLOCK)
+
+
+def _read_lines(file, progress):
+    """The lines of a file, numbered from 1, with their ends."""
+    offset = 0
+    with _opened(file, progress) as (stream, tell):
+        for number, line in enumerate(stream, start=1):
+            try:
+                text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                _refuse_encoding(file, error, offset)
+            offset += len(line)
+            yield number, text
+            tell()
+
+
+def _refuse_encoding(file, error, offset):
+    raise InputError(
+        f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; convert it, "
+        f"for example with iconv -f latin1 -t utf-8"
+    ) from None
+
+
+def _read_rows(source, progress):
+    """(where it stands, the row as a dict) of each row."""
+    if source.kind in ("hub", "parquet"):
+        yield from _load_rows(source, progress)
+        return
+    read = {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[source.kind]
+    for file in source.files:
+        for where, row in read(file, progress):
+            if not isinstance(row, dict):
+                raise InputError(f"{where} is not an object with columns: {row!s:.80}")
+            yield where, row
+
+
+def _read_json_lines(file, progress):
+    for number, text in _read_lines(file, progress):
+        if text.strip():
+            try:
+                yield f"{file} line {number}", json.loads(text)
+            except (ValueError, RecursionError) as error:
+                message = f"{file} line {number} is not JSON: {error}; each line must be an object of its own"
+                raise InputError(message) from None
+
+
+def _read_json(file, progress):
+    """The objects of a list, or of a file that has one after another; never all of them in memory."""
+    decoder, held, number, wanted = json.JSONDecoder(), "", 0, 1
+    for block in _read_blocks(file, progress):
+        held += block
+        if number == 0:
+            held = held.lstrip().removeprefix("[")
+        while len(held) >= wanted:
+            held = held.lstrip(" \t\r\n,")
+            try:
+                row, end = decoder.raw_decode(held)
+            except ValueError:  # there is more of it to come
+                wanted = 2 * len(held)
+                break
+            number, held, wanted = number + 1, held[end:], 1
+            yield f"{file} object {number}", row
+    while held := held.lstrip(" \t\r\n,"):
+        if held.rstrip() == "]":
+            return
+        try:
+            row, end = decoder.raw_decode(held)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} object {number + 1} is not JSON: {error}") from None
+        number, held = number + 1, held[end:]
+        yield f"{file} object {number}", row
+
+
+def _read_csv(file, progress):
+    csv.field_size_limit(1 << 31 - 1)
+    delimiter = "\t" if ".tsv" in Path(file).name.lower() else ","
+    rows = csv.DictReader((text for _, text in _read_lines(file, progress)), delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            where = f"{file} line {rows.line_num}"
+            if None in row:
+                raise InputError(f"{where} has more fields than the {len(rows.fieldnames)} that the first line names")
+            yield where, row
+    except csv.Error as error:
+        raise InputError(f"{file} line {rows.line_num + 1} cannot be read as CSV: {error}") from None
+
+
+def _load_rows(source, progress):
+    try:
+        if source.kind == "hub":
+            rows = _load_hub(source)
+        else:
+            if not any(parquet.read_metadata(file).num_rows for file in source.files):
+                raise InputError(f"{source.name} has no rows; give a file with text in it")
+            rows = datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            progress(1)
+            yield f"{source.name} row {number}", row
+    except InputError:
+        raise
+    except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
+        raise InputError(
+            f"{source.name} cannot be read as {source.kind}: {first_line(error.__cause__ or error)[:300]}"
+        ) from None
+
+
+@functools.cache
+def _load_hub(source):
+    try:
+        return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
+    except Exception as error:
+        raise InputError(
+            f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({first_line(error)[:200]}); to "
+            "train without the Hub, pass --train_file FILE (.txt, .jsonl, .csv, .parquet or .bin)"
+        ) from None

@@ -1,0 +1,169 @@
+"""What a run would do, said in seconds: `--dry_run`. Nothing is trained, and no run folder is written.
+
+Of text that is large and not prepared yet, only the beginning is read, and the counts say "about".
+"""
+
+import os
+import re
+import shlex
+from collections import Counter
+
+import torch
+import yaml
+
+from .data.objectives import IGNORED, targets
+from .data.order import micro_batches
+from .data.tokenizer import special_ids
+
+_SHOWN = 24  # tokens of a row
+
+
+def show(run, arguments):
+    """Print what is about to happen; `arguments` are the command's own."""
+    recipe, accelerator, section = run.recipe, run.accelerator, run.recipe.training
+    print("dry run     nothing is trained, and no run folder is written\n")
+    print(_without_defaults(recipe))
+    print(f"model       {recipe.model}, {run.model.num_parameters():,} parameters: {_parts(run.model)}")
+    about = "about " if run.scale > 1 else ""
+    _show_tokens(run, about)
+    steps = max(1, round(run.total_steps * (1 if section.max_steps else run.scale)))
+    epochs = steps * section.total_batch_size / (len(run.training) * run.scale)
+    print(
+        f"steps       {about * (not section.max_steps)}{steps:,}, which is {about}{epochs:.2f} epochs; a step has "
+        f"{section.total_batch_size} rows: {accelerator.num_processes} processes x {section.batch_size} rows x "
+        f"{run.accumulation} micro-batches"
+    )
+    print(f"memory      {_memory(run)}")
+    if run.tokenizer is not None:
+        _show_first_batch(run)
+    command = ["accelerate", "launch", "-m", "hf_myllm.train", *_without_dry_run(arguments)]
+    print(f"\nnext        {shlex.join(command)}")
+
+
+def _without_defaults(recipe):
+    """The recipe, resolved, without the words that nobody has given a value."""
+    sections = {}
+    for key, value in recipe.to_dict().items():
+        if isinstance(value, dict):
+            value = {name: one for name, one in value.items() if one is not None}
+        if value:
+            sections[key] = value
+    sections["run"].pop("dry_run", None)
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+
+
+def _without_dry_run(arguments):
+    kept, skipping = [], False
+    for argument in arguments:
+        if argument.replace("-", "_").startswith("__dry_run"):
+            skipping = "=" not in argument
+        elif skipping and not argument.startswith("--"):
+            skipping = False
+        else:
+            kept.append(argument)
+            skipping = False
+    return kept
+
+
+def _parts(model):
+    """Where the parameters are: embeddings, layers, and what stands before and after them."""
+    sizes, layers = Counter(), set()
+    for name, parameter in model.named_parameters():
+        numbered = re.search(r"\.(\d+)\.", name)
+        if numbered:
+            layers.add(name[: numbered.end()])
+        sizes["layers" if numbered else name.rsplit(".", 2)[-2]] += parameter.numel()
+    each = sizes.pop("layers", 0) // max(1, len(layers))
+    said = [f"{name} {size:,}" for name, size in sizes.items()]
+    said.insert(min(2, len(said)), f"{len(layers)} layers of {each:,}")
+    tied = ", the head tied to the embeddings" if model.config.tie_word_embeddings else ""
+    return ", ".join(said) + tied
+
+
+def _show_tokens(run, about):
+    counts = run.account.get("train", {})
+    for name, rows in (("training", run.training), ("validation", run.validation)):
+        if rows is None:
+            continue
+        scale = run.scale if name == "training" or "held_out" not in run.account else 1.0
+        said, total, used = about if scale > 1 else "", len(rows.tokens), rows.accounted()
+        is_whole = run.recipe.data.stride is None or run.recipe.data.stride >= rows.length
+        print(
+            f"{name:<12}{said}{total * scale:,.0f} tokens = {used * scale:,.0f} "
+            f"{'trained on' if name == 'training' else 'validated on'} + {(total - used) * scale:,.0f} dropped; "
+            f"{said}{len(rows) * scale:,.0f} rows{'' if is_whole else ' that overlap'}"
+        )
+    if counts.get("bytes"):
+        documents, tokens = counts["documents"], counts["tokens"]
+        print(
+            f"            {about}{documents * run.scale:,.0f} documents of {tokens / max(1, documents):,.0f} tokens; "
+            f"{counts['bytes'] / tokens:.2f} bytes per token"
+        )
+    for line in run.mixture():
+        print(f"            {line}")
+
+
+def _memory(run):
+    """What a process needs, about: parameters, gradients and AdamW's moments; activations after Korthikanti et al.
+    2022, "Reducing Activation Recomputation" (34 bytes per token, layer and hidden unit in 16 bits, without the square
+    part, which the attention kernel does not keep); and the logits with their gradient."""
+    config, section = run.model.config, run.recipe.training
+    half = run.accelerator.mixed_precision in ("fp16", "bf16", "fp8") or section.dtype == "bfloat16"
+    width = 2 if section.dtype == "bfloat16" else 4
+    state = run.model.num_parameters() * 4 * width
+    if run.accelerator.is_fsdp2:
+        state /= run.accelerator.num_processes
+    tokens = section.batch_size * run.recipe.data.max_len
+    per_layer = (2 if section.gradient_checkpointing else 34) * config.hidden_size * (1 if half else 2)
+    activations = tokens * config.num_hidden_layers * per_layer
+    predicted = tokens * (run.recipe.data.mlm_probability if run.recipe.task != "causal" else 1)
+    logits = predicted * config.vocab_size * (10 if half else 12)
+    total = state + activations + logits
+    parts = f"weights and optimizer {_size(state)}, activations {_size(activations)}, logits {_size(logits)}"
+    device = run.accelerator.device
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if has is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = f"; this {device.type} has {_size(has)}" if has else ""
+    return f"about {_size(total)} a process: {parts}{there}"
+
+
+def _size(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _show_first_batch(run):
+    section = run.recipe.training
+    rows = run.order.rows_of_step(0)
+    share = micro_batches(rows, section.batch_size, 0, run.accelerator.num_processes, run.accumulation)[0][1]
+    batch = run.objective.batch(run.training, share, 0, section.batch_size)
+    labels = targets(batch)
+    filled = f"{int((labels != IGNORED).sum())} targets in {batch['input_ids'].numel()} positions"
+    shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
+    print(f"first batch {shapes}; {filled}")
+    ids = batch["input_ids"][0]
+    if run.recipe.task == "causal":
+        print(f"  reads     {_tokens(run.tokenizer, ids)}")
+        print(f"  predicts  {_tokens(run.tokenizer, labels[0])}")
+        return
+    print(f"  reads     {_tokens(run.tokenizer, ids)}")
+    places = {int(at): int(label) for at, label in zip(batch["masked_positions"][0], labels[0], strict=True)}
+    told = [places.get(at, IGNORED) if places.get(at, IGNORED) >= 0 else IGNORED for at in range(len(ids))]
+    print(f"  predicts  {_tokens(run.tokenizer, torch.tensor(told))}")
+    if "next_sentence_label" in batch:
+        print(f"  and that  the second {'follows' if batch['next_sentence_label'][0] == 0 else 'is from elsewhere'}")
+
+
+def _tokens(tokenizer, ids):
+    """Tokens with bars between them; special ones by name, what is not predicted as a dot."""
+    ids = ids.tolist()
+    special = set(special_ids(tokenizer))
+    shown = []
+    for number in ids[:_SHOWN]:
+        if number == IGNORED:
+            shown.append("·")
+        elif number in special:
+            shown.append(tokenizer.convert_ids_to_tokens(number))
+        else:
+            shown.append(repr(tokenizer.decode([number]))[1:-1])
+    return "|".join(shown) + (f"| ... {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "|")
