@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint
-from .data import corpus, objectives, order, sources
+from .data import corpus, objectives, order, sources, streaming
 from .data import tokenizer as tokenizers
 from .errors import InputError, exit_on_input_error, first_line
 from .generate import encode_masked, encode_prompt
@@ -141,7 +141,7 @@ def prepare(recipe, accelerator, resume_from):
     """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
     data, section = recipe.data, recipe.run
     given = find_sources(data, recipe.evaluation.eval_only)
-    if section.dry_run:
+    if section.dry_run and not data.streaming:
         given = Given(
             [quick_look(one) for one in given.training],
             given.weights,
@@ -163,7 +163,11 @@ def prepare(recipe, accelerator, resume_from):
         encode = encode_prompt if recipe.task == "causal" else encode_masked
         encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
-    training, validation, account = load_data(data, given, tokenizer, accelerator.is_local_main_process)
+    is_maker, places = accelerator.is_local_main_process, state.get("stream") if state else None
+    if data.streaming and not recipe.evaluation.eval_only:
+        training, validation, account = open_stream(recipe, given, tokenizer, places, is_maker)
+    else:
+        training, validation, account = load_data(data, given, tokenizer, is_maker)
     held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
     for tokens, name in ((training, given.name), (validation, held_out)):
         if tokens is None or tokens.max_id < config.vocab_size:
@@ -226,9 +230,11 @@ def find_source(one, data):
 
 
 def quick_look(source):
-    """The source as a dry run reads it: only its beginning, unless it is small, or prepared already."""
+    """The source as a dry run reads it: only its beginning, unless it is small or prepared already."""
+    if source.kind == "hub":
+        return replace(source, limit=4_000_000, is_streamed=True)
     size = 0 if source.kind in sources.OF_IDS else sources.total_size(source)
-    is_large = size is None or size > (20_000_000 if source.kind not in ("hub", "parquet") else 20_000)
+    is_large = size is None or size > (20_000 if source.kind == "parquet" else 20_000_000)
     return replace(source, limit=4_000_000) if is_large else source
 
 
@@ -435,7 +441,7 @@ def resolve(recipe, config, objective, accelerator, state):
         raise InputError(
             f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
         )
-    if recipe.task != "mlm_nsp" and data.packing in ("stream", "documents"):
+    if recipe.task != "mlm_nsp" and data.packing in ("stream", "documents") and not data.streaming:
         data.stride = data.stride or data.max_len - objective.specials
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
@@ -462,6 +468,19 @@ def load_data(data, given, tokenizer, show):
     if given.validation:
         validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, show)
     return training, validation, account
+
+
+def open_stream(recipe, given, tokenizer, places, is_maker):
+    """What `load_data` gives, of a corpus that is read a window at a time."""
+    data, (source,), validation = recipe.data, given.training, None
+    if source.kind in sources.OF_IDS:
+        raise InputError(f"streaming has no meaning with token ids, which are read where they are: {source.name}")
+    if given.validation:
+        validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
+    owner = os.path.abspath(recipe.run.save_model)
+    stream = streaming.Windows(replace(source, is_streamed=True), tokenizer, size, owner, places, is_maker)
+    return stream, validation, {"train": {}}
 
 
 def plan(run, state, weights):
@@ -491,12 +510,15 @@ def plan(run, state, weights):
         run.recipe.run.seed,
         last_position,
         tuple(parts),
+        run.recipe.data.streaming,
         run.training.lengths,
     )
     if section.warmup_steps > run.total_steps:
         raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")
     if state is not None:
         run.start = state["step"]
+        if run.recipe.data.streaming:
+            run.training.base = run.order.first_row(run.start) // len(run.training)
         changed = [name for name, value in fingerprints(run).items() if state["data"].get(name) != value]
         if changed and not run.recipe.run.allow_changed:
             raise InputError(

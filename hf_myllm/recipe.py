@@ -80,6 +80,12 @@ class Data:
         minimum=1,
         maximum=MANY,
     )
+    streaming: bool = word(
+        False, "read the corpus a window at a time, for one that is larger than the disk; needs max_steps"
+    )
+    streaming_window: int = word(
+        100_000_000, "tokens of a window, within which rows come in random order", minimum=1, maximum=1 << 40
+    )
     packing: str = word(
         "stream",
         "how documents fill rows. stream: one after another, over the ends of rows; documents: the same, but no token "
@@ -462,6 +468,13 @@ def _check(recipe, families, given):
     if data.packing in ("pad", "best_fit") and data.stride:
         raise InputError(f"stride has no meaning with packing {data.packing}, whose rows are documents: leave it out")
     _check_datasets(data.datasets or [], given)
+    if data.streaming:
+        others = {"epochs": training.epochs, "datasets": data.datasets, "stride": data.stride}
+        others |= {"packing": data.packing in ("pad", "best_fit"), "task mlm_nsp": recipe.task == "mlm_nsp"}
+        if impossible := [name for name, value in others.items() if value]:
+            raise InputError(f"streaming does not go with {impossible[0]}: leave one of them out")
+        if training.max_steps is None:
+            raise InputError("streaming needs to know when to stop: give --max_steps N")
     if recipe.run.resume and recipe.run.init_from == "resume":
         recipe.run.init_from = "scratch"
     if not evaluation.eval_only and not (data.train_file or data.dataset or data.datasets):

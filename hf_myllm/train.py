@@ -74,6 +74,8 @@ def main(argv):
         )
         problem = f"{first_line(error)[:300]}{goes_on}"
     finally:
+        if recipe.data.streaming and run.training is not None:
+            run.training.windows.close()
         if run.lock is not None:
             run.lock.release()
     raise ProcessError(f"process {accelerator.process_index} of {accelerator.num_processes}, in {run.doing}: {problem}")
@@ -283,12 +285,12 @@ def leave(run, report):
 # ---- evaluation, checkpoints, the end
 
 
-def evaluate_rows(run, model, rows, count):
-    """The loss of `count` rows, evenly spread (None: all rows)."""
+def evaluate_rows(run, model, rows, count, first=0):
+    """The loss of `count` rows, evenly spread (None: all rows) from a first one on."""
     return evaluate(
         model,
         lambda numbers, size: run.objective.batch(rows, numbers, size=size),
-        order.spread(count, len(rows)),
+        order.spread(count, len(rows)) + first,
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
@@ -303,7 +305,7 @@ def report_evaluation(run, model, report, step, is_final=False):
     """
     recipe, run.doing = run.recipe, f"the evaluation after step {step}"
     count = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size
-    training = evaluate_rows(run, model, run.training, count)
+    training = evaluate_rows(run, model, run.training, count, run.order.first_row(max(0, step - 1)))
     validation = {}
     if training is not None and run.validation:
         validation = evaluate_rows(run, model, run.validation, None if is_final else count)
@@ -366,12 +368,14 @@ def introduce(run, report):
         report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
     up_to = "up to " * (recipe.data.packing in ("pad", "best_fit"))
     tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {up_to}{recipe.data.max_len}"
+    if recipe.data.streaming:
+        tokens = f"{run.given.name}, {run.training.windows.size:,} tokens at a time, {len(run.training):,} rows"
     report.say(f"training    {tokens}")
     if repeated := sum(source.repeated for source in run.given.all):
         report.say(f"            named more than once, and read once: {repeated} files")
     for line in run.mixture():
         report.say(f"            {line}")
-    unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"]["tokens"])
+    unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"].get("tokens", 0))
     if unknown > 0.001:
         name = run.tokenizer.unk_token
         report.say(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
@@ -458,6 +462,8 @@ def save_checkpoint(run, step):
         "data": fingerprints(run),
         "skipped": run.skipped,
     }
+    if recipe.data.streaming:
+        state["stream"] = run.training.windows.recent_places()
     if accelerator.scaler is not None:  # fp16's loss scale is learned too
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process or is_sharded:

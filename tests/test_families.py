@@ -356,3 +356,25 @@ def test_several_sources_by_weight(tiny, stories, tmp_path, capsys):
     assert "belongs to another recipe: weights was [1.0, 3.0] and is [2.0, 3.0]" in capsys.readouterr().err
     assert train(str(run / "recipe.yaml"), "--save_model", str(run), "--init_from", "resume") == 0
     assert (run / "model.safetensors").read_bytes() == reference
+
+
+def test_a_stream_is_the_same_run_killed_or_not(tiny, tmp_path, capsys):
+    """Windows of 25 rows, three steps each; the run goes through the corpus more than once."""
+    flags = tiny(max_steps=30, save_freq=10, streaming="true", streaming_window=800, eval_freq=10)
+    flags += ["--val_file", str(tmp_path / "val.txt")]
+    (tmp_path / "val.txt").write_text("Anna sees the cat. A king finds my friend. " * 9)
+    run = tmp_path / "run"
+    assert train(*flags) == 0
+    assert "800 tokens at a time, 25 rows" in capsys.readouterr().out
+    reference = (run / "model.safetensors").read_bytes()
+    rows = [json.loads(line)["rows"] for line in (run / "metrics.jsonl").open() if '"rows"' in line]
+    assert len(set(rows)) == 30
+    shutil.rmtree(run / "checkpoint-30")
+    (run / "model.safetensors").unlink()
+    assert train(*flags, "--init_from", "resume") == 0
+    assert (run / "model.safetensors").read_bytes() == reference
+    assert train(str(run / "recipe.yaml"), "--save_model", str(tmp_path / "other"), "--dry_run") == 0
+    assert "next        accelerate launch -m hf_myllm.train" in capsys.readouterr().out
+    assert not (tmp_path / "other").exists()
+    assert train(*flags, "--packing", "pad", "--save_model", str(tmp_path / "other")) == 2
+    assert "streaming does not go with packing" in capsys.readouterr().err

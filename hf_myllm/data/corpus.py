@@ -132,14 +132,18 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
     return training, held_out, account
 
 
-def _cache(key):
-    digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_myllm" / digest
+def cached_path(key):
+    """Where the cache has, or would have, what this key says."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_myllm" / digest_of(key)
+
+
+def digest_of(key):
+    return hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def cached_folder(key, make):
     """The folder of the cache that `make(folder)` fills, made now unless it is there already; whole or not at all."""
-    folder = _cache(key)
+    folder = cached_path(key)
     if folder.exists():
         return folder
     aside = folder.with_suffix(".partial")
@@ -161,7 +165,7 @@ def cached_folder(key, make):
 
 def _open_tokenized(source, tokenizer, val_fraction, show_progress):
     cut = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
-    if source.limit and _cache(["tokens", source_key(replace(source, limit=0)), *cut]).exists():
+    if source.limit and cached_path(["tokens", source_key(replace(source, limit=0)), *cut]).exists():
         source = replace(source, limit=0)
     key = ["tokens", source_key(source), *cut]
     folder = cached_folder(key, lambda aside: _tokenize(source, tokenizer, val_fraction, aside, show_progress))
@@ -180,8 +184,8 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     end = end_of_document(tokenizer)
     parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
     number = 0
-    with _Progress(total_size(source), show_progress) as progress:
-        for batch in _batches(read_pieces(source, place_to_cut(tokenizer), progress.read)):
+    with Progress(total_size(source), show_progress) as progress:
+        for batch in batches(read_pieces(source, place_to_cut(tokenizer), progress.read)):
             encoded = tokenizer.backend_tokenizer.encode_batch_fast(
                 [text for text, _ in batch], add_special_tokens=False
             )
@@ -207,7 +211,7 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     (folder / "account.json").write_text(json.dumps(account))
 
 
-class _Progress:
+class Progress:
     """How much of a source has been read, how fast it becomes tokens, and how long that will still take: a bar on a
     terminal, a line now and then elsewhere."""
 
@@ -250,7 +254,7 @@ class _Progress:
             print(f"tokenizing  {far}{self.tokens:,} tokens, {speed / 1e6:.2f}M tokens/s{left}", file=sys.stderr)
 
 
-def _batches(pieces):
+def batches(pieces):
     """Lists of pieces, of about `_BATCH` characters each."""
     batch, size = [], 0
     for piece in pieces:

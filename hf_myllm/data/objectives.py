@@ -17,6 +17,7 @@ from ..errors import InputError
 from .corpus import find_documents, find_spans
 from .order import derive_seed, random_numbers
 from .packing import Passages, Rows, Spans
+from .streaming import StreamedRows, Windows
 from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
@@ -89,6 +90,8 @@ class Causal:
         self.isolates = bool(self.marks) and packing != "pad"
 
     def rows(self, tokens, max_len, stride, name):
+        if isinstance(tokens, Windows):
+            return StreamedRows(tokens, max_len, name)
         if self.marks:
             _require_marks(tokens, self.marks, name)
         if self.packing not in ("pad", "best_fit"):
@@ -158,6 +161,8 @@ class MaskedLM:
             self.joins, self.joinable = continues_word(tokenizer, vocab_size)
 
     def rows(self, tokens, max_len, stride, name):
+        if isinstance(tokens, Windows):
+            return StreamedRows(tokens, max_len - self.specials, name, ahead=0)
         if self.packing != "stream":
             _require_marks(tokens, self.ends, name)
         if self.packing not in ("pad", "best_fit"):

@@ -74,6 +74,7 @@ class Order:
         last_position: where the stream ends (epochs * num_rows), or None when only the number of steps ends the run.
         parts: of several sources, (first row, number of rows, weight) of each; a weight is the share of the positions
             that the source gets, each time in an order of its own.
+        is_fresh: whether each epoch has rows of its own, numbered on, as the windows of a stream have.
         lengths: called with row numbers, gives the length of each, where rows of like length are to come together;
             None where all are equal.
     """
@@ -83,6 +84,7 @@ class Order:
     seed: int
     last_position: int | None = None
     parts: tuple = ()
+    is_fresh: bool = False
     lengths: object = None
 
     def rows_of_step(self, step):
@@ -102,12 +104,17 @@ class Order:
         chunk = int(shuffle(np.array([place]), steps, self.seed, f"group {group}")[0])
         return rows[chunk * self.total_batch_size : (chunk + 1) * self.total_batch_size]
 
+    def first_row(self, step):
+        """The first row of those among which a step's are."""
+        return step * self.total_batch_size // self.num_rows * self.num_rows if self.is_fresh else 0
+
     def _rows_at(self, start, stop):
         """The rows at these positions of the stream."""
         stop = stop if self.last_position is None else min(stop, self.last_position)
         positions = np.arange(start, stop, dtype=np.int64)
         if not self.parts:
-            return _reshuffled(positions, self.num_rows, self.seed)
+            rows = _reshuffled(positions, self.num_rows, self.seed)
+            return rows + positions // self.num_rows * self.num_rows if self.is_fresh else rows
         rows = np.empty_like(positions)
         left = sum(weight for _, _, weight in self.parts)
         places, at = np.arange(len(positions)), positions

@@ -47,6 +47,7 @@ class Source:
     split: str = "train"
     revision: str | None = None
     repeated: int = 0  # files that were named twice, and are read once
+    is_streamed: bool = False  # of the Hub: read from there, rather than downloaded first
     limit: int = 0  # characters after which reading stops, for a quick look; 0: none
 
 
@@ -118,6 +119,8 @@ def source_key(source):
     Raises:
         InputError: a file is no longer there.
     """
+    if source.kind == "hub" and source.is_streamed:
+        return asdict(source)
     if source.kind == "hub":  # an unpinned revision may have moved on
         return asdict(source) | {"fingerprint": _load_hub(source)._fingerprint}
     try:
@@ -144,7 +147,7 @@ class Texts:
 def total_size(source):
     """How much there is to read, in what `progress` is told: bytes, or the rows of a data set."""
     if source.kind == "hub":
-        return len(_load_hub(source))
+        return _count_rows(source) if source.is_streamed else len(_load_hub(source))
     if source.kind == "parquet":
         try:
             return sum(parquet.read_metadata(file).num_rows for file in source.files)
@@ -376,7 +379,7 @@ def _read_csv(file, progress):
 def _load_rows(source, progress):
     try:
         if source.kind == "hub":
-            rows = _load_hub(source)
+            rows = _stream_hub(source) if source.is_streamed else _load_hub(source)
         else:
             if not any(parquet.read_metadata(file).num_rows for file in source.files):
                 raise InputError(f"{source.name} has no rows; give a file with text in it")
@@ -390,6 +393,49 @@ def _load_rows(source, progress):
         raise InputError(
             f"{source.name} cannot be read as {source.kind}: {first_line(error.__cause__ or error)[:300]}"
         ) from None
+
+
+def stream_rows(source, cut, state=None):
+    """The documents of a Hub data set, read from the network as they come.
+
+    Args:
+        cut: see [`read_pieces`].
+        state: where to begin, as this gave it.
+    Yields:
+        (text, is_end, state, count): a piece, whether its document ends with it, where the row of the document begins,
+        and which piece of it this is.
+    Raises:
+        InputError: see [`read_pieces`].
+    """
+    try:
+        rows = _stream_hub(source)
+        if state is not None:
+            rows.load_state_dict(state)
+        before = rows.state_dict()
+        for number, row in enumerate(rows, start=1):
+            text = _text_of(row, f"{source.name} row {number}", source.text_column)
+            for count, (piece, is_end) in enumerate(_in_pieces([text], cut)):
+                yield piece, is_end, before, count
+            before = rows.state_dict()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{source.name} cannot be read: {first_line(error.__cause__ or error)[:300]}") from None
+
+
+def _count_rows(source):
+    """What the Hub says, if it does."""
+    try:
+        info = datasets.load_dataset_builder(source.name, source.config, revision=source.revision).info
+        return info.splits[source.split].num_examples or None
+    except Exception:
+        return None
+
+
+def _stream_hub(source):
+    return datasets.load_dataset(
+        source.name, source.config, split=source.split, revision=source.revision, streaming=True
+    )
 
 
 @functools.cache
