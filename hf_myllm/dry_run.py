@@ -27,12 +27,11 @@ def show(run, arguments):
     about = "about " if run.scale > 1 else ""
     _show_tokens(run, about)
     steps = max(1, round(run.total_steps * (1 if section.max_steps else run.scale)))
-    epochs = steps * section.total_batch_size / (len(run.training) * run.scale)
-    print(
-        f"steps       {about * (not section.max_steps)}{steps:,}, which is {about}{epochs:.2f} epochs; a step has "
-        f"{section.total_batch_size} rows: {accelerator.num_processes} processes x {section.batch_size} rows x "
-        f"{run.accumulation} micro-batches"
-    )
+    epochs = section.epochs or steps * section.total_batch_size / (len(run.training) * run.scale)
+    shape = f"{accelerator.num_processes} processes x {section.batch_size} rows x {run.accumulation} micro-batches"
+    of_steps, of_epochs = (about, "") if section.epochs else ("", about)
+    print(f"steps       {of_steps}{steps:,}, which is {of_epochs}{epochs:.2f} epochs; a step has", end=" ")
+    print(f"{section.total_batch_size} rows: {shape}")
     print(f"memory      {_memory(run)}")
     if run.tokenizer is not None:
         _show_first_batch(run)
@@ -86,12 +85,12 @@ def _show_tokens(run, about):
         if rows is None:
             continue
         scale = run.scale if name == "training" or "held_out" not in run.account else 1.0
-        said, total, used = about if scale > 1 else "", len(rows.tokens), rows.accounted()
+        total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.accounted()) * scale)
         is_whole = run.recipe.data.stride is None or run.recipe.data.stride >= rows.length
+        verb, said = "trained on" if name == "training" else "validated on", about if scale > 1 else ""
         print(
-            f"{name:<12}{said}{total * scale:,.0f} tokens = {used * scale:,.0f} "
-            f"{'trained on' if name == 'training' else 'validated on'} + {(total - used) * scale:,.0f} dropped; "
-            f"{said}{len(rows) * scale:,.0f} rows{'' if is_whole else ' that overlap'}"
+            f"{name:<12}{said}{total:,} tokens = {total - dropped:,} {verb} + {dropped:,} dropped; "
+            f"{said}{round(len(rows) * scale):,} rows{'' if is_whole else ' that overlap'}"
         )
     if counts.get("bytes"):
         documents, tokens = counts["documents"], counts["tokens"]

@@ -28,6 +28,7 @@ from .processes import quiet_the_libraries
 from .recipe import Recipe, parse
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
+QUICK_LOOK = 4_000_000  # characters that a dry run reads of a large source
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
 
 
@@ -232,10 +233,10 @@ def find_source(one, data):
 def quick_look(source):
     """The source as a dry run reads it: only its beginning, unless it is small or prepared already."""
     if source.kind == "hub":
-        return replace(source, limit=4_000_000, is_streamed=True)
+        return replace(source, limit=QUICK_LOOK, is_streamed=True)
     size = 0 if source.kind in sources.OF_IDS else sources.total_size(source)
-    is_large = size is None or size > (20_000 if source.kind == "parquet" else 20_000_000)
-    return replace(source, limit=4_000_000) if is_large else source
+    is_large = size is None or size > (QUICK_LOOK / 200 if source.kind == "parquet" else 5 * QUICK_LOOK)
+    return replace(source, limit=QUICK_LOOK) if is_large else source
 
 
 def find_tokenizer(recipe, given, pretrained, keep):
@@ -278,7 +279,9 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
         def train_tokenizer(folder):
             tokenizers.save(tokenizers.TRAINERS[kind](sources.Texts(text), size), folder)
 
-        key = [kind, size, *map(sources.source_key, text)]
+        key = [kind, size, *(sources.source_key(replace(source, limit=0)) for source in text)]
+        if not corpus.cached_path(key).exists():  # for a quick look at large text, another is trained on its beginning
+            key = [kind, size, *map(sources.source_key, text)]
         return tokenizers.load(str(corpus.cached_folder(key, train_tokenizer)))
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), model_type)
@@ -567,6 +570,8 @@ def main(argv):
     tokenizer = find_tokenizer(recipe, given, pretrained, False)
     config = build_config(recipe, tokenizer, pretrained)
     objective, length = build_objective(recipe, tokenizer, config), data.max_len or config.max_position_embeddings
+    if data.streaming:
+        given.training = []  # which is prepared as it is read
     for name, tokens in zip(("training", "validation"), load_data(data, given, tokenizer, show=True), strict=False):
         if tokens is not None:
             objective.rows(tokens, length, data.stride or length, f"the {name} data")

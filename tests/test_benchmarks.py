@@ -20,3 +20,12 @@ def test_checkpoint(tmp_path):
     assert len(figures["seconds"]) == 8
     assert all(seconds >= 0 for seconds in figures["seconds"].values())
     assert all(name in result.stdout for name in figures["seconds"])
+
+
+def test_data(tmp_path, stories):
+    result = run("data", "--text", stories, "--batches", 2, "--json", tmp_path / "figures.json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ours"]["tokens"] == figures["map"]["tokens"] > 4000
+    assert figures["ratio"] > 0
+    assert figures["feed"]["ratio"] > 0
