@@ -30,7 +30,8 @@ def show(run, arguments):
     epochs = section.epochs or steps * section.total_batch_size / (len(run.training) * run.scale)
     shape = f"{accelerator.num_processes} processes x {section.batch_size} rows x {run.accumulation} micro-batches"
     of_steps, of_epochs = (about, "") if section.epochs else ("", about)
-    print(f"steps       {of_steps}{steps:,}, which is {of_epochs}{epochs:.2f} epochs; a step has", end=" ")
+    epochs = "" if recipe.data.streaming else f"which is {of_epochs}{epochs:.2f} epochs; "
+    print(f"steps       {of_steps}{steps:,}, {epochs}a step has", end=" ")
     print(f"{section.total_batch_size} rows: {shape}")
     print(f"memory      {_memory(run)}")
     if run.tokenizer is not None:
@@ -83,6 +84,9 @@ def _show_tokens(run, about):
     counts = run.account.get("train", {})
     for name, rows in (("training", run.training), ("validation", run.validation)):
         if rows is None:
+            continue
+        if name == "training" and run.recipe.data.streaming:
+            print(f"training    {run.given.name} as a stream, {run.recipe.data.streaming_window:,} tokens at a time")
             continue
         scale = run.scale if name == "training" or "held_out" not in run.account else 1.0
         total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.accounted()) * scale)

@@ -67,9 +67,11 @@ class Run:
         """A line for each of several sources: its share of the rows, and how often it is gone through."""
         total = sum(weight for _, _, weight in self.order.parts)
         read = self.total_steps * self.recipe.training.total_batch_size
-        for source, (_, rows, weight) in zip(self.given.training, self.order.parts, strict=False):
-            times = weight / total * read / (rows * self.scale)
-            yield f"{weight / total:6.1%} from {source.name}: its {rows:,} rows {times:.2f} times"
+        shares = self.account.get("shares", [1.0] * len(self.order.parts))
+        for source, (_, rows, weight), share in zip(self.given.training, self.order.parts, shares, strict=False):
+            rows = round(rows / max(1e-9, share))
+            part = weight / total
+            yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * read / rows:.2f} times"
 
 
 @dataclass
@@ -164,9 +166,9 @@ def prepare(recipe, accelerator, resume_from):
         encode = encode_prompt if recipe.task == "causal" else encode_masked
         encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
-    is_maker, places = accelerator.is_local_main_process, state.get("stream") if state else None
+    is_maker = accelerator.is_local_main_process
     if data.streaming and not recipe.evaluation.eval_only:
-        training, validation, account = open_stream(recipe, given, tokenizer, places, is_maker)
+        training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
     else:
         training, validation, account = load_data(data, given, tokenizer, is_maker)
     held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
@@ -473,13 +475,19 @@ def load_data(data, given, tokenizer, show):
     return training, validation, account
 
 
-def open_stream(recipe, given, tokenizer, places, is_maker):
+def open_stream(recipe, given, tokenizer, state, is_maker):
     """What `load_data` gives, of a corpus that is read a window at a time."""
     data, (source,), validation = recipe.data, given.training, None
+    places = state.get("stream") if state else None
     if source.kind in sources.OF_IDS:
         raise InputError(f"streaming has no meaning with token ids, which are read where they are: {source.name}")
     if given.validation:
         validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    if places and state["recipe"].get("streaming_window") != data.streaming_window:
+        raise InputError(
+            f"streaming_window was {state['recipe'].get('streaming_window')}, and cannot be another in the middle of a "
+            "run: the places in the corpus that it knows are of such windows"
+        )
     size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
     owner = os.path.abspath(recipe.run.save_model)
     stream = streaming.Windows(replace(source, is_streamed=True), tokenizer, size, owner, places, is_maker)
@@ -507,6 +515,11 @@ def plan(run, state, weights):
     if len(run.training.parts) > 1:
         edges = [*run.training.parts, len(run.training)]
         parts = [(a, b - a, weight) for a, b, weight in zip(edges, edges[1:], weights, strict=False)]
+        for source, (_, rows, _) in zip(run.given.training, parts, strict=True):
+            if rows < 1:
+                raise InputError(
+                    f"{source.name} is too small to have a row of its own: give more of it, or leave it out"
+                )
     run.order = order.Order(
         len(run.training),
         section.total_batch_size,

@@ -481,6 +481,8 @@ def _check(recipe, families, given):
         raise InputError("there is nothing to train on: give --train_file FILE, or --dataset ID of the Hub")
     if evaluation.eval_only and not (data.val_file or data.train_file or data.dataset or data.datasets):
         raise InputError("there is nothing to evaluate on: give --val_file FILE")
+    if evaluation.eval_only and recipe.run.dry_run:
+        raise InputError("dry_run says what training would do, and eval_only does not train: leave one of them out")
     if evaluation.eval_only and recipe.run.init_from == "scratch" and not recipe.run.resume:
         raise InputError("eval_only needs a trained model: give --load_model FOLDER, or --init_from resume")
     if isinstance(data.tokenizer, dict):
@@ -504,6 +506,9 @@ def _check_datasets(datasets, given):
             _limit(one[key], {"above": 0} if key == "weight" else WORDS[key][2].metadata, key, where)
         if bool(one.get("train_file")) == bool(one.get("dataset")):
             raise InputError(f"{where}: give one of train_file and dataset")
+    weights = [one.get("weight", 1.0) for one in datasets]
+    if weights and not min(weights) / sum(weights) >= 1e-6:
+        raise InputError(f"datasets: the weight {min(weights)} is less than a millionth of all: leave that source out")
 
 
 def _check_trained_tokenizer(settings, where):

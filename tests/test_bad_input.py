@@ -120,6 +120,11 @@ CASES = {
         {"train_file": None, "datasets": "[{train_file: a.txt, wieght: 2}]"},
         "unknown key 'wieght'; did you mean 'weight'",
     ),
+    "a weight next to nothing": (
+        {"train_file": None, "datasets": "[{train_file: a.txt, weight: 1e-9}, {train_file: b.txt}]"},
+        "less than a millionth",
+    ),
+    "a dry run of an evaluation": ({"eval_only": "true", "dry_run": "true"}, "dry_run says what training would do"),
     "a weight of nothing": (
         {"train_file": None, "datasets": "[{train_file: a.txt, weight: 0}]"},
         "must be more than 0",

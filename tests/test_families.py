@@ -358,6 +358,22 @@ def test_several_sources_by_weight(tiny, stories, tmp_path, capsys):
     assert (run / "model.safetensors").read_bytes() == reference
 
 
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_a_source_without_a_row_is_named(tiny, stories, tmp_path, capsys, packing):
+    (tmp_path / "little.txt").write_text("Anna")
+    sources = (
+        f"[{{train_file: {stories}}}, {{train_file: {tmp_path / 'little.txt'}}}, {{train_file: {stories}/0*.txt}}]"
+    )
+    flags = tiny(train_file=None, datasets=sources, val_fraction=0, packing=packing, max_steps=3)
+    code = train(*flags)
+    if packing == "stream":
+        assert code == 2
+        assert "little.txt is too small to have a row of its own" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    else:
+        assert code == 0
+
+
 def test_a_stream_is_the_same_run_killed_or_not(tiny, tmp_path, capsys):
     """Windows of 25 rows, three steps each; the run goes through the corpus more than once."""
     flags = tiny(max_steps=30, save_freq=10, streaming="true", streaming_window=800, eval_freq=10)
@@ -378,3 +394,8 @@ def test_a_stream_is_the_same_run_killed_or_not(tiny, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
     assert train(*flags, "--packing", "pad", "--save_model", str(tmp_path / "other")) == 2
     assert "streaming does not go with packing" in capsys.readouterr().err
+    (run / "model.safetensors").unlink()
+    assert (
+        train(*flags, "--streaming_window", "900", "--max_steps", 40, "--init_from", "resume", "--allow_changed") == 2
+    )
+    assert "streaming_window was 800, and cannot be another" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from .sources import OF_IDS, read_pieces, source_key, total_size
 from .tokenizer import end_of_document, place_to_cut
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-_FORMAT = 4  # of the cache: raise it when what is cached changes
+_FORMAT = 5  # of the cache: raise it when what is cached changes
 _BATCH = 1_000_000  # characters tokenized at once: enough for every core, and some 200 bytes of memory for each
 
 
@@ -95,7 +95,10 @@ def join(streams):
 
 def add_up(accounts):
     """The accounts of several sources as one."""
-    total = {"share": min(account.get("share", 1.0) for account in accounts)}
+    shares = [account.get("share", 1.0) for account in accounts]
+    tokens = [account["train"]["tokens"] for account in accounts]
+    whole = sum(count / max(1e-9, share) for count, share in zip(tokens, shares, strict=True))
+    total = {"shares": shares, "share": sum(tokens) / max(1, whole)}
     for part in ("train", "validation"):
         counts = [account[part] for account in accounts if part in account]
         keys = {key for count in counts for key in count} - {"max_id", "fingerprint"}
@@ -308,7 +311,7 @@ def _open_ids(source, tokenizer, bin_dtype):
         chunks = [_map_pickle(replace(source, files=(file,))) for file in files]
 
     def measure(folder):  # once, for it reads every token
-        digest, max_id = hashlib.sha256(), -1
+        digest, max_id = hashlib.sha256(repr([str(chunk.dtype) for chunk in chunks]).encode()), -1
         for chunk in chunks:
             for start in range(0, len(chunk), 1 << 24):
                 block = np.asarray(chunk[start : start + (1 << 24)])
@@ -364,12 +367,15 @@ def find_spans(tokens, marks, length, edges, is_fitted, ahead):
             documents = documents[documents[:, 0] < documents[:, 1]]
         spans = packing.cut(documents, length - edges)
         owners = np.searchsorted(tokens.parts, spans[:, 0], side="right") - 1
-        rows = np.arange(len(spans))
+        rows, count = np.arange(len(spans)), 0
         for part in range(len(tokens.parts)) if is_fitted else ():  # no row has documents of two sources
             mine = np.flatnonzero(owners == part)
+            if len(mine) == 0:
+                continue
             row_of = packing.best_fit(spans[mine, 1] - spans[mine, 0] + edges, length)
             order = np.argsort(row_of, kind="stable")
-            spans[mine], rows[mine] = spans[mine[order]], row_of[order] + (rows[mine[0] - 1] + 1 if part else 0)
+            spans[mine], rows[mine] = spans[mine[order]], row_of[order] + count
+            count += int(row_of.max()) + 1
         first = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(spans))
         np.save(folder / "spans.npy", spans)
         np.save(folder / "first.npy", first)

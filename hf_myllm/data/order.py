@@ -137,9 +137,9 @@ def _reshuffled(positions, num_rows, seed):
 
 
 def integer_weights(weights):
-    """Weights of any unit as whole numbers that add up to about 10,000, small enough for exact arithmetic on any
-    position."""
-    return [max(1, round(weight / sum(weights) * 10_000)) for weight in weights]
+    """Weights of any unit as whole numbers that add up to about a million, small enough for exact arithmetic on any
+    position below 10^12."""
+    return [max(1, round(weight / sum(weights) * 1_000_000)) for weight in weights]
 
 
 def digest(rows):

@@ -31,6 +31,7 @@ _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lam
 _PIECE = 100_000  # characters: a longer document comes in pieces
 _LONGEST = 8_000_000  # characters that are looked through for a place to cut
 _BLOCK = 1 << 20  # bytes read at once
+_SPACE = re.compile(r"[ \t\r\n]*")
 _ANY_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
 
 
@@ -186,8 +187,7 @@ def _read_all_pieces(source, cut, progress):
             yield from _in_pieces(_read_blocks(file, progress), cut)
     elif source.kind == "text":
         for file in source.files:
-            for _, line in _read_lines(file, progress):
-                _refuse_nul(line, file)
+            for _, line in _read_lines(file, progress, is_plain=True):
                 yield from _in_pieces([line], cut)
     else:
         for where, row in _read_rows(source, progress):
@@ -196,27 +196,27 @@ def _read_all_pieces(source, cut, progress):
 
 def _in_pieces(blocks, cut):
     """One document, of which the text comes in blocks, in pieces of about _PIECE characters."""
-    ready, held, start = None, "", _PIECE  # a piece is kept back until it is known whether the document ends with it
+    ready, held, at, start = None, "", 0, _PIECE  # a piece is kept back until it is known whether the document ends
     for block in blocks:
-        held += block
-        while len(held) > start:
-            if cut is not None and (place := cut.search(held, start)):
-                piece, held = held[: place.start()], held[place.end() :]
-            elif len(held) > _LONGEST:  # memory has an end; here a token may come out otherwise than in the whole
-                place = _ANY_SPACE.search(held, _LONGEST // 2) or re.compile("").search(held, _LONGEST)
-                piece, held = held[: place.start()], held[place.end() :]
+        held, at = held[at:] + block, 0
+        while len(held) - at > start:
+            if cut is not None and (place := cut.search(held, at + start)):
+                stop, after = place.span()
+            elif len(held) - at > _LONGEST:  # memory has an end; here a token may come out otherwise than in the whole
+                place = _ANY_SPACE.search(held, at + _LONGEST // 2)
+                stop, after = place.span() if place else (at + _LONGEST, at + _LONGEST)
             else:
-                start = len(held) - 1  # looked through up to here
+                start = len(held) - at - 1  # looked through up to here
                 break
-            start = _PIECE
             if ready is not None:
                 yield ready, False
+            piece, at, start = held[at:stop], after, _PIECE
             ready = piece if ready is not None or piece.strip() else None
     if ready is not None:
         yield ready, False
-        yield held, True
-    elif held.strip():
-        yield held, True
+        yield held[at:], True
+    elif held[at:].strip():
+        yield held[at:], True
 
 
 def _text_of(row, where, column):
@@ -291,8 +291,8 @@ def _read_blocks(file, progress):
             block = stream.read(_BLOCK)
 
 
-def _read_lines(file, progress):
-    """The lines of a file, numbered from 1, with their ends."""
+def _read_lines(file, progress, is_plain=False):
+    """The lines of a file, numbered from 1, with their ends; a plain one may not hold NUL."""
     offset = 0
     with _opened(file, progress) as (stream, tell):
         for number, line in enumerate(stream, start=1):
@@ -300,15 +300,18 @@ def _read_lines(file, progress):
                 text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
             except UnicodeDecodeError as error:
                 _refuse_encoding(file, error, offset)
+            if is_plain:
+                _refuse_nul(text, file, offset)
             offset += len(line)
             yield number, text
             tell()
 
 
 def _refuse_encoding(file, error, offset):
+    is_utf16 = offset == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     raise InputError(
         f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; convert it, "
-        f"for example with iconv -f latin1 -t utf-8"
+        f"for example with iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
     ) from None
 
 
@@ -337,38 +340,70 @@ def _read_json_lines(file, progress):
 
 def _read_json(file, progress):
     """The objects of a list, or of a file that has one after another; never all of them in memory."""
-    decoder, held, number, wanted = json.JSONDecoder(), "", 0, 1
-    for block in _read_blocks(file, progress):
-        held += block
-        if number == 0:
-            held = held.lstrip().removeprefix("[")
-        while len(held) >= wanted:
-            held = held.lstrip(" \t\r\n,")
+    decoder, blocks, held, at, number = json.JSONDecoder(), _read_blocks(file, progress), "", 0, 0
+
+    def read_on(wanted):
+        """Have so many characters more, if there are."""
+        nonlocal held, at
+        found, size = [held[at:]], 0
+        while size < wanted and (block := next(blocks, "")):
+            found.append(block)
+            size += len(block)
+        held, at = "".join(found), 0
+        return size > 0
+
+    def next_character():
+        nonlocal at
+        while True:
+            at = _SPACE.match(held, at).end()
+            if at < len(held):
+                return held[at]
+            if not read_on(1):
+                return ""
+
+    def refuse(problem):
+        raise InputError(f"{file} object {number + 1} is not JSON: {problem}") from None
+
+    is_list = next_character() == "["
+    at += is_list
+    while (character := next_character()) and not (is_list and character == "]"):
+        if is_list and number:
+            if character != ",":
+                refuse(f"{character!r} where a comma is due")
+            at += 1
+            next_character()
+        while True:
             try:
-                row, end = decoder.raw_decode(held)
-            except ValueError:  # there is more of it to come
-                wanted = 2 * len(held)
+                row, end = decoder.raw_decode(held, at)
                 break
-            number, held, wanted = number + 1, held[end:], 1
-            yield f"{file} object {number}", row
-    while held := held.lstrip(" \t\r\n,"):
-        if held.rstrip() == "]":
-            return
-        try:
-            row, end = decoder.raw_decode(held)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file} object {number + 1} is not JSON: {error}") from None
-        number, held = number + 1, held[end:]
+            except RecursionError as error:
+                refuse(error)
+            except ValueError as error:
+                is_cut = "Unterminated" in error.msg or error.pos > len(held) - 20  # there may be more of it to come
+                if not is_cut or not read_on(len(held) - at):
+                    refuse(f"{error.msg} at character {error.pos - at} of it")
+        number, at = number + 1, end
         yield f"{file} object {number}", row
+    if is_list and character != "]":
+        refuse("the list is cut short, it has no end")
+    at += is_list
+    if next_character():
+        refuse("something stands after the list")
 
 
 def _read_csv(file, progress):
     csv.field_size_limit(1 << 31 - 1)
     delimiter = "\t" if ".tsv" in Path(file).name.lower() else ","
-    rows = csv.DictReader((text for _, text in _read_lines(file, progress)), delimiter=delimiter, strict=True)
+    rows = csv.DictReader(
+        (text for _, text in _read_lines(file, progress, is_plain=True)), delimiter=delimiter, strict=True
+    )
     try:
         for row in rows:
             where = f"{file} line {rows.line_num}"
+            if len(set(rows.fieldnames)) < len(rows.fieldnames):
+                raise InputError(f"{file}: two columns have one name, of {', '.join(map(repr, rows.fieldnames))}")
+            if None in row.values():
+                raise InputError(f"{where} has fewer fields than the {len(rows.fieldnames)} that the first line names")
             if None in row:
                 raise InputError(f"{where} has more fields than the {len(rows.fieldnames)} that the first line names")
             yield where, row

@@ -42,7 +42,7 @@ class Windows:
         self.key = ["window", source_key(source), fingerprint(tokenizer), end_of_document(tokenizer), size]
         self.fingerprint = digest_of(self.key)
         self.key.append(owner)
-        self.places = {int(number): place for number, place in (places or {}).items()} or {0: {}}
+        self.places = {0: {}} | {int(number): place for number, place in (places or {}).items()}
         self.opened, self.ahead, self.is_closed = {}, None, threading.Event()
 
     def open(self, number):
@@ -69,7 +69,7 @@ class Windows:
 
     def recent_places(self):
         """What a checkpoint keeps: where the windows from the present one on begin."""
-        first = min(self.opened, default=0)
+        first = min(self.opened, default=0) - 1
         return {number: place for number, place in self.places.items() if number >= first}
 
     def _make(self, number):

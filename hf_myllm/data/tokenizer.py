@@ -158,21 +158,24 @@ def end_of_document(tokenizer):
 def place_to_cut(tokenizer):
     """A pattern of where text may be cut and still give the same tokens (what it matches is left out), or None where
     none is known."""
-    if any(character.isspace() for token in tokenizer.get_added_vocab() for character in token):
+    added = tokenizer.added_tokens_decoder.values()
+    if any(token.rstrip or any(character.isspace() for character in token.content) for token in added):
         return None  # such a token may stand across the cut
+    # the text is split at added tokens first, so that a space before one belongs to nothing
+    word = f"(?!{'|'.join(re.escape(token.content) for token in added) or '(?!)'})\\S"
     backend = tokenizer.backend_tokenizer
     normalizer, splitter = repr(backend.normalizer), repr(backend.pre_tokenizer)
     if splitter.startswith("ByteLevel(add_prefix_space=False") and "use_regex=True" in splitter:
         # GPT-2's splitting never joins such a break or space to what is before it
-        return re.compile(r"(?=\n\S)|(?<=\S)(?= \S)") if normalizer == "None" else None
+        return re.compile(rf"(?=\n{word})|(?<=\S)(?= {word})") if normalizer == "None" else None
     if splitter.startswith("BertPreTokenizer"):
         return re.compile(r"[ \t\r\n]+")
     if splitter.startswith("Sequence(pretokenizers=[WhitespaceSplit(), Metaspace("):
-        return re.compile(r"[ \t\r\n]+(?=\w)")
+        return re.compile(rf"[ \t\r\n]+(?=\w)(?={word})")
     is_llamas = re.match(r'Metaspace\(replacement="▁", prepend_scheme=(first|always), split=False', splitter)
     if is_llamas and normalizer == "None" and not any(re.search("[^▁]▁", token) for token in tokenizer.get_vocab()):
         # it puts a space before each text: the cut takes one away; and no token has a space inside
-        return re.compile(r"(?<=\S) (?=\S)")
+        return re.compile(rf"(?<=[^\s▁]) (?!▁)(?={word})")
     return None
 
 

@@ -82,6 +82,7 @@ def test_a_mixture_gives_each_source_its_share_at_any_position():
     rows = np.concatenate([order.rows_of_step(step) for step in range(100)])
     counts = [int(((rows >= first) & (rows < first + size)).sum()) for first, size, _ in parts]
     assert counts == pytest.approx([300, 200, 100], abs=2)
+    assert integer_weights([1, 30_000])[0] == 33
     for first, size, _ in parts:  # each source in an order of its own, epoch after epoch
         mine = rows[(rows >= first) & (rows < first + size)]
         for epoch in range(len(mine) // size):

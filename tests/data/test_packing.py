@@ -121,6 +121,9 @@ def test_whole_documents_are_predicted_once_and_alone(packing):
     assert max(first_of_second) <= tokens.parts[1]
     if packing == "best_fit":
         assert len(rows) < 31
+    tokens = written(documents, [9])
+    tokens.parts = [0, len(tokens) - 1]  # a source that has no document of its own
+    assert objective.rows(tokens, 32, None, "x").parts[1] >= 1
 
 
 @pytest.mark.parametrize("packing", ["pad", "best_fit"])
