@@ -11,6 +11,8 @@ import pytest
 
 # before any Hugging Face library is imported: no network, and a cache of the tests' own
 _home = tempfile.TemporaryDirectory(prefix="hf_myllm_tests_")
+# and one thread a process, for tests run side by side, and threads that wait for each other on busy cores are slow
+os.environ.update(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE=str(os.cpu_count()))
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_home.name, ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="true")
 
 ROOT = Path(__file__).parent.parent

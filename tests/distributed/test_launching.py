@@ -46,7 +46,16 @@ def test_layers_that_fsdp_gathers_are_the_models_own():
 
 
 def test_the_cpu_configuration_starts_two_processes(tiny):
-    launch = ["accelerate", "launch", "--config_file", str(CONFIGS / "cpu.yaml"), "-m", "hf_myllm.train"]
+    launch = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        str(CONFIGS / "cpu.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        "hf_myllm.train",
+    ]
     result = subprocess.run(
         [*launch, *tiny(max_steps=4)], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT, timeout=300
     )

@@ -22,7 +22,9 @@ from conftest import ROOT, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-LAUNCH = "accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no --num_processes {} --num_machines {}"
+# port 0: one that is free, for other tests launch at the same time
+LAUNCH = "accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no --main_process_port 0 "
+LAUNCH += "--num_processes {} --num_machines {}"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -242,7 +244,7 @@ def test_a_signal_inside_an_evaluation_stops_it_and_it_is_made_up_for(tiny, tmp_
 
 
 def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
-    job = start(2, [*tiny(epochs=100), "--eval_freq", "null"])
+    job = start(2, [*tiny(epochs=100, save_freq=2), "--eval_freq", "null"])
     wait_for(job, reached(tmp_path / "run", 3))
     os.kill(trainers(tmp_path / "run")[1], signal.SIGKILL)
     out, err = job.communicate(timeout=120)
