@@ -46,16 +46,7 @@ def load(name, model_type=None):
 def train_bpe(texts, vocab_size):
     """A byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2, so that no text is unknown), as the class
     that AutoTokenizer gives for GPT-2."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts, trainer)
+    trained = _train_on_bytes(models.BPE(), trainers.BpeTrainer, texts, vocab_size)
     model = json.loads(trained.to_str())["model"]
     return GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
@@ -66,17 +57,18 @@ def train_unigram(texts, vocab_size):
     The library's trainer adds up in another order each time, so that two trainings of it differ a little: one of them
     is kept, in the cache and in the run's folder.
     """
-    trained = Tokenizer(models.Unigram())
+    trained = _train_on_bytes(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def _train_on_bytes(model, trainer, texts, vocab_size):
+    trained = Tokenizer(model)
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    settings = {"special_tokens": [END_OF_TEXT], "initial_alphabet": alphabet, "show_progress": False}
+    trained.train_from_iterator(texts, trainer(vocab_size=vocab_size, **settings))
+    return trained
 
 
 def train_wordpiece(texts, vocab_size):
