@@ -144,15 +144,12 @@ def _show_first_batch(run):
     filled = f"{int((labels != IGNORED).sum())} targets in {batch['input_ids'].numel()} positions"
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
     print(f"first batch {shapes}; {filled}")
-    ids = batch["input_ids"][0]
-    if run.recipe.task == "causal":
-        print(f"  reads     {_tokens(run.tokenizer, ids)}")
-        print(f"  predicts  {_tokens(run.tokenizer, labels[0])}")
-        return
+    ids, told = batch["input_ids"][0], labels[0]
+    if run.recipe.task != "causal":  # the labels are those of some positions
+        told, used = torch.full_like(ids, IGNORED), labels[0] != IGNORED
+        told[batch["masked_positions"][0][used]] = labels[0][used]
     print(f"  reads     {_tokens(run.tokenizer, ids)}")
-    places = {int(at): int(label) for at, label in zip(batch["masked_positions"][0], labels[0], strict=True)}
-    told = [places.get(at, IGNORED) if places.get(at, IGNORED) >= 0 else IGNORED for at in range(len(ids))]
-    print(f"  predicts  {_tokens(run.tokenizer, torch.tensor(told))}")
+    print(f"  predicts  {_tokens(run.tokenizer, told)}")
     if "next_sentence_label" in batch:
         print(f"  and that  the second {'follows' if batch['next_sentence_label'][0] == 0 else 'is from elsewhere'}")
 

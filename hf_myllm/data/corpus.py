@@ -183,24 +183,21 @@ def _open_tokenized(source, tokenizer, val_fraction, show_progress):
 
 
 def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    end = end_of_document(tokenizer)
+    dtype, end = id_type(tokenizer), end_of_document(tokenizer)
     parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
-    number = 0
+    unknown, number = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id, 0
     with Progress(total_size(source), show_progress) as progress:
-        for batch in batches(read_pieces(source, place_to_cut(tokenizer), progress.read)):
-            encoded = tokenizer.backend_tokenizer.encode_batch_fast(
-                [text for text, _ in batch], add_special_tokens=False
-            )
+        for batch in encode(read_pieces(source, place_to_cut(tokenizer), progress.read), tokenizer):
             rows = {"train": [], "validation": []}
-            for (text, is_end), encoding in zip(batch, encoded, strict=True):
+            for (text, is_end), ids in batch:
                 # the share of documents held out so far reaches one more: 0.05 holds out the 10th, 30th, 50th ...
                 is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
                 part = "validation" if is_held_out else "train"
-                rows[part].append(np.array([*encoding.ids, *end] if is_end else encoding.ids, dtype=dtype))
+                rows[part].append(ids)
                 parts[part].bytes += len(text.encode())
                 parts[part].documents += is_end
-                parts[part].unknown += encoding.ids.count(tokenizer.unk_token_id)
+                # GPT-2's unknown token is the one that closes a document, which is none of the text's
+                parts[part].unknown += int((ids == unknown).sum()) - is_end * end.count(unknown)
                 number += is_end
             for part, pieces in rows.items():
                 parts[part].write(pieces)
@@ -257,8 +254,28 @@ class Progress:
             print(f"tokenizing  {far}{self.tokens:,} tokens, {speed / 1e6:.2f}M tokens/s{left}", file=sys.stderr)
 
 
-def batches(pieces):
-    """Lists of pieces, of about `_BATCH` characters each."""
+def id_type(tokenizer):
+    """The smallest number type that holds a tokenizer's ids."""
+    return np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+
+
+def encode(pieces, tokenizer):
+    """Lists of (piece, its ids), of about `_BATCH` characters each.
+
+    Args:
+        pieces: (text, is_end, ...), of which the ids get the marks that close a document where it ends.
+    """
+    end, dtype = end_of_document(tokenizer), id_type(tokenizer)
+    for batch in _batches(pieces):
+        found = tokenizer.backend_tokenizer.encode_batch_fast([piece[0] for piece in batch], add_special_tokens=False)
+        ids = (
+            np.array([*one.ids, *end] if piece[1] else one.ids, dtype=dtype)
+            for piece, one in zip(batch, found, strict=True)
+        )
+        yield list(zip(batch, ids, strict=True))
+
+
+def _batches(pieces):
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)

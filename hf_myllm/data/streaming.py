@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import InputError
-from .corpus import Progress, Tokens, batches, cached_folder, cached_path, digest_of
+from .corpus import Progress, Tokens, cached_folder, cached_path, digest_of, encode, id_type
 from .sources import read_pieces, source_key, stream_rows
 from .tokenizer import end_of_document, fingerprint, place_to_cut
 
@@ -88,20 +88,16 @@ class Windows:
             return
 
     def _fill(self, folder, place):
-        dtype = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
-        end = end_of_document(self.tokenizer)
-        ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=dtype, shape=(self.size + 1,))
+        dtype, shape = id_type(self.tokenizer), (self.size + 1,)
+        ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=dtype, shape=shape)
         filled, skip, after = 0, place.get("tokens", 0), None
         is_awaited = self.is_maker and threading.current_thread() is threading.main_thread()
         with Progress(self.size, is_awaited) as progress:
-            for batch in batches(self._pieces_from(place)):
+            for batch in encode(self._pieces_from(place), self.tokenizer):
                 if self.is_closed.is_set():
                     raise InputError("the run has ended")
-                encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
-                    [text for text, _, _ in batch], add_special_tokens=False
-                )
-                for (_, is_end, before), encoding in zip(batch, encoded, strict=True):
-                    found = np.array([*encoding.ids, *end] if is_end else encoding.ids, dtype=dtype)[skip:]
+                for (_, _, before), found in batch:
+                    found = found[skip:]
                     if after is None and filled + len(found) > self.size:
                         after = before | {"tokens": skip + self.size - filled}
                     taken = found[: len(ids) - filled]

@@ -71,6 +71,7 @@ def test_all_text_sources_agree(stories, bpe, tmp_path):
         assert everything(tokens) == wanted, name
         assert held_out is None
         assert account["train"]["documents"] == 40
+        assert account["train"]["unknown"] == 0
         assert account["train"]["bytes"] == sum(len(text.encode()) for text in texts)
         assert tokens.max_id == max(wanted)
     assert len({tokens.fingerprint for tokens, _, _ in found.values()}) == 1
