@@ -1,19 +1,23 @@
 """Evaluation: sums over all rows and all processes, divided once."""
 
 import math
+from pathlib import Path
 
+import evaluate as evaluate_library
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from .data.objectives import IGNORED, counts, targets
 from .data.order import micro_batches
 
 
 @torch.no_grad()
-def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None, must_stop=lambda: False):
+def evaluate(model, objective, read_batch, rows, batch_size, accelerator, token_bytes=None, must_stop=lambda: False):
     """The mean loss of some rows, each counted once, whatever the batch size and the number of processes.
 
     Args:
+        objective: what is learned; see data/objectives.
         read_batch: called with row numbers and a size, gives the model's inputs with that many rows.
         rows: array of row numbers.
         token_bytes: bytes of text per token id, for the loss in bits per byte.
@@ -21,11 +25,12 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None,
     Returns:
         None when it was ended; else loss (nats per target), perplexity, tokens (the targets), and bits_per_byte (None
         without token_bytes). Where rows are pairs of sentences, the loss is the sum of both tasks', and there are
-        nsp_loss (nats per pair) and nsp_accuracy besides; the perplexity is that of the masked tokens.
+        nsp_loss (nats per pair) and nsp_accuracy besides; the perplexity is that of the masked tokens. Where texts are
+        judged, there are `metrics` (see [`judge`]).
     """
     was_training = model.training
     model.eval()
-    loss_sum, tokens, text_bytes, pairs, pair_loss, right = 0.0, 0, 0, 0, 0.0, 0
+    loss_sum, tokens, text_bytes, pairs, pair_loss, right, said = 0.0, 0, 0, 0, 0.0, 0, []
     rounds = math.ceil(len(rows) / (batch_size * accelerator.num_processes))
     # every process takes part in every round, with an empty batch where its rows have run out
     for _, share in micro_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
@@ -35,7 +40,7 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None,
         batch = read_batch(share, batch_size)
         inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
         found = counts(batch)
-        outputs = model(**inputs, **dict.fromkeys(found, 1), use_cache=False)  # divided by 1: sums
+        outputs = objective.forward(model, inputs, dict.fromkeys(found, 1))  # divided by 1: sums
         loss_sum += outputs.loss.item()
         tokens += found["num_items_in_batch"]
         if "next_sentence_label" in batch:
@@ -43,6 +48,8 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None,
             pair_loss += torch.nn.functional.cross_entropy(scores, label, reduction="sum").item()
             right += int((scores.argmax(-1) == label).sum())
             pairs += found["num_pairs_in_batch"]
+        if hasattr(objective, "predictions"):
+            said.append(objective.predictions(outputs, batch))
         if token_bytes is not None:
             labels = targets(batch)[targets(batch) != IGNORED]
             text_bytes += int(token_bytes[labels.numpy()].sum())
@@ -55,7 +62,26 @@ def evaluate(model, read_batch, rows, batch_size, accelerator, token_bytes=None,
     if pairs:
         figures |= {"nsp_loss": pair_loss / pairs, "nsp_accuracy": right / pairs}
         figures["loss"] += figures["nsp_loss"]
+    if said:
+        if accelerator.num_processes > 1:  # each row once, whoever had it
+            said = gather_object(said)
+        predictions, labels = (np.concatenate(part) for part in zip(*said, strict=True))
+        figures["metrics"] = judge(objective.labels.kind, predictions, labels)
     return figures
+
+
+def judge(kind, predictions, labels):
+    """What is usual for a task, by the library `evaluate` and a metric of ours, which needs no Hub.
+
+    Args:
+        kind: see [`tasks.Labels`].
+        predictions, labels: arrays of the same shape.
+    Returns:
+        name -> value: accuracy, f1 (of class 1, where there are two), f1_macro, f1_micro and matthews; of several
+        classes at once accuracy (all of a row right), f1_macro and f1_micro; of numbers mse, pearson and spearman.
+    """
+    metric = evaluate_library.load(str(Path(__file__).parent / "metrics" / "classification.py"), kind)
+    return metric.compute(predictions=predictions.tolist(), references=labels.tolist())
 
 
 def unigram_level(training, validation, vocab_size, token_bytes=None, never=(), limit=20_000_000):

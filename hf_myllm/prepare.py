@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint
-from .data import corpus, objectives, order, sources, streaming
+from .data import corpus, objectives, order, sources, streaming, tasks
 from .data import tokenizer as tokenizers
+from .data.tokenizer import end_of_document
 from .errors import InputError, exit_on_input_error, first_line
 from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
@@ -154,8 +155,9 @@ def prepare(recipe, accelerator, resume_from):
     check_family(recipe, pretrained)
     is_trained = resume_from is not None or recipe.evaluation.eval_only
     tokenizer = find_tokenizer(recipe, given, pretrained, is_trained)
-    config = build_config(recipe, tokenizer, pretrained)
-    objective = build_objective(recipe, tokenizer, config)
+    labels = find_labels(recipe, given, pretrained, is_trained) if recipe.task == "classification" else None
+    config = build_config(recipe, tokenizer, pretrained, labels)
+    objective = build_objective(recipe, tokenizer, config, labels)
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, objective, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
@@ -167,12 +169,15 @@ def prepare(recipe, accelerator, resume_from):
         encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
     is_maker = accelerator.is_local_main_process
-    if data.streaming and not recipe.evaluation.eval_only:
+    if labels:
+        training, validation, account = load_examples(data, given, tokenizer, labels)
+    elif data.streaming and not recipe.evaluation.eval_only:
         training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
     else:
         training, validation, account = load_data(data, given, tokenizer, is_maker)
     held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
-    for tokens, name in ((training, given.name), (validation, held_out)):
+    for part, name in ((training, given.name), (validation, held_out)):
+        tokens = part.tokens if labels and part else part
         if tokens is None or tokens.max_id < config.vocab_size:
             continue
         if (place := tokens.first_beyond(config.vocab_size)) is not None:
@@ -198,8 +203,8 @@ def prepare(recipe, accelerator, resume_from):
         given,
         tokenizer,
         objective,
-        None if training is None else objective.rows(training, data.max_len, data.stride, given.name),
-        None if validation is None else objective.rows(validation, data.max_len, apart, held_out),
+        training if labels or training is None else objective.rows(training, data.max_len, data.stride, given.name),
+        validation if labels or validation is None else objective.rows(validation, data.max_len, apart, held_out),
         model,
         fresh,
         resume_from,
@@ -295,13 +300,30 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     return None
 
 
-def build_objective(recipe, tokenizer, config):
+def find_labels(recipe, given, pretrained, is_trained):
+    """What a classifier is to tell apart: what the model was trained for, or what the training data has."""
+    if is_trained:
+        config = FAMILIES[recipe.model].config.from_pretrained(str(pretrained))
+        names = (
+            () if config.problem_type == "regression" else tuple(config.id2label[i] for i in range(config.num_labels))
+        )
+        return tasks.Labels(config.problem_type or "single_label_classification", names)
+    return tasks.find_labels(given.training[0], columns(recipe.data), recipe.data.problem_type)
+
+
+def columns(data):
+    return tasks.Columns(data.text_column, data.text_pair_column, data.label_column)
+
+
+def build_objective(recipe, tokenizer, config, labels=None):
     data = recipe.data
+    if labels:
+        return objectives.Classification(labels, config.pad_token_id, hasattr(config, "type_vocab_size"))
     settings = data.packing, data.mlm_probability, data.whole_word_masking
     return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
 
 
-def build_config(recipe, tokenizer, pretrained):
+def build_config(recipe, tokenizer, pretrained, labels=None):
     """The model's configuration: that of the checkpoint it starts from, or the family's own, with the recipe's
     `config` over it."""
     config_class = FAMILIES[recipe.model].config
@@ -310,6 +332,14 @@ def build_config(recipe, tokenizer, pretrained):
         if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))
+        if labels:
+            if tokenizer is None:
+                raise InputError("task classification needs a tokenizer: give --tokenizer, or a model that has one")
+            names = labels.names or ("LABEL_0",)
+            settings |= {"problem_type": labels.kind, "id2label": dict(enumerate(names))}
+            settings["label2id"] = {name: number for number, name in enumerate(names)}
+            if tokenizer.pad_token_id is None:  # the last token of a row is the last that is not this one
+                settings["pad_token_id"] = end_of_document(tokenizer)[0]
         if pretrained:
             config = config_class.from_pretrained(str(pretrained), **settings)
             if recipe.data.add_tokens and "vocab_size" not in settings:
@@ -446,7 +476,11 @@ def resolve(recipe, config, objective, accelerator, state):
         raise InputError(
             f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
         )
-    if recipe.task != "mlm_nsp" and data.packing in ("stream", "documents") and not data.streaming:
+    if (
+        recipe.task not in ("mlm_nsp", "classification")
+        and data.packing in ("stream", "documents")
+        and not data.streaming
+    ):
         data.stride = data.stride or data.max_len - objective.specials
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
@@ -472,6 +506,19 @@ def load_data(data, given, tokenizer, show):
             validation = corpus.join(held_out)
     if given.validation:
         validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, show)
+    return training, validation, account
+
+
+def load_examples(data, given, tokenizer, labels):
+    """What `load_data` gives, of labelled data."""
+    training, validation, account = None, None, {"train": {}}
+    if given.training:
+        fraction = 0.0 if given.validation else data.val_fraction
+        what = columns(data), labels, data.max_len
+        training, validation = tasks.load_examples(given.training[0], tokenizer, *what, fraction)
+        account["train"] = training.account
+    if given.validation:
+        validation, _ = tasks.load_examples(given.validation, tokenizer, columns(data), labels, data.max_len)
     return training, validation, account
 
 

@@ -57,6 +57,19 @@ class Data:
     text_column: str = word(
         "text", "the column that holds the text in .jsonl, .parquet and Hub data", on_resume="accept"
     )
+    text_pair_column: str | None = word(
+        None, "the column of the second text, where pairs are judged", on_resume="accept"
+    )
+    label_column: str | list[str] = word(
+        "label",
+        "the column of the label; or several columns of 0 and 1, of which any number may hold",
+        on_resume="accept",
+    )
+    problem_type: str | None = word(
+        None,
+        "what a label is; default: the number or name of one class, or of several where it is a list",
+        choices=("single_label_classification", "multi_label_classification", "regression"),
+    )
     document: str = word("file", "what a document is in a text file", choices=("file", "line"), on_resume="accept")
     val_fraction: float = word(
         0.05, "share of the documents held out to validate on when there is no val_file", minimum=0, below=1
@@ -468,6 +481,11 @@ def _check(recipe, families, given):
     if data.packing in ("pad", "best_fit") and data.stride:
         raise InputError(f"stride has no meaning with packing {data.packing}, whose rows are documents: leave it out")
     _check_datasets(data.datasets or [], given)
+    if recipe.task == "classification":
+        others = {"packing": data.packing != "stream", "stride": data.stride, "streaming": data.streaming}
+        others |= {"datasets": data.datasets, "start_context": evaluation.start_context is not None}
+        if impossible := [name for name, value in others.items() if value]:
+            raise InputError(f"{impossible[0]} has no meaning with task classification: leave it out")
     if data.streaming:
         others = {"epochs": training.epochs, "datasets": data.datasets, "stride": data.stride}
         others |= {"packing": data.packing in ("pad", "best_fit"), "task mlm_nsp": recipe.task == "mlm_nsp"}

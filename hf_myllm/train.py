@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
@@ -227,7 +228,7 @@ def training_step(run, model, step):
         # sharded, whole gradients would stay on each process until the last
         with nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             inputs = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-            loss = model(**inputs, **counts, use_cache=False).loss
+            loss = run.objective.forward(model, inputs, counts).loss
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip or math.inf)  # inf: only measured
@@ -289,6 +290,7 @@ def evaluate_rows(run, model, rows, count, first=0):
     """The loss of `count` rows, evenly spread (None: all rows) from a first one on."""
     return evaluate(
         model,
+        run.objective,
         lambda numbers, size: run.objective.batch(rows, numbers, size=size),
         order.spread(count, len(rows)) + first,
         run.recipe.training.batch_size,
@@ -317,6 +319,7 @@ def report_evaluation(run, model, report, step, is_final=False):
         line |= {"val_loss": validation["loss"], "val_perplexity": validation["perplexity"]}
         line |= {"val_bits_per_byte": validation["bits_per_byte"]}
         line |= {f"val_{key}": value for key, value in validation.items() if key.startswith("nsp")}
+        line |= {f"val_{key}": value for key, value in validation.get("metrics", {}).items()}
         shown += f", validation loss {describe(validation)}"
     report.say(shown)
     speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
@@ -332,6 +335,8 @@ def describe(figures):
     if "nsp_loss" in figures:
         pair_loss, right = figures["nsp_loss"], figures["nsp_accuracy"]
         more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
+    if "metrics" in figures:
+        more = f" ({', '.join(f'{name} {value:.4f}' for name, value in figures['metrics'].items())})"
     return f"{figures['loss']:.4f}{more}"
 
 
@@ -380,7 +385,9 @@ def introduce(run, report):
         name = run.tokenizer.unk_token
         report.say(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
     unigram = None
-    if run.validation is not None:
+    if recipe.task == "classification":
+        introduce_labels(run, report)
+    elif run.validation is not None:
         part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
         report.say(f"validation  {len(run.validation.tokens):,} tokens{part}")
         never = [] if recipe.task == "causal" else tokenizers.special_ids(run.tokenizer)
@@ -400,6 +407,24 @@ def introduce(run, report):
     )
     report.say(f"run folder  {recipe.run.save_model}")
     return unigram
+
+
+def introduce_labels(run, report):
+    """Say what is to be told apart, and the level of saying always the same."""
+    labels = run.objective.labels
+    for name, rows in (("validation", run.validation), ("labels", run.training)):
+        if rows is None:
+            continue
+        if name == "validation":
+            report.say(f"validation  {len(rows):,} rows")
+        if labels.kind == "single_label_classification":
+            counts = np.bincount(rows.labels, minlength=labels.count)
+            said = ", ".join(
+                f"{label} {share:.1%}" for label, share in zip(labels.names, counts / counts.sum(), strict=True)
+            )
+            report.say(f"{'':<12}{said[:200]}")
+    if cut := run.account["train"].get("cut"):
+        report.say(f"            {cut:,} texts are longer than max_len and were cut")
 
 
 def lock_folder(folder):
@@ -490,13 +515,19 @@ def finish(run, model, report, folder, unigram):
         plot(folder, unigram)
     except OSError as error:
         report.say(f"loss.png could not be drawn: {error}")
-    is_causal = run.recipe.task == "causal"
-    if validation:
+    is_causal, is_classifier = run.recipe.task == "causal", run.recipe.task == "classification"
+    if validation and is_classifier:
+        report.say(f"done        validation loss {describe(validation)} on all {len(run.validation):,} rows")
+    elif validation:
         report.say(
             f"done        validation loss {describe(validation)} on all {validation['tokens']:,} "
             f"{'' if is_causal else 'masked '}tokens; unigram level {unigram:.4f}"
         )
-    if run.tokenizer is not None:
+    if is_classifier:
+        report.say(
+            f'try         pipeline("text-classification", "{folder}")("some text") in Python, with stock transformers'
+        )
+    elif run.tokenizer is not None:
         prompt = run.recipe.evaluation.start_context or (
             "Once upon a time" if is_causal else f"Once upon a {run.tokenizer.mask_token}"
         )
@@ -506,7 +537,12 @@ def finish(run, model, report, folder, unigram):
         f"resume      accelerate launch -m hf_myllm.train {shlex.quote(str(folder / 'recipe.yaml'))} --max_steps "
         f"{2 * run.total_steps} --init_from resume --allow_changed"
     )
-    kind = {"causal": "CausalLM", "mlm": "MaskedLM", "mlm_nsp": "PreTraining"}[run.recipe.task]
+    kind = {
+        "causal": "CausalLM",
+        "mlm": "MaskedLM",
+        "mlm_nsp": "PreTraining",
+        "classification": "SequenceClassification",
+    }[run.recipe.task]
     report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
     return True
 
@@ -519,7 +555,9 @@ def evaluate_only(run):
     else:
         run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     figures = evaluate_rows(run, run.model, run.validation, None)
-    if run.accelerator.is_main_process:
+    if run.accelerator.is_main_process and "metrics" in figures:
+        print(f"validation loss {describe(figures)}\nover all {len(run.validation):,} rows of {run.validation.name}")
+    elif run.accelerator.is_main_process:
         print(f"validation loss {describe(figures)}, perplexity {figures['perplexity']:.3f}")
         print(f"over all {figures['tokens']:,} tokens of {run.validation.name}")
     return 0

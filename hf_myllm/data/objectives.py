@@ -5,6 +5,7 @@ Each has
     isolates                              whether a row's documents do not see each other
     rows(tokens, max_len, stride, name)   the stream cut as the task needs it
     batch(rows, numbers, step, size)      the model's inputs for some rows, a dict of tensors
+    forward(model, inputs, counts)        the outputs, whose loss is the sum over all targets divided by counts
 
 `batch` adds empty rows, which no loss counts, up to `size`, so that all micro-batches have one shape. What it draws at
 random is a pure function of (seed, step, row); evaluations have no step, and so the same draw each time.
@@ -23,6 +24,11 @@ from .tokenizer import continues_word, end_of_document, ends_sentence, special_i
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
 _LONGEST_WORD = 12  # tokens by which a row's last whole word may go beyond the share
 IGNORED = -100  # what torch's cross-entropy, and with it transformers, leaves out of the loss
+
+
+def forward(model, inputs, counts):
+    """The model's outputs, whose loss is the sum over all targets divided by `counts`."""
+    return model(**inputs, **counts, use_cache=False)
 
 
 def build(task, tokenizer, vocab_size, seed, packing="stream", mlm_probability=0.15, whole_word_masking=False):
@@ -66,7 +72,7 @@ def tokens_read(batch):
     """How many tokens of text a step has read: its targets, or where only some tokens are targets, all but padding."""
     if "shift_labels" in batch:
         return int((batch["shift_labels"] != IGNORED).sum())
-    is_row = (batch["labels"] != IGNORED).any(dim=1)  # and not one that only fills the batch
+    is_row = (batch["labels"] != IGNORED).reshape(len(batch["labels"]), -1).any(dim=1)  # and not one that only fills
     if "attention_mask" in batch:
         return int(batch["attention_mask"][is_row].sum())
     return int(is_row.sum()) * batch["input_ids"].shape[1]
@@ -84,6 +90,7 @@ class Causal:
     """
 
     specials = 0
+    forward = staticmethod(forward)
 
     def __init__(self, marks=(), packing="documents"):
         self.marks, self.packing = sorted(marks), packing
@@ -147,6 +154,7 @@ class MaskedLM:
     """
 
     specials = 2
+    forward = staticmethod(forward)
 
     def __init__(self, tokenizer, vocab_size, seed, share=0.15, whole_words=False, packing="stream"):
         self.seed, self.share, self.whole_words, self.packing = seed, share, whole_words, packing
@@ -317,6 +325,63 @@ class SentencePairs(MaskedLM):
         places = np.flatnonzero(ends[:-1] & ~ends[1:]) + 1
         place = places[draw % len(places)] if len(places) else 1 + draw % max(1, len(ids) - 1)
         return ids[:place], ids[place:]
+
+
+class Classification:
+    """Say of a text which class it is, which of several classes hold, or a number.
+
+    Args:
+        labels: a [`tasks.Labels`].
+        pad: the id that fills a row; the model leaves it out by the mask, or by its id after the text.
+        has_types: whether the model tells two texts of a pair apart by token types.
+    """
+
+    specials = 0
+    isolates = False
+
+    def __init__(self, labels, pad, has_types):
+        self.labels, self.pad, self.has_types = labels, pad, has_types
+
+    def batch(self, rows, numbers, step=None, size=None):
+        """input_ids and attention_mask (rows, as long as the longest), token_type_ids where the model has them; labels
+        (rows,) class numbers or numbers, or (rows, classes) of 0 and 1."""
+        texts = [rows.read(int(number)) for number in numbers]
+        width = max([1, *(len(ids) for ids, _ in texts)])
+        width = -(-width // 8) * 8 if width > 8 else width
+        ids, mask = np.full((len(texts), width), self.pad), np.zeros((len(texts), width), dtype=np.int64)
+        types = np.zeros_like(mask)
+        for row, (text, second) in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)], types[row, second : len(text)] = text, 1, 1
+        labels = torch.from_numpy(np.array(rows.labels[np.asarray(numbers, dtype=np.int64)]))
+        batch = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if self.has_types else {})
+        batch = _tensors(batch, size)
+        missing = len(batch["input_ids"]) - len(labels)
+        batch["labels"] = torch.cat([labels, labels.new_full((missing, *labels.shape[1:]), IGNORED)])
+        return batch
+
+    def forward(self, model, inputs, counts):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits, is_row = outputs.logits.float(), labels != IGNORED
+        if self.labels.kind == "single_label_classification":
+            loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        elif self.labels.kind == "regression":
+            loss = ((logits[:, 0] - labels) ** 2)[is_row].sum()
+        else:
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")[is_row].sum()
+        outputs.loss = loss / counts["num_items_in_batch"]
+        return outputs
+
+    def predictions(self, outputs, batch):
+        """What the model says of each row, and what it should: class numbers, 0 and 1 per class, or numbers."""
+        logits, labels = outputs.logits.float().cpu(), batch["labels"]
+        is_row = (labels != IGNORED).reshape(len(labels), -1).all(dim=1)
+        if self.labels.kind == "single_label_classification":
+            said = logits.argmax(-1)
+        else:
+            said = logits[:, 0] if self.labels.kind == "regression" else (logits > 0).long()
+        return said[is_row].numpy(), labels[is_row].numpy()
 
 
 def _padded(spans, edges, limit):

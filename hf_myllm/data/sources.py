@@ -190,7 +190,7 @@ def _read_all_pieces(source, cut, progress):
             for _, line in _read_lines(file, progress, is_plain=True):
                 yield from _in_pieces([line], cut)
     else:
-        for where, row in _read_rows(source, progress):
+        for where, row in read_rows(source, progress):
             yield from _in_pieces([_text_of(row, where, source.text_column)], cut)
 
 
@@ -315,8 +315,16 @@ def _refuse_encoding(file, error, offset):
     ) from None
 
 
-def _read_rows(source, progress):
-    """(where it stands, the row as a dict) of each row."""
+def read_rows(source, progress=lambda count: None):
+    """(where it stands, the row as a dict) of each row.
+
+    Raises:
+        InputError: see [`read_pieces`]; or the source has no columns.
+    """
+    if source.kind in ("text", *OF_IDS):
+        raise InputError(
+            f"{source.name} has no columns: give .jsonl, .json, .csv, .tsv, .parquet or a data set of the Hub"
+        )
     if source.kind in ("hub", "parquet"):
         yield from _load_rows(source, progress)
         return

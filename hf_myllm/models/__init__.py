@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from .bert import MyBertConfig, MyBertForMaskedLM, MyBertForPreTraining
-from .gpt import GPTConfig, GPTForCausalLM
-from .llama import MyLlamaConfig, MyLlamaForCausalLM
+from .bert import MyBertConfig, MyBertForMaskedLM, MyBertForPreTraining, MyBertForSequenceClassification
+from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
+from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
 
 
 class Family(NamedTuple):
@@ -14,9 +14,16 @@ class Family(NamedTuple):
 
 # A recipe's `model:` -> the family.
 FAMILIES = {
-    "gpt": Family(GPTConfig, {"causal": GPTForCausalLM}),
-    "llama": Family(MyLlamaConfig, {"causal": MyLlamaForCausalLM}),
-    "bert": Family(MyBertConfig, {"mlm": MyBertForMaskedLM, "mlm_nsp": MyBertForPreTraining}),
+    "gpt": Family(GPTConfig, {"causal": GPTForCausalLM, "classification": GPTForSequenceClassification}),
+    "llama": Family(MyLlamaConfig, {"causal": MyLlamaForCausalLM, "classification": MyLlamaForSequenceClassification}),
+    "bert": Family(
+        MyBertConfig,
+        {
+            "mlm": MyBertForMaskedLM,
+            "mlm_nsp": MyBertForPreTraining,
+            "classification": MyBertForSequenceClassification,
+        },
+    ),
 }
 
 __all__ = [
@@ -24,9 +31,12 @@ __all__ = [
     "Family",
     "GPTConfig",
     "GPTForCausalLM",
+    "GPTForSequenceClassification",
     "MyBertConfig",
     "MyBertForMaskedLM",
     "MyBertForPreTraining",
+    "MyBertForSequenceClassification",
     "MyLlamaConfig",
     "MyLlamaForCausalLM",
+    "MyLlamaForSequenceClassification",
 ]

@@ -16,7 +16,11 @@ class GPTConfig(GPT2Config):
         ValueError: `n_head` does not divide `n_embd`, a value is out of range, or cross-attention is asked for.
     """
 
-    _stock_architectures = {"GPTModel": "GPT2Model", "GPTForCausalLM": "GPT2LMHeadModel"}
+    _stock_architectures = {
+        "GPTModel": "GPT2Model",
+        "GPTForCausalLM": "GPT2LMHeadModel",
+        "GPTForSequenceClassification": "GPT2ForSequenceClassification",
+    }
 
     def validate_architecture(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):

@@ -15,7 +15,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out), as GPT-2's files have it
 from transformers.utils import can_return_tuple
@@ -297,3 +301,73 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class GPTForSequenceClassification(GPTPreTrainedModel):
+    """The decoder with a classifier of whole rows, by what it knows at the last token. On disk it is a stock
+    GPT2ForSequenceClassification."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = GPTModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """Logits (batch, num_labels), and the loss when labels are given.
+
+        Args:
+            labels: as in the stock class: (batch,) class ids; (batch, num_labels) of 0.0 and 1.0; (batch,) numbers.
+            The others as in [`GPTModel`]. The last token is the rightmost that is not `config.pad_token_id`.
+        Raises:
+            ValueError: several rows, and the configuration has no pad_token_id.
+        """
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        rows = torch.arange(len(outputs.last_hidden_state), device=outputs.last_hidden_state.device)
+        last = last_token(input_ids, self.config.pad_token_id, len(rows))
+        logits = self.score(outputs.last_hidden_state[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def last_token(input_ids, pad_token_id, rows):
+    """Where each row's last token stands that is no padding; -1 where that is not to be known."""
+    if pad_token_id is None and rows > 1:
+        raise ValueError(
+            "config.pad_token_id is not set, and rows of several lengths cannot be told from their padding"
+        )
+    if pad_token_id is None or input_ids is None:
+        return -1
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (places * (input_ids != pad_token_id)).argmax(-1)

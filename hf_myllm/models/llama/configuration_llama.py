@@ -17,7 +17,11 @@ class MyLlamaConfig(LlamaConfig):
             odd, or a value is out of range.
     """
 
-    _stock_architectures = {"MyLlamaModel": "LlamaModel", "MyLlamaForCausalLM": "LlamaForCausalLM"}
+    _stock_architectures = {
+        "MyLlamaModel": "LlamaModel",
+        "MyLlamaForCausalLM": "LlamaForCausalLM",
+        "MyLlamaForSequenceClassification": "LlamaForSequenceClassification",
+    }
 
     def validate_architecture(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -1,0 +1,124 @@
+"""Models that judge texts: trained, evaluated and used by stock transformers."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import train
+from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from hf_myllm.evaluation import judge
+
+SIZES = {
+    "gpt": {"n_layer": 1, "n_head": 2, "n_embd": 32, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+STOCK = {"gpt": "GPT2", "llama": "Llama", "bert": "Bert"}
+
+
+def write_rows(path, count, kind, seed=0):
+    """Texts of nice and nasty words; the label says which, how many of each, or the share of nice ones."""
+    draw = random.Random(seed)
+    with open(path, "w") as file:
+        for _ in range(count):
+            nice, nasty = draw.randint(0, 4), draw.randint(0, 4)
+            words = ["lovely"] * nice + ["horrid"] * nasty + ["thing"] * draw.randint(1, 6)
+            draw.shuffle(words)
+            label = {"single": "nice" if nice > nasty else "nasty", "regression": nice - nasty}.get(kind)
+            if kind == "multi":
+                label = ["nice"] * (nice > 0) + ["nasty"] * (nasty > 0)
+            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return path
+
+
+def flags(folder, family, kind, **more):
+    words = {"model": family, "task": "classification", **SIZES[family], "max_len": 32, "batch_size": 16}
+    words |= {"train_file": write_rows(folder / "train.jsonl", 600, kind), "save_model": folder / "run"}
+    words |= {"val_file": write_rows(folder / "val.jsonl", 101, kind, 1), "learning_rate": 5e-3, "epochs": 4}
+    words["tokenizer"] = f"{{train: {'wordpiece' if family == 'bert' else 'bpe'}, vocab_size: 300}}"
+    words |= {"problem_type": "regression" if kind == "regression" else None} | more
+    return [text for key, value in words.items() if value is not None for text in (f"--{key}", str(value))]
+
+
+def figures(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "val_loss" in line][-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [(f, "single") for f in SIZES] + [("bert", "multi"), ("gpt", "regression")]
+)
+def test_it_learns_and_stock_transformers_says_the_same(tmp_path, family, kind):
+    assert train(*flags(tmp_path, family, kind)) == 0
+    run, found = tmp_path / "run", figures(tmp_path / "run")
+    model, loading = AutoModelForSequenceClassification.from_pretrained(run, output_loading_info=True)
+    assert type(model).__name__ == f"{STOCK[family]}ForSequenceClassification"
+    assert not loading["missing_keys"] | loading["unexpected_keys"]
+    rows = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    with torch.no_grad():  # one at a time: no padding
+        logits = torch.cat([model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+    if kind == "regression":
+        said, wanted = logits[:, 0].numpy(), np.array([row["label"] for row in rows])
+        assert found["val_mse"] == pytest.approx(((said - wanted) ** 2).mean(), rel=1e-4)
+        assert found["val_loss"] == pytest.approx(found["val_mse"], rel=1e-4)
+        assert found["val_pearson"] > 0.9
+        return
+    if kind == "multi":
+        names = [model.config.id2label[number] for number in range(2)]
+        wanted = np.array([[name in row["label"] for name in names] for row in rows])
+        assert found["val_accuracy"] == pytest.approx(((logits > 0).numpy() == wanted).all(axis=1).mean())
+        assert found["val_accuracy"] > 0.9
+        return
+    wanted = np.array([model.config.label2id[row["label"]] for row in rows])
+    said = logits.argmax(-1).numpy()
+    assert found["val_accuracy"] == pytest.approx((said == wanted).mean())
+    assert found["val_accuracy"] > 0.8
+    assert found["val_f1"] == pytest.approx(f1_score(wanted, said))
+    assert found["val_matthews"] == pytest.approx(matthews_corrcoef(wanted, said))
+    assert found["val_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(wanted)).item(), rel=1e-4
+    )
+    assert pipeline("text-classification", str(run))("lovely lovely thing")[0]["label"] == "nice"
+
+
+def test_batches_do_not_matter_and_what_was_trained_is_judged_elsewhere(tmp_path, capsys):
+    assert train(*flags(tmp_path, "bert", "single", epochs=1)) == 0
+    run = tmp_path / "run"
+    judged = []
+    for size in (1, 7, 64):
+        capsys.readouterr()
+        words = [
+            "--model",
+            "bert",
+            "--task",
+            "classification",
+            "--eval_only",
+            "--load_model",
+            run,
+            "--batch_size",
+            size,
+        ]
+        assert train(*words, "--val_file", tmp_path / "val.jsonl") == 0
+        judged.append(capsys.readouterr().out)
+    assert len(set(judged)) == 1
+    assert f"accuracy {figures(run)['val_accuracy']:.4f}" in judged[0]
+    (tmp_path / "val.jsonl").write_text('{"text": "x", "label": "so so"}\n')
+    assert train(*words, "--val_file", tmp_path / "val.jsonl") == 2
+    assert "line 1: the label 'so so' is not in the training data, which has nasty, nice" in capsys.readouterr().err
+
+
+def test_metrics_by_hand():
+    found = judge("single_label_classification", np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0]))
+    assert found["accuracy"] == 0.75
+    assert found["f1"] == pytest.approx(2 / 3)
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)
+    assert "f1" not in judge("single_label_classification", np.array([0, 1, 2]), np.array([0, 1, 2]))
+    found = judge("regression", np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    assert found["pearson"] == pytest.approx(1)
+    assert found["mse"] == pytest.approx((1 + 4 + 9) / 3)
+    assert judge("regression", np.array([1.0, 1.0]), np.array([2.0, 3.0]))["spearman"] == 0
