@@ -17,6 +17,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "report": {"errors", "models"},
     "generate": {"errors", "models", "checkpoint"},
     "processes": {"errors"},
+    "metrics": set(),
     "prepare": {"errors", "models", "recipe", "data", "checkpoint", "generate", "processes"},
     "dry_run": {"data"},
     "train": {

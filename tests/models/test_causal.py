@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    pipeline,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
@@ -348,3 +356,37 @@ def test_real_tokenizers_and_text_agree_with_stock(assets, tmp_path, family, tok
     start = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("ROMEO:")["input_ids"]])
     generated = ours.generate(start, max_new_tokens=5, do_sample=False)[0]
     assert said[0]["generated_token_ids"] == generated.tolist()
+
+
+@families
+def test_a_classifier_is_stocks(tmp_path, family):
+    """By the last token, whichever side the padding is on; the three kinds of labels; files both ways."""
+    classifier = FAMILIES[family.name].tasks["classification"]
+    sizes = {**family.sizes, **family.still, "num_labels": 3}
+    ours = classifier(family.config_class(**sizes, pad_token_id=0)).eval()
+    ours.save_pretrained(tmp_path)
+    stock, loading = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] | loading["unexpected_keys"]
+    assert type(stock).__name__ == family.stock.split("LMHead")[0].split("ForCausal")[0] + "ForSequenceClassification"
+    ids, mask = batch(), torch.ones_like(batch())
+    ids[ids == 0] = 5
+    ids[0, -3:], mask[0, -3:], ids[1, :4], mask[1, :4] = 0, 0, 0, 0
+    kinds = {
+        "single_label_classification": torch.arange(len(ids)) % 3,
+        "multi_label_classification": torch.rand(len(ids), 3).round(),
+        "regression": torch.rand(len(ids), 3),
+    }
+    for kind, labels in kinds.items():
+        found = []
+        for model in (ours, stock.eval()):
+            model.config.problem_type = kind
+            model.zero_grad()
+            outputs = model(ids, attention_mask=mask, labels=labels)
+            outputs.loss.backward()
+            found.append(
+                (outputs.logits, outputs.loss, model.score.weight.grad, model.get_input_embeddings().weight.grad)
+            )
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="pad_token_id is not set"):
+        classifier(family.config_class(**sizes, pad_token_id=None))(ids)

@@ -1,0 +1,1 @@
+"""What models are judged by: metrics for the library `evaluate`, each loaded by its path."""
