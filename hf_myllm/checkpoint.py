@@ -35,7 +35,9 @@ class ShardError(InputError):
     """A process that is not the first could not write its part of a checkpoint; the first says that there was one."""
 
 
-def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), exchange=lambda value: [value]):
+def save(
+    run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), exchange=lambda value: [value], keep=None
+):
     """Write RUN/checkpoint-<step>, then remove the oldest ones beyond `limit`.
 
     Args:
@@ -44,6 +46,7 @@ def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), 
         shard: (number, count) of the processes that call this together, each with its rows of the tensors; the first
             writes all the rest.
         exchange: gives each of them the values of all, in their order.
+        keep: a step whose checkpoint stays, however old.
     Returns:
         the checkpoint's folder.
     Raises:
@@ -113,7 +116,7 @@ def save(run, step, write_model, optimizer_tensors, state, limit, shard=(0, 1), 
         raise (InputError if number == 0 or error is theirs else ShardError)(
             f"cannot save {final}: {error}; {kept}"
         ) from None
-    for _, path in _complete(run)[limit:]:
+    for path in [path for old, path in _complete(run)[limit:] if old != keep]:
         try:
             _remove(path)
         except OSError as error:
@@ -230,6 +233,23 @@ def publish(checkpoint, run):
         raise InputError(f"cannot write the model into {run}: {error}; {checkpoint} has it whole") from None
 
 
+def publish_made(write_model, run):
+    """Make what `write_model(folder)` writes the model at the run's root; see [`publish`]."""
+    aside = Path(run) / f"checkpoint-merged{_PARTIAL}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        write_model(aside)
+        mode = (aside / "config.json").stat().st_mode
+        for path in aside.iterdir():
+            path.chmod(mode)  # see save
+            _flush(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the model into {run}: {error}") from None
+    publish(aside, run)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def is_published(checkpoint, run):
     """Whether the model at the run's root is this checkpoint's, and not that of a shorter run before it."""
     model = {name: record for name, record in _read_marker(checkpoint).items() if "/" not in name}
@@ -252,7 +272,8 @@ def listing(run):
 
 
 def is_finished(run):
-    return any((Path(run) / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+    names = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+    return any((Path(run) / name).exists() for name in names)
 
 
 def step_of(path):

@@ -76,7 +76,8 @@ def _parts(model):
     each = sizes.pop("layers", 0) // max(1, len(layers))
     said = [f"{name} {size:,}" for name, size in sizes.items()]
     said.insert(min(2, len(said)), f"{len(layers)} layers of {each:,}")
-    tied = ", the head tied to the embeddings" if model.config.tie_word_embeddings else ""
+    is_tied = model.config.tie_word_embeddings and model.get_output_embeddings() is not None
+    tied = ", the head tied to the embeddings" if is_tied else ""
     return ", ".join(said) + tied
 
 
@@ -90,7 +91,7 @@ def _show_tokens(run, about):
             continue
         scale = run.scale if name == "training" or "held_out" not in run.account else 1.0
         total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.accounted()) * scale)
-        is_whole = run.recipe.data.stride is None or run.recipe.data.stride >= rows.length
+        is_whole = run.recipe.data.stride is None or run.recipe.data.stride >= getattr(rows, "length", 0)
         verb, said = "trained on" if name == "training" else "validated on", about if scale > 1 else ""
         print(
             f"{name:<12}{said}{total:,} tokens = {total - dropped:,} {verb} + {dropped:,} dropped; "
@@ -113,13 +114,15 @@ def _memory(run):
     config, section = run.model.config, run.recipe.training
     half = run.accelerator.mixed_precision in ("fp16", "bf16", "fp8") or section.dtype == "bfloat16"
     width = 2 if section.dtype == "bfloat16" else 4
-    state = run.model.num_parameters() * 4 * width
+    trained = run.model.num_parameters(only_trainable=True)
+    state = (run.model.num_parameters() + 3 * trained) * width  # of what is frozen, the weights alone
     if run.accelerator.is_fsdp2:
         state /= run.accelerator.num_processes
     tokens = section.batch_size * run.recipe.data.max_len
     per_layer = (2 if section.gradient_checkpointing else 34) * config.hidden_size * (1 if half else 2)
     activations = tokens * config.num_hidden_layers * per_layer
-    predicted = tokens * (run.recipe.data.mlm_probability if run.recipe.task != "causal" else 1)
+    shares = {"mlm": run.recipe.data.mlm_probability, "mlm_nsp": run.recipe.data.mlm_probability}
+    predicted = tokens * shares.get(run.recipe.task, 1 if run.model.can_generate() else 0)
     logits = predicted * config.vocab_size * (10 if half else 12)
     total = state + activations + logits
     parts = f"weights and optimizer {_size(state)}, activations {_size(activations)}, logits {_size(logits)}"
@@ -145,13 +148,30 @@ def _show_first_batch(run):
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
     print(f"first batch {shapes}; {filled}")
     ids, told = batch["input_ids"][0], labels[0]
-    if run.recipe.task != "causal":  # the labels are those of some positions
+    print(f"  reads     {_tokens(run.tokenizer, ids)}")
+    if "masked_positions" in batch:  # the labels are those of some positions
         told, used = torch.full_like(ids, IGNORED), labels[0] != IGNORED
         told[batch["masked_positions"][0][used]] = labels[0][used]
-    print(f"  reads     {_tokens(run.tokenizer, ids)}")
-    print(f"  predicts  {_tokens(run.tokenizer, told)}")
+    if "masked_positions" in batch or "shift_labels" in batch:
+        print(f"  predicts  {_tokens(run.tokenizer, told)}")
+    else:
+        print(f"  says      {_said(run, ids, told)}")
     if "next_sentence_label" in batch:
         print(f"  and that  the second {'follows' if batch['next_sentence_label'][0] == 0 else 'is from elsewhere'}")
+
+
+def _said(run, ids, labels):
+    """What is to be said of a row: classes, a number, or the tokens of an answer."""
+    if run.recipe.task == "question_answering":
+        first, last = labels.tolist()
+        return _tokens(run.tokenizer, ids[first : last + 1]) if first else "that it does not hold the answer"
+    names = run.objective.labels.names
+    if run.recipe.task == "token_classification":
+        shown = ["·" if number == IGNORED else names[number] for number in labels.tolist()]
+        return "|".join(shown[:_SHOWN]) + (f"| ... {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "|")
+    if labels.dim():
+        return ", ".join(name for name, holds in zip(names, labels.tolist(), strict=True) if holds) or "none"
+    return names[int(labels)] if names else f"{float(labels):g}"
 
 
 def _tokens(tokenizer, ids):

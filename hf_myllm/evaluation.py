@@ -10,23 +10,41 @@ from accelerate.utils import gather_object
 
 from .data.objectives import IGNORED, counts, targets
 from .data.order import micro_batches
+from .errors import InputError, first_line
+
+METRICS = Path(__file__).parent / "metrics"
 
 
 @torch.no_grad()
-def evaluate(model, objective, read_batch, rows, batch_size, accelerator, token_bytes=None, must_stop=lambda: False):
+def evaluate(
+    model,
+    objective,
+    data,
+    rows,
+    batch_size,
+    accelerator,
+    token_bytes=None,
+    must_stop=lambda: False,
+    is_judged=True,
+    metrics=(),
+):
     """The mean loss of some rows, each counted once, whatever the batch size and the number of processes.
 
     Args:
         objective: what is learned; see data/objectives.
-        read_batch: called with row numbers and a size, gives the model's inputs with that many rows.
+        data: the rows, as the objective takes them.
         rows: array of row numbers.
         token_bytes: bytes of text per token id, for the loss in bits per byte.
         must_stop: asked before each batch, by all processes together; True ends the evaluation.
+        is_judged: whether labelled rows are judged by the task's metrics too.
+        metrics: names of more, see [`judge`].
     Returns:
         None when it was ended; else loss (nats per target), perplexity, tokens (the targets), and bits_per_byte (None
         without token_bytes). Where rows are pairs of sentences, the loss is the sum of both tasks', and there are
-        nsp_loss (nats per pair) and nsp_accuracy besides; the perplexity is that of the masked tokens. Where texts are
-        judged, there are `metrics` (see [`judge`]).
+        nsp_loss (nats per pair) and nsp_accuracy besides; the perplexity is that of the masked tokens. Where rows
+        are judged, there are `metrics` (see [`judge`]) in place of the perplexity.
+    Raises:
+        InputError: see [`judge`].
     """
     was_training = model.training
     model.eval()
@@ -37,7 +55,7 @@ def evaluate(model, objective, read_batch, rows, batch_size, accelerator, token_
         if must_stop():
             model.train(was_training)
             return None
-        batch = read_batch(share, batch_size)
+        batch = objective.batch(data, share, size=batch_size)
         inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
         found = counts(batch)
         outputs = objective.forward(model, inputs, dict.fromkeys(found, 1))  # divided by 1: sums
@@ -48,8 +66,8 @@ def evaluate(model, objective, read_batch, rows, batch_size, accelerator, token_
             pair_loss += torch.nn.functional.cross_entropy(scores, label, reduction="sum").item()
             right += int((scores.argmax(-1) == label).sum())
             pairs += found["num_pairs_in_batch"]
-        if hasattr(objective, "predictions"):
-            said.append(objective.predictions(outputs, batch))
+        if is_judged and hasattr(objective, "predictions"):
+            said += zip(share.tolist(), objective.predictions(outputs, data, share), strict=True)
         if token_bytes is not None:
             labels = targets(batch)[targets(batch) != IGNORED]
             text_bytes += int(token_bytes[labels.numpy()].sum())
@@ -62,26 +80,39 @@ def evaluate(model, objective, read_batch, rows, batch_size, accelerator, token_
     if pairs:
         figures |= {"nsp_loss": pair_loss / pairs, "nsp_accuracy": right / pairs}
         figures["loss"] += figures["nsp_loss"]
-    if said:
+    if is_judged and hasattr(objective, "predictions"):
         if accelerator.num_processes > 1:  # each row once, whoever had it
             said = gather_object(said)
-        predictions, labels = (np.concatenate(part) for part in zip(*said, strict=True))
-        figures["metrics"] = judge(objective.labels.kind, predictions, labels)
+        numbers, predictions = zip(*sorted(said, key=lambda pair: pair[0]), strict=True)
+        figures = {"loss": figures["loss"], "tokens": figures["tokens"]}
+        figures["metrics"] = judge(*objective.judged(data, np.array(numbers), predictions), metrics)
     return figures
 
 
-def judge(kind, predictions, labels):
+def judge(name, kind, predictions, references, more=()):
     """What is usual for a task, by the library `evaluate` and a metric of ours, which needs no Hub.
 
     Args:
-        kind: see [`tasks.Labels`].
-        predictions, labels: arrays of the same shape.
+        name: "classification", "entities" or "answers": the file in metrics/, which says what it takes and gives.
+        kind: its configuration, None where there is but one.
+        more: names of other metrics, of the Hub or paths, that take the same; theirs that have the name of one of ours
+            are called NAME_KEY.
     Returns:
-        name -> value: accuracy, f1 (of class 1, where there are two), f1_macro, f1_micro and matthews; of several
-        classes at once accuracy (all of a row right), f1_macro and f1_micro; of numbers mse, pearson and spearman.
+        name -> value.
+    Raises:
+        InputError: another metric cannot be had, or does not take what the task gives.
     """
-    metric = evaluate_library.load(str(Path(__file__).parent / "metrics" / "classification.py"), kind)
-    return metric.compute(predictions=predictions.tolist(), references=labels.tolist())
+    found = {}
+    for one in (str(METRICS / f"{name}.py"), *more):
+        try:
+            metric = evaluate_library.load(one, kind if one.startswith(str(METRICS)) else None, keep_in_memory=True)
+            figures = metric.compute(predictions=predictions, references=references)
+        except Exception as error:  # of the network, of the library, of the metric
+            raise InputError(f"metric {one} does not work here: {first_line(error)[:300]}") from None
+        for key, value in figures.items():
+            if isinstance(value, (int, float, np.number)):
+                found[f"{Path(one).stem}_{key}" if key in found else key] = float(value)
+    return found
 
 
 def unigram_level(training, validation, vocab_size, token_bytes=None, never=(), limit=20_000_000):

@@ -69,6 +69,8 @@ def generate_text(
 def encode_prompt(tokenizer, prompt, positions):
     """The ids to start from, and whether they are only the token that stands between documents.
 
+    A tokenizer that puts a token before each text does so here too, as in stock pipelines.
+
     Raises:
         InputError: the prompt leaves no position to generate at, or is empty and there is no token to start from.
     """
@@ -76,7 +78,13 @@ def encode_prompt(tokenizer, prompt, positions):
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt is not UTF-8 at place {error.start}") from None
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    while (
+        ids
+        and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
+        and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1]))
+    ):
+        ids.pop()  # the end is still to come
     if len(ids) >= positions:
         raise InputError(f"the prompt has {len(ids)} tokens, and the model only {positions} positions: shorten it")
     if len(ids):
@@ -130,8 +138,8 @@ def encode_masked(tokenizer, text, positions):
     return ids
 
 
-def load(run, device="cpu"):
-    """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
+def find_model(run):
+    """The folder of a run's model, its root or, while there is none yet, its newest checkpoint; and the tokenizer."""
     folder = Path(run)
     if not folder.is_dir():
         raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
@@ -145,10 +153,20 @@ def load(run, device="cpu"):
         tokenizer = ()
     if len(tokenizer) < 2:  # what AutoTokenizer makes of a config.json alone
         raise InputError(f"{folder} holds no tokenizer; save the data's own there with tokenizer.save_pretrained")
+    return folder, tokenizer
+
+
+def load(run, device="cpu"):
+    """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
+    folder, tokenizer = find_model(run)
     try:
         architectures = AutoConfig.from_pretrained(folder).architectures or [""]
+        if architectures[0].endswith(("Classification", "QuestionAnswering")):
+            raise InputError(f"{run} judges text and writes none: python -m hf_myllm.predict {run} --input FILE")
         fills_in = architectures[0].endswith(("ForMaskedLM", "ForPreTraining"))
         model = (AutoModelForMaskedLM if fills_in else AutoModelForCausalLM).from_pretrained(folder)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)[:300]}") from None
     return model.to(device), tokenizer
@@ -162,14 +180,14 @@ class _Terminal(TextStreamer):
         sys.stdout.flush()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; --help lists the options")
 
 
 @exit_on_input_error
 def main(argv):
-    parser = _Parser(prog="python -m hf_myllm.generate", description=__doc__)
+    parser = Parser(prog="python -m hf_myllm.generate", description=__doc__)
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue (default: start from nothing)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate, at most")

@@ -18,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
-from . import checkpoint
+from . import checkpoint, lora
 from .data import corpus, objectives, order, sources, streaming, tasks
 from .data import tokenizer as tokenizers
 from .data.tokenizer import end_of_document
@@ -155,9 +155,11 @@ def prepare(recipe, accelerator, resume_from):
     check_family(recipe, pretrained)
     is_trained = resume_from is not None or recipe.evaluation.eval_only
     tokenizer = find_tokenizer(recipe, given, pretrained, is_trained)
-    labels = find_labels(recipe, given, pretrained, is_trained) if recipe.task == "classification" else None
-    config = build_config(recipe, tokenizer, pretrained, labels)
-    objective = build_objective(recipe, tokenizer, config, labels)
+    task = find_task(recipe, given, tokenizer, pretrained, is_trained)
+    config = build_config(recipe, tokenizer, pretrained, task)
+    objective = build_objective(recipe, tokenizer, config, task)
+    if recipe.lora.r and accelerator.is_fsdp2:
+        raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, objective, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
@@ -165,19 +167,19 @@ def prepare(recipe, accelerator, resume_from):
     if pretrained:
         check_architecture(recipe, pretrained, is_trained)
     if recipe.evaluation.start_context is not None and tokenizer is not None:
-        encode = encode_prompt if recipe.task == "causal" else encode_masked
+        encode = encode_masked if recipe.task in ("mlm", "mlm_nsp") else encode_prompt
         encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
 
     is_maker = accelerator.is_local_main_process
-    if labels:
-        training, validation, account = load_examples(data, given, tokenizer, labels)
+    if task:
+        training, validation, account = load_examples(recipe, given, task, config, objective)
     elif data.streaming and not recipe.evaluation.eval_only:
         training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
     else:
         training, validation, account = load_data(data, given, tokenizer, is_maker)
     held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
     for part, name in ((training, given.name), (validation, held_out)):
-        tokens = part.tokens if labels and part else part
+        tokens = part.tokens if task and part else part
         if tokens is None or tokens.max_id < config.vocab_size:
             continue
         if (place := tokens.first_beyond(config.vocab_size)) is not None:
@@ -203,14 +205,16 @@ def prepare(recipe, accelerator, resume_from):
         given,
         tokenizer,
         objective,
-        training if labels or training is None else objective.rows(training, data.max_len, data.stride, given.name),
-        validation if labels or validation is None else objective.rows(validation, data.max_len, apart, held_out),
+        None if training is None else objective.rows(training, data.max_len, data.stride, given.name),
+        None if validation is None else objective.rows(validation, data.max_len, apart, held_out),
         model,
         fresh,
         resume_from,
         account,
     )
-    if tokenizer is not None and recipe.task == "causal":  # what is masked adds up to no text
+    if recipe.evaluation.metric_for_best and run.validation is None:
+        raise InputError("metric_for_best needs rows to validate on: give --val_file FILE, or a val_fraction above 0")
+    if tokenizer is not None and recipe.task in ("causal", "instruction"):  # what is masked adds up to no text
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not recipe.evaluation.eval_only:
         plan(run, state, order.integer_weights(given.weights))
@@ -221,7 +225,7 @@ def find_sources(data, eval_only):
     """Where the text comes from."""
     validation = None
     if data.val_file:
-        validation = sources.file_source(data.val_file, data.text_column, data.document)
+        validation = sources.file_source(data.val_file, data.text_column or "text", data.document)
     if eval_only and validation:
         return Given([], [], validation)
     named = data.datasets or [asdict(data)]
@@ -230,7 +234,7 @@ def find_sources(data, eval_only):
 
 def find_source(one, data):
     """The source that a mapping names, with `data`'s words where it has none."""
-    column = one.get("text_column", data.text_column)
+    column = one.get("text_column", data.text_column) or "text"
     if one.get("dataset"):
         split = one.get("dataset_split", data.dataset_split)
         return sources.hub_source(one["dataset"], one.get("dataset_config"), split, one.get("dataset_revision"), column)
@@ -300,30 +304,56 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     return None
 
 
-def find_labels(recipe, given, pretrained, is_trained):
-    """What a classifier is to tell apart: what the model was trained for, or what the training data has."""
+def find_task(recipe, given, tokenizer, pretrained, is_trained):
+    """How labelled rows are read, with the labels that there are: those that the model was trained for, or those of the
+    training data. None where the task needs no labels."""
+    if recipe.task not in tasks.TASKS:
+        return None
+    if tokenizer is None:
+        raise InputError(f"task {recipe.task} needs a tokenizer: give --tokenizer, or a model that has one")
+    data, config_class = recipe.data, FAMILIES[recipe.model].config
+    if data.chat_template and not is_trained:
+        tokenizer.chat_template = read_template(data.chat_template)
+    more = {"stride": data.stride} if recipe.task == "question_answering" else {}
+    task = tasks.TASKS[recipe.task](
+        tokenizer,
+        data.max_len,
+        text_column=data.text_column,
+        text_pair_column=data.text_pair_column,
+        label_column=data.label_column,
+        **more,
+    )
     if is_trained:
-        config = FAMILIES[recipe.model].config.from_pretrained(str(pretrained))
-        names = (
-            () if config.problem_type == "regression" else tuple(config.id2label[i] for i in range(config.num_labels))
-        )
-        return tasks.Labels(config.problem_type or "single_label_classification", names)
-    return tasks.find_labels(given.training[0], columns(recipe.data), recipe.data.problem_type)
+        task.labels = trained_labels(config_class.from_pretrained(str(pretrained)))
+    elif hasattr(task, "find_labels"):
+        task.find_labels(given.training[0], data.problem_type, data.skip_bad_rows)
+    return task
 
 
-def columns(data):
-    return tasks.Columns(data.text_column, data.text_pair_column, data.label_column)
+def trained_labels(config):
+    """What a classifier was trained to tell apart."""
+    if config.problem_type == tasks.REGRESSION:
+        return tasks.Labels(tasks.REGRESSION)
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return tasks.Labels(config.problem_type or tasks.CLASSIFICATION, names)
 
 
-def build_objective(recipe, tokenizer, config, labels=None):
+def read_template(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"chat_template {path[:100]!r} is not a file that can be read: {error}") from None
+
+
+def build_objective(recipe, tokenizer, config, task=None):
     data = recipe.data
-    if labels:
-        return objectives.Classification(labels, config.pad_token_id, hasattr(config, "type_vocab_size"))
+    if task:
+        return objectives.build_labelled(recipe.task, tokenizer, config, task.labels, data.packing)
     settings = data.packing, data.mlm_probability, data.whole_word_masking
     return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
 
 
-def build_config(recipe, tokenizer, pretrained, labels=None):
+def build_config(recipe, tokenizer, pretrained, task=None):
     """The model's configuration: that of the checkpoint it starts from, or the family's own, with the recipe's
     `config` over it."""
     config_class = FAMILIES[recipe.model].config
@@ -332,14 +362,14 @@ def build_config(recipe, tokenizer, pretrained, labels=None):
         if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))
-        if labels:
-            if tokenizer is None:
-                raise InputError("task classification needs a tokenizer: give --tokenizer, or a model that has one")
-            names = labels.names or ("LABEL_0",)
-            settings |= {"problem_type": labels.kind, "id2label": dict(enumerate(names))}
+        if task and task.labels:
+            names = task.labels.names or ("LABEL_0",)
+            settings |= {"id2label": dict(enumerate(names))}
             settings["label2id"] = {name: number for number, name in enumerate(names)}
-            if tokenizer.pad_token_id is None:  # the last token of a row is the last that is not this one
-                settings["pad_token_id"] = end_of_document(tokenizer)[0]
+            if recipe.task == "classification":
+                settings["problem_type"] = task.labels.kind
+        if task and tokenizer.pad_token_id is None:  # the last token of a row is the last that is not this one
+            settings["pad_token_id"] = end_of_document(tokenizer)[0]
         if pretrained:
             config = config_class.from_pretrained(str(pretrained), **settings)
             if recipe.data.add_tokens and "vocab_size" not in settings:
@@ -406,7 +436,23 @@ def positions_key(config_class):
 
 def build_model(recipe, config, pretrained, is_trained):
     """The model, with fresh weights that only the seed decides, or with those of a checkpoint; and the names of the
-    weights that the checkpoint did not have, which only a head may lack."""
+    weights that the checkpoint did not have, which only a head may lack. With LoRA, where the recipe or the checkpoint
+    has it."""
+    base, section = lora.base_of(pretrained), recipe.lora
+    model, fresh = build_whole_model(recipe, config, base or pretrained, is_trained and not base)
+    if base:  # what it lacks, the adapter has
+        model, fresh = lora.load(model, pretrained), []
+        if is_trained:
+            return model, fresh
+        model = model.merge_and_unload()
+    if section.r and not recipe.evaluation.eval_only:
+        settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
+        model = lora.add(model, recipe.task, fresh, *settings)
+    return model, fresh
+
+
+def build_whole_model(recipe, config, pretrained, is_trained):
+    """See [`build_model`]."""
     model_class = FAMILIES[recipe.model].tasks[recipe.task]
     dtype = getattr(torch, recipe.training.dtype)
     torch.manual_seed(order.derive_seed(recipe.run.seed, "initial weights"))
@@ -430,14 +476,17 @@ def build_model(recipe, config, pretrained, is_trained):
         )
     except Exception as error:
         raise InputError(f"the model {pretrained} cannot be loaded: {first_line(error)}") from None
-    if mismatched := sorted(loading["mismatched_keys"]):
+    fresh, body = sorted(loading["missing_keys"]), f"{model_class.base_model_prefix}."
+    mismatched = sorted(loading["mismatched_keys"])
+    if not is_trained and recipe.task in tasks.TASKS:  # a head for other labels
+        fresh += [name for name, *_ in mismatched if not name.startswith(body)]
+        mismatched = [one for one in mismatched if one[0].startswith(body)]
+    if mismatched:
         name, stored, wanted = mismatched[0]
         raise InputError(
             f"the model {pretrained} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
             f"{tuple(wanted)} by the config ({len(mismatched)} such)"
         )
-    fresh = sorted(loading["missing_keys"])
-    body = f"{model_class.base_model_prefix}."
     if missing := [name for name in fresh if is_trained or (name.startswith(body) and ".pooler." not in name)]:
         raise InputError(
             f"the model {pretrained} lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
@@ -476,11 +525,7 @@ def resolve(recipe, config, objective, accelerator, state):
         raise InputError(
             f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
         )
-    if (
-        recipe.task not in ("mlm_nsp", "classification")
-        and data.packing in ("stream", "documents")
-        and not data.streaming
-    ):
+    if recipe.task in ("causal", "mlm") and data.packing in ("stream", "documents") and not data.streaming:
         data.stride = data.stride or data.max_len - objective.specials
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
@@ -509,16 +554,21 @@ def load_data(data, given, tokenizer, show):
     return training, validation, account
 
 
-def load_examples(data, given, tokenizer, labels):
+def load_examples(recipe, given, task, config, objective):
     """What `load_data` gives, of labelled data."""
+    data, skip = recipe.data, recipe.data.skip_bad_rows
     training, validation, account = None, None, {"train": {}}
+    task.max_len = data.max_len
     if given.training:
         fraction = 0.0 if given.validation else data.val_fraction
-        what = columns(data), labels, data.max_len
-        training, validation = tasks.load_examples(given.training[0], tokenizer, *what, fraction)
+        training, validation = tasks.load_examples(given.training[0], task, fraction, skip)
         account["train"] = training.account
     if given.validation:
-        validation, _ = tasks.load_examples(given.validation, tokenizer, columns(data), labels, data.max_len)
+        validation, _ = tasks.load_examples(given.validation, task, skip=skip)
+    if recipe.task == "question_answering":
+        if data.unanswerable is None and training is not None:
+            data.unanswerable = training.account["unanswerable"] > 0
+        objective.may_refuse, objective.longest = data.unanswerable, data.max_answer_len
     return training, validation, account
 
 

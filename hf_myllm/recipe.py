@@ -54,21 +54,38 @@ class Data:
     dataset_config: str | None = word(None, "its configuration", on_resume="accept")
     dataset_split: str = word("train", "its split to train on", on_resume="accept")
     dataset_revision: str | None = word(None, "its revision: a branch, tag or commit", on_resume="accept")
-    text_column: str = word(
-        "text", "the column that holds the text in .jsonl, .parquet and Hub data", on_resume="accept"
+    text_column: str | None = word(
+        None,
+        "the column that holds the text in .jsonl, .parquet and Hub data, or the words of token_classification; "
+        "default: text, or tokens",
+        on_resume="accept",
     )
     text_pair_column: str | None = word(
         None, "the column of the second text, where pairs are judged", on_resume="accept"
     )
     label_column: str | list[str] = word(
         "label",
-        "the column of the label; or several columns of 0 and 1, of which any number may hold",
+        "the column of the label, or of the words' labels; or several columns of 0 and 1, of which any number may hold",
         on_resume="accept",
     )
     problem_type: str | None = word(
         None,
         "what a label is; default: the number or name of one class, or of several where it is a list",
         choices=("single_label_classification", "multi_label_classification", "regression"),
+    )
+    unanswerable: bool | None = word(
+        None,
+        "whether a question may have no answer; default: whether one of the training data has none",
+        on_resume="accept",
+    )
+    max_answer_len: int = word(30, "tokens of an answer, at most", minimum=1, maximum=MANY, on_resume="accept")
+    chat_template: str | None = word(
+        None, "a file (Jinja) with the form of a chat, for a tokenizer that has none, or in place of its own"
+    )
+    skip_bad_rows: bool = word(
+        False,
+        "leave out labelled rows that cannot be learned from, and count them, rather than stop",
+        on_resume="accept",
     )
     document: str = word("file", "what a document is in a text file", choices=("file", "line"), on_resume="accept")
     val_fraction: float = word(
@@ -89,7 +106,8 @@ class Data:
     )
     stride: int | None = word(
         None,
-        "tokens of text from the start of a training row to the start of the next; default: as many as a row has",
+        "tokens of text from the start of a training row to the start of the next; default: as many as a row has. Of "
+        "question_answering: tokens of a long context from row to row; default: half of what fits",
         minimum=1,
         maximum=MANY,
     )
@@ -99,11 +117,12 @@ class Data:
     streaming_window: int = word(
         100_000_000, "tokens of a window, within which rows come in random order", minimum=1, maximum=1 << 40
     )
-    packing: str = word(
-        "stream",
+    packing: str | None = word(
+        None,
         "how documents fill rows. stream: one after another, over the ends of rows; documents: the same, but no token "
         "attends to one of another document, and positions begin anew at each; pad: one document a row, as long as the "
-        "longest of its batch; best_fit: whole documents, as many as fit a row, which do not see each other",
+        "longest of its batch; best_fit: whole documents, as many as fit a row, which do not see each other. Default: "
+        "stream; best_fit for instruction",
         choices=("stream", "documents", "pad", "best_fit"),
     )
     mlm_probability: float = word(0.15, "share of a row's tokens that masked-LM tasks predict", above=0, below=1)
@@ -175,7 +194,43 @@ class Evaluation:
         0.8, "temperature of a sample; 0: the likeliest token each time", minimum=0, maximum=100, on_resume="accept"
     )
     top_k: int = word(50, "draw a sample from the k likeliest tokens; 0: from all", minimum=0, on_resume="accept")
+    metrics: list[str] | None = word(
+        None, "more metrics of the library evaluate, by name or path, for labelled data", on_resume="accept"
+    )
+    metric_for_best: str | None = word(
+        None,
+        "a figure of the validation, as val_loss or val_f1, by which the best checkpoint is kept; all evaluations then "
+        "read all validation rows",
+        on_resume="accept",
+    )
+    patience: int | None = word(
+        None, "evaluations without a better metric_for_best after which training stops", minimum=1, on_resume="accept"
+    )
+    final_model: str | None = word(
+        None,
+        "which model the run's folder holds at the end; default: the best where there is a metric_for_best, else the "
+        "last",
+        choices=("best", "last"),
+        on_resume="accept",
+    )
     eval_only: bool = word(False, "evaluate on all validation rows, print, and write nothing", on_resume="accept")
+
+
+@dataclass
+class Lora:
+    r: int | None = word(
+        None,
+        "rank of the matrices that LoRA adds and trains, with the model itself frozen; default: no LoRA",
+        minimum=1,
+    )
+    lora_alpha: int | None = word(None, "scale of what they add, over r; default: twice r", minimum=1)
+    lora_dropout: float = word(0.0, "dropout before them", minimum=0, below=1)
+    target_modules: list[str] | None = word(
+        None, "names of the modules that they are added to, or all-linear; default: peft's for the family"
+    )
+    merge_lora: bool = word(
+        False, "add them into the model at the end, so that the run's folder holds a whole one", on_resume="accept"
+    )
 
 
 @dataclass
@@ -206,6 +261,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    lora: Lora = field(default_factory=Lora)
     run: Run = field(default_factory=Run)
 
     def to_dict(self):
@@ -228,7 +284,7 @@ class Recipe:
         return keys
 
 
-SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "run": Run}
+SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "lora": Lora, "run": Run}
 TOP = {"model": str, "task": str | None}  # the keys outside sections
 COMMAND_LINE = "the command line"
 ALIASES = {
@@ -475,17 +531,43 @@ def _check(recipe, families, given):
     recipe.task = recipe.task or next(iter(tasks))
     if recipe.task not in tasks:
         raise InputError(f"task '{recipe.task}' is not one of {recipe.model}, which learns {' or '.join(tasks)}")
-    if recipe.task == "mlm_nsp" and (data.packing != "stream" or data.stride):
-        name = "packing" if data.packing != "stream" else "stride"
+    if recipe.task == "mlm_nsp" and (data.packing not in (None, "stream") or data.stride):
+        name = "stride" if data.stride else "packing"
         raise InputError(f"{name} has no meaning with task mlm_nsp, whose rows are pairs of sentences: leave it out")
+    is_labelled = recipe.task not in ("causal", "mlm", "mlm_nsp")
+    data.packing = data.packing or ("best_fit" if recipe.task == "instruction" else "stream")
     if data.packing in ("pad", "best_fit") and data.stride:
         raise InputError(f"stride has no meaning with packing {data.packing}, whose rows are documents: leave it out")
     _check_datasets(data.datasets or [], given)
-    if recipe.task == "classification":
-        others = {"packing": data.packing != "stream", "stride": data.stride, "streaming": data.streaming}
-        others |= {"datasets": data.datasets, "start_context": evaluation.start_context is not None}
+    if is_labelled:
+        others = {"stride": data.stride and recipe.task != "question_answering", "streaming": data.streaming}
+        others |= {"datasets": data.datasets}
+        if recipe.task == "instruction":
+            others["packing stream, whose rows are cut anywhere,"] = data.packing == "stream"
+            others["packing documents, whose rows are cut anywhere,"] = data.packing == "documents"
+        else:
+            others |= {"packing": data.packing != "stream", "start_context": evaluation.start_context is not None}
         if impossible := [name for name, value in others.items() if value]:
-            raise InputError(f"{impossible[0]} has no meaning with task classification: leave it out")
+            raise InputError(f"{impossible[0]} has no meaning with task {recipe.task}: leave it out")
+    if evaluation.metrics and (not is_labelled or recipe.task == "instruction"):
+        raise InputError(f"metrics judge labelled data, and task {recipe.task} has none: leave it out")
+    if not evaluation.metric_for_best:
+        for name in ("patience", "final_model"):
+            if getattr(evaluation, name) not in (None, "last"):
+                raise InputError(
+                    f"{name} {getattr(evaluation, name)} needs to know what is best: give --metric_for_best"
+                )
+    elif not evaluation.eval_freq:
+        raise InputError("metric_for_best needs evaluations to choose from: give --eval_freq N")
+    evaluation.final_model = evaluation.final_model or ("best" if evaluation.metric_for_best else "last")
+    if recipe.lora.r is None:
+        for name in ("lora_alpha", "target_modules"):
+            if getattr(recipe.lora, name) is not None:
+                raise InputError(f"{name} has no meaning without LoRA: give --r 16, or leave it out")
+    elif recipe.run.init_from == "scratch":
+        raise InputError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
+    elif data.add_tokens:
+        raise InputError("add_tokens needs embeddings that are trained, and lora leaves them as they are: leave it out")
     if data.streaming:
         others = {"epochs": training.epochs, "datasets": data.datasets, "stride": data.stride}
         others |= {"packing": data.packing in ("pad", "best_fit"), "task mlm_nsp": recipe.task == "mlm_nsp"}

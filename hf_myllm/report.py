@@ -121,6 +121,23 @@ def read_metrics(folder):
     return lines
 
 
+def best_evaluation(folder, metric, up_to):
+    """The best of a run's evaluations: its step, its value, how many came after it; None where there is none.
+
+    Args:
+        metric: a figure of metrics.jsonl. Of losses, errors and what follows from them less is better, of others more.
+        up_to: the last step to look at; the evaluation before the first step does not count.
+    """
+    is_less = metric.endswith(("loss", "perplexity", "bits_per_byte", "mse"))
+    best, since = None, 0
+    for line in read_metrics(folder):
+        if "train_loss" in line and 0 < line["step"] <= up_to:
+            value, since = line.get(metric), since + 1
+            if value is not None and (best is None or (value < best[1] if is_less else value > best[1])):
+                best, since = (line["step"], value), 0
+    return best and (*best, since)
+
+
 def _forget_after(path, step, total_steps):
     """Drop what a killed run logged beyond the checkpoint that is being resumed: those steps are run again, and at the
     last step so is the evaluation, which follows its checkpoint."""
@@ -132,11 +149,12 @@ def _forget_after(path, step, total_steps):
     os.replace(aside, path)
 
 
-def plot(folder, unigram=None):
+def plot(folder, unigram=None, unit="nats per token"):
     """Draw RUN/loss.png from RUN/metrics.jsonl: the training loss of each step, smoothed, and both evaluated losses.
 
     Args:
         unigram: a loss to draw as a level to compare with, in nats per token.
+        unit: of the loss.
     """
     import matplotlib
 
@@ -159,7 +177,7 @@ def plot(folder, unigram=None):
     if unigram is not None:
         axes.axhline(unigram, color="#737373", linestyle="--", linewidth=1, label="unigram level (validation)")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_title(Path(folder).resolve().name)
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -19,8 +19,8 @@ import torch
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
-from . import checkpoint, dry_run
-from .data import objectives, order
+from . import checkpoint, dry_run, lora
+from .data import objectives, order, tasks
 from .data import tokenizer as tokenizers
 from .errors import InputError, ProcessError, exit_on_input_error, first_line
 from .evaluation import evaluate, unigram_level
@@ -37,7 +37,7 @@ from .processes import (
     use_all_cores,
 )
 from .recipe import parse
-from .report import Report, plot
+from .report import Report, best_evaluation, plot
 
 
 @exit_on_input_error
@@ -107,10 +107,11 @@ def train(run, before):
     recipe, accelerator = run.recipe, run.accelerator
     section, folder = recipe.training, Path(recipe.run.save_model)
     is_main = accelerator.is_main_process
-    is_over = run.resume_from and run.start == run.total_steps
-    if is_over and holds_for_any(run, is_main and checkpoint.is_published(run.resume_from, folder)):
+    ends = run.start if run.resume_from and has_lost_patience(run, run.start) else run.total_steps
+    if run.resume_from and run.start == ends and holds_for_any(run, is_main and is_published(run, ends)):
         if accelerator.is_main_process:
-            print(f"{folder} is finished, after {run.total_steps} steps; raise max_steps or epochs to go further")
+            more = "max_steps or epochs" if ends == run.total_steps else "patience"
+            print(f"{folder} is finished, after {ends} steps; raise {more} to go further")
         return 0
     run.signals = listen_for_signals()
     problem = None
@@ -150,16 +151,19 @@ def train(run, before):
     if accelerator.is_main_process:
         open_folder(run, folder)
     accelerator.wait_for_everyone()
-    report = Report(folder, run.start, run.total_steps, accelerator.is_main_process)
+    report = Report(folder, run.start, ends, accelerator.is_main_process)
     unigram = introduce(run, report)
     if run.resume_from is not None and precision != accelerator.mixed_precision:
         report.say(f"            until now in precision {precision}: from here on it is another run than that would be")
 
+    report.pause()
     if is_evaluation_due(run, report) and report_evaluation(run, model, report, run.start) is None:
         report.say("stopped by a signal in the first evaluation; --init_from resume starts there again")
         return leave(run, report)
     model.train()
-    for step in range(run.start, run.total_steps):
+    report.resume()
+    validation = None
+    for step in range(run.start, ends):
         run.doing = f"step {step + 1}"
         rate = learning_rate(
             step,
@@ -182,15 +186,23 @@ def train(run, before):
         report.step(done, loss, rate, tokens, norm, read, write=is_logged)
 
         report.pause()
+        is_best = False
         if recipe.evaluation.eval_freq and done % recipe.evaluation.eval_freq == 0 and not is_last and not must_stop:
-            must_stop = report_evaluation(run, model, report, done) is None
-        if must_stop or is_last or (recipe.run.save_freq and done % recipe.run.save_freq == 0):
+            validation = report_evaluation(run, model, report, done)
+            must_stop = validation is None
+            is_best = not must_stop and holds_for_any(run, is_main and best_step(run, done) == done)
+            if not must_stop and has_lost_patience(run, done):
+                ends, is_last = done, True
+        if must_stop or is_last or is_best or (recipe.run.save_freq and done % recipe.run.save_freq == 0):
             save_checkpoint(run, done)
         report.resume()
+        if ends == done:
+            break
         if must_stop and not is_last:
             report.say(f"stopped by a signal after step {done}, which is saved: --init_from resume goes on from it")
             return leave(run, report)
-    if not finish(run, model, report, folder, unigram):
+    # one that lost patience has just been evaluated on all rows
+    if not finish(run, model, report, ends, unigram, validation if ends < run.total_steps else None):
         report.say("stopped by a signal in the last evaluation; --init_from resume goes on from it")
         return leave(run, report)
     return 0
@@ -283,44 +295,73 @@ def leave(run, report):
     return 128 + int(run.accelerator.gather(received).max())
 
 
+def best_step(run, up_to):
+    """The step of the best evaluation so far, by the recipe's metric; None where there is none, or no metric."""
+    metric = run.recipe.evaluation.metric_for_best
+    best = best_evaluation(run.recipe.run.save_model, metric, up_to) if metric else None
+    return best and best[0]
+
+
+def has_lost_patience(run, step):
+    """Whether the evaluations up to a step have gone without a better one for too long; all processes ask together."""
+    section, lost = run.recipe.evaluation, False
+    if section.patience is None:
+        return False
+    if run.accelerator.is_main_process:
+        best = best_evaluation(run.recipe.run.save_model, section.metric_for_best, step)
+        lost = best is not None and best[2] >= section.patience
+    return holds_for_any(run, lost)
+
+
 # ---- evaluation, checkpoints, the end
 
 
-def evaluate_rows(run, model, rows, count, first=0):
-    """The loss of `count` rows, evenly spread (None: all rows) from a first one on."""
+def evaluate_rows(run, model, rows, count, first=0, is_judged=True):
+    """The loss of `count` rows, evenly spread (None: all rows) from a first one on; of labelled data with all rows of
+    each item."""
+    if isinstance(rows, tasks.Examples):
+        numbers = rows.rows_of(order.spread(count, rows.num_items))
+    else:
+        numbers = order.spread(count, len(rows)) + first
     return evaluate(
         model,
         run.objective,
-        lambda numbers, size: run.objective.batch(rows, numbers, size=size),
-        order.spread(count, len(rows)) + first,
+        rows,
+        numbers,
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
         lambda: holds_for_any(run, bool(run.signals)),
+        is_judged,
+        run.recipe.evaluation.metrics or (),
     )
 
 
 def report_evaluation(run, model, report, step, is_final=False):
-    """Evaluate, print and log; in the middle of a run on `eval_iter` batches, at its end on all validation rows.
+    """Evaluate, print and log; in the middle of a run on `eval_iter` batches, at its end on all validation rows; where
+    the best is kept, and of labelled data where the recipe says nothing, each time on all of them.
 
     Returns the figures of the validation rows, {} when there are none, or None when a signal came in between.
     """
     recipe, run.doing = run.recipe, f"the evaluation after step {step}"
-    count = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size
-    training = evaluate_rows(run, model, run.training, count, run.order.first_row(max(0, step - 1)))
+    count, metric = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size, None
+    training = evaluate_rows(run, model, run.training, count, run.order.first_row(max(0, step - 1)), is_judged=False)
     validation = {}
     if training is not None and run.validation:
-        validation = evaluate_rows(run, model, run.validation, None if is_final else count)
+        metric = recipe.evaluation.metric_for_best
+        is_labelled = isinstance(run.validation, tasks.Examples) and recipe.evaluation.eval_iter is None
+        validation = evaluate_rows(run, model, run.validation, None if is_final or metric or is_labelled else count)
     if training is None or validation is None:
         return None
     line = {"step": step, "train_loss": training["loss"]}
     shown = f"step {step}: training loss {training['loss']:.4f}"
     if validation:
-        line |= {"val_loss": validation["loss"], "val_perplexity": validation["perplexity"]}
-        line |= {"val_bits_per_byte": validation["bits_per_byte"]}
-        line |= {f"val_{key}": value for key, value in validation.items() if key.startswith("nsp")}
-        line |= {f"val_{key}": value for key, value in validation.get("metrics", {}).items()}
+        flat = {key: value for key, value in validation.items() if key not in ("metrics", "tokens")}
+        line |= {f"val_{key}": value for key, value in (flat | validation.get("metrics", {})).items()}
         shown += f", validation loss {describe(validation)}"
+        if metric and metric not in line:
+            known = ", ".join(key for key in line if key.startswith("val_"))
+            raise InputError(f"metric_for_best {metric} is no figure of task {recipe.task}, which has {known}")
     report.say(shown)
     speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and speaks:
@@ -331,7 +372,7 @@ def report_evaluation(run, model, report, step, is_final=False):
 
 
 def describe(figures):
-    more = "" if figures["bits_per_byte"] is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
+    more = "" if figures.get("bits_per_byte") is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
     if "nsp_loss" in figures:
         pair_loss, right = figures["nsp_loss"], figures["nsp_accuracy"]
         more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
@@ -348,7 +389,7 @@ def printable(text):
 def sample(run, step):
     section = run.recipe.evaluation
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
-    if run.recipe.task != "causal":
+    if run.recipe.task in ("mlm", "mlm_nsp"):
         return fill_in(model, run.tokenizer, section.start_context)
     return generate_text(
         model,
@@ -371,7 +412,8 @@ def introduce(run, report):
     )
     if run.fresh:
         report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
-    up_to = "up to " * (recipe.data.packing in ("pad", "best_fit"))
+    is_padded = recipe.task in ("mlm_nsp", *tasks.TASKS) or recipe.data.packing in ("pad", "best_fit")
+    up_to = "up to " * is_padded
     tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {up_to}{recipe.data.max_len}"
     if recipe.data.streaming:
         tokens = f"{run.given.name}, {run.training.windows.size:,} tokens at a time, {len(run.training):,} rows"
@@ -384,8 +426,10 @@ def introduce(run, report):
     if unknown > 0.001:
         name = run.tokenizer.unk_token
         report.say(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
-    unigram = None
-    if recipe.task == "classification":
+    account, unigram = run.account["train"], None
+    if account.get("skipped"):
+        report.say(f"            left out: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}")
+    if recipe.task in tasks.TASKS:
         introduce_labels(run, report)
     elif run.validation is not None:
         part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
@@ -402,7 +446,7 @@ def introduce(run, report):
     at = f"from step {run.start} " if run.start else ""
     report.say(
         f"steps       {at}to {run.total_steps:,}, each of {section.total_batch_size} rows "
-        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * (recipe.task == 'mlm_nsp')}), "
+        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * is_padded}), "
         f"{section.lr_schedule} learning rate"
     )
     report.say(f"run folder  {recipe.run.save_model}")
@@ -410,21 +454,21 @@ def introduce(run, report):
 
 
 def introduce_labels(run, report):
-    """Say what is to be told apart, and the level of saying always the same."""
-    labels = run.objective.labels
-    for name, rows in (("validation", run.validation), ("labels", run.training)):
-        if rows is None:
-            continue
-        if name == "validation":
-            report.say(f"validation  {len(rows):,} rows")
-        if labels.kind == "single_label_classification":
-            counts = np.bincount(rows.labels, minlength=labels.count)
-            said = ", ".join(
-                f"{label} {share:.1%}" for label, share in zip(labels.names, counts / counts.sum(), strict=True)
-            )
-            report.say(f"{'':<12}{said[:200]}")
-    if cut := run.account["train"].get("cut"):
-        report.say(f"            {cut:,} texts are longer than max_len and were cut")
+    """Say what is to be learned from labelled rows, and the level of saying always the same."""
+    labels, account = getattr(run.objective, "labels", None), run.account["train"]
+    if run.validation is not None:
+        report.say(f"validation  {len(run.validation):,} rows")
+    for rows in (run.training, run.validation):
+        if rows is not None and labels and labels.kind == tasks.CLASSIFICATION:
+            counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
+            name, shares = "training" if rows is run.training else "validation", counts / counts.sum()
+            said = ", ".join(f"{label} {share:.1%}" for label, share in zip(labels.names, shares, strict=True))
+            report.say(f"{'':<12}{name} labels: {said[:200]}")
+    if cut := account.get("cut"):
+        does = "were cut" if run.recipe.task == "classification" else "make several rows"
+        report.say(f"            {cut:,} texts are longer than max_len and {does}")
+    if account.get("unanswerable"):
+        report.say(f"            {account['unanswerable']:,} questions have no answer")
 
 
 def lock_folder(folder):
@@ -475,7 +519,10 @@ def save_checkpoint(run, step):
         together["exchange"] = lambda value: gather_object([value])
 
     def write_model(folder):
-        run.model.save_pretrained(folder, state_dict=weights)
+        if lora.is_added(run.model):
+            lora.save(run.model, folder)
+        else:
+            run.model.save_pretrained(folder, state_dict=weights)
         if run.tokenizer is not None:
             tokenizers.save(run.tokenizer, folder)
 
@@ -493,6 +540,7 @@ def save_checkpoint(run, step):
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process or is_sharded:
         tensors, limit = optimizer_tensors(run.model, run.optimizer.optimizer), recipe.run.save_total_limit
+        together["keep"] = best_step(run, step)
         try:
             checkpoint.save(recipe.run.save_model, step, write_model, tensors, state, limit, **together)
         except checkpoint.ShardError as error:
@@ -501,50 +549,95 @@ def save_checkpoint(run, step):
     accelerator.wait_for_everyone()
 
 
-def finish(run, model, report, folder, unigram):
-    """The last evaluation, the model at the run's root, the curve, and what to do next; False when a signal came."""
-    validation = report_evaluation(run, model, report, run.total_steps, is_final=True)
+def finish(run, model, report, last, unigram, validation=None):
+    """The last evaluation, the model at the run's root, the curve, and what to do next; False when a signal came.
+
+    Args:
+        last: the step after which training has ended.
+        validation: its figures, where it has been evaluated on all rows.
+    """
+    recipe, folder = run.recipe, Path(run.recipe.run.save_model)
+    if validation is None:
+        validation = report_evaluation(run, model, report, last, is_final=True)
     if validation is None:
         return False
     if run.accelerator.is_main_process:
-        checkpoint.publish(folder / f"checkpoint-{run.total_steps}", folder)
+        publish(run, report, last)
     report.close()
     if not run.accelerator.is_main_process:
         return True
+    rows = tasks.TASKS.get(recipe.task) and recipe.task != "instruction"
     try:
-        plot(folder, unigram)
+        plot(folder, unigram, unit="nats per label" if rows else "nats per token")
     except OSError as error:
         report.say(f"loss.png could not be drawn: {error}")
-    is_causal, is_classifier = run.recipe.task == "causal", run.recipe.task == "classification"
-    if validation and is_classifier:
+    if validation and rows:
         report.say(f"done        validation loss {describe(validation)} on all {len(run.validation):,} rows")
     elif validation:
+        what = {"mlm": "masked ", "mlm_nsp": "masked ", "instruction": "learned "}.get(recipe.task, "")
+        level = "" if unigram is None else f"; unigram level {unigram:.4f}"
         report.say(
-            f"done        validation loss {describe(validation)} on all {validation['tokens']:,} "
-            f"{'' if is_causal else 'masked '}tokens; unigram level {unigram:.4f}"
+            f"done        validation loss {describe(validation)} on all {validation['tokens']:,} {what}tokens{level}"
         )
-    if is_classifier:
-        report.say(
-            f'try         pipeline("text-classification", "{folder}")("some text") in Python, with stock transformers'
-        )
+    name, prompt = shlex.quote(str(folder)), recipe.evaluation.start_context
+    if rows:
+        report.say(f"predict     python -m hf_myllm.predict {name} --input FILE")
     elif run.tokenizer is not None:
-        prompt = run.recipe.evaluation.start_context or (
-            "Once upon a time" if is_causal else f"Once upon a {run.tokenizer.mask_token}"
-        )
-        does = "generate" if is_causal else "fill in "
-        report.say(f"{does}    python -m hf_myllm.generate {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)}")
+        is_masked = recipe.task in ("mlm", "mlm_nsp")
+        prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if is_masked else "Once upon a time")
+        does = "fill in " if is_masked else "generate"
+        report.say(f"{does}    python -m hf_myllm.generate {name} --prompt {shlex.quote(prompt)}")
     report.say(
         f"resume      accelerate launch -m hf_myllm.train {shlex.quote(str(folder / 'recipe.yaml'))} --max_steps "
         f"{2 * run.total_steps} --init_from resume --allow_changed"
     )
     kind = {
-        "causal": "CausalLM",
         "mlm": "MaskedLM",
         "mlm_nsp": "PreTraining",
         "classification": "SequenceClassification",
-    }[run.recipe.task]
-    report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
+        "token_classification": "TokenClassification",
+        "question_answering": "QuestionAnswering",
+    }.get(recipe.task, "CausalLM")
+    if lora.base_of(folder):
+        report.say(f'load        see README, "LoRA": {folder} holds an adapter to {lora.base_of(folder)}')
+    else:
+        report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
     return True
+
+
+def publish(run, report, last):
+    """The last model, or the best, at the run's root; LoRA's merged into it where the recipe says so."""
+    recipe, folder = run.recipe, Path(run.recipe.run.save_model)
+    chosen, best = folder / f"checkpoint-{last}", best_step(run, last)
+    if best is not None:
+        metric = recipe.evaluation.metric_for_best
+        value = best_evaluation(folder, metric, last)[1]
+        holds = recipe.evaluation.final_model if best != last else "last, which is the best"
+        if recipe.evaluation.final_model == "best" and checkpoint.damage(folder / f"checkpoint-{best}"):
+            holds = f"last, for {folder}/checkpoint-{best} is not whole"
+        elif recipe.evaluation.final_model == "best":
+            chosen = folder / f"checkpoint-{best}"
+        report.say(f"best        {metric} {value:.4f} after step {best}; {folder} holds the {holds}")
+    if not (lora.is_added(run.model) and recipe.lora.merge_lora):
+        checkpoint.publish(chosen, folder)
+        return
+    merged = lora.merge(run.accelerator.unwrap_model(run.model), chosen)
+
+    def write_model(aside):
+        merged.save_pretrained(aside)
+        tokenizers.save(run.tokenizer, aside)
+
+    checkpoint.publish_made(write_model, folder)
+
+
+def is_published(run, last):
+    """Whether the model at the run's root is what this run ends with."""
+    folder = Path(run.recipe.run.save_model)
+    if lora.is_added(run.model) and run.recipe.lora.merge_lora:
+        return (folder / "model.safetensors").exists()
+    best = best_step(run, last) if run.recipe.evaluation.final_model == "best" else last
+    paths = [folder / f"checkpoint-{step}" for step in (best, last) if step is not None]
+    return any(path.exists() and checkpoint.is_published(path, folder) for path in paths)
 
 
 def evaluate_only(run):

@@ -26,8 +26,7 @@ def setting():
 def figures(setting, batch_size, token_bytes=None):
     model, _, rows = setting
     everything = np.arange(len(rows))
-    reader = lambda numbers, size: Causal().batch(rows, numbers, size=size)  # noqa: E731
-    return evaluate(model.train(), reader, everything, batch_size, Accelerator(), token_bytes)
+    return evaluate(model.train(), Causal(), rows, everything, batch_size, Accelerator(), token_bytes)
 
 
 def test_the_batch_size_does_not_matter(setting):

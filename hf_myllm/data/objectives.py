@@ -11,14 +11,17 @@ Each has
 random is a pure function of (seed, step, row); evaluations have no step, and so the same draw each time.
 """
 
+from itertools import chain
+
 import numpy as np
 import torch
 
 from ..errors import InputError
 from .corpus import find_documents, find_spans
 from .order import derive_seed, random_numbers
-from .packing import Passages, Rows, Spans
+from .packing import Passages, Rows, Spans, best_fit
 from .streaming import StreamedRows, Windows
+from .tasks import CLASSIFICATION, REGRESSION
 from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
@@ -53,6 +56,25 @@ def build(task, tokenizer, vocab_size, seed, packing="stream", mlm_probability=0
         )
     kind = MaskedLM if task == "mlm" else SentencePairs
     return kind(tokenizer, vocab_size, seed, mlm_probability, whole_word_masking, packing)
+
+
+def build_labelled(task, tokenizer, config, labels, packing="best_fit"):
+    """The objective of a task on labelled data.
+
+    Args:
+        config: the model's configuration.
+        labels: a [`tasks.Labels`], or None.
+    """
+    if task == "instruction":
+        return Instruction(tokenizer, packing)
+    kinds = {
+        "classification": Classification,
+        "token_classification": TokenClassification,
+        "question_answering": QuestionAnswering,
+    }
+    objective = kinds[task](labels, config.pad_token_id, hasattr(config, "type_vocab_size"))
+    objective.specials = tokenizer.num_special_tokens_to_add(pair=task == "question_answering")
+    return objective
 
 
 def targets(batch):
@@ -131,6 +153,8 @@ class Causal:
                 window = rows.tokens.read(start - 1, stop - start + 1)
                 end = place + stop - start
                 inputs[row, place:end], labels[row, place:end] = window[:-1], window[1:]
+                if rows.is_learned is not None:
+                    labels[row, place:end][rows.is_learned[start:stop] == 0] = IGNORED
                 starts[row, place] = True
                 place = end
             starts[row, place : place + 1] = True  # what fills the row is nobody's
@@ -327,13 +351,17 @@ class SentencePairs(MaskedLM):
         return ids[:place], ids[place:]
 
 
-class Classification:
-    """Say of a text which class it is, which of several classes hold, or a number.
+class Labelled:
+    """What the tasks of labelled rows share; see data/tasks. Each also has
+
+        loss_sum(outputs, labels)                 the loss, summed over all that is to be said
+        predictions(outputs, rows, numbers)       what the model says of some rows, one array each
+        judged(rows, numbers, predictions)        the metric that judges them, its configuration, and what it compares
 
     Args:
-        labels: a [`tasks.Labels`].
+        labels: a [`tasks.Labels`]; None where what is said is no class.
         pad: the id that fills a row; the model leaves it out by the mask, or by its id after the text.
-        has_types: whether the model tells two texts of a pair apart by token types.
+        has_types: whether the model tells two texts of a row apart by token types.
     """
 
     specials = 0
@@ -342,9 +370,12 @@ class Classification:
     def __init__(self, labels, pad, has_types):
         self.labels, self.pad, self.has_types = labels, pad, has_types
 
+    def rows(self, examples, max_len, stride, name):
+        return examples
+
     def batch(self, rows, numbers, step=None, size=None):
-        """input_ids and attention_mask (rows, as long as the longest), token_type_ids where the model has them; labels
-        (rows,) class numbers or numbers, or (rows, classes) of 0 and 1."""
+        """input_ids and attention_mask (rows, as long as the longest), token_type_ids where the model has them, and
+        labels, whose shape is the task's."""
         texts = [rows.read(int(number)) for number in numbers]
         width = max([1, *(len(ids) for ids, _ in texts)])
         width = -(-width // 8) * 8 if width > 8 else width
@@ -352,36 +383,172 @@ class Classification:
         types = np.zeros_like(mask)
         for row, (text, second) in enumerate(texts):
             ids[row, : len(text)], mask[row, : len(text)], types[row, second : len(text)] = text, 1, 1
-        labels = torch.from_numpy(np.array(rows.labels[np.asarray(numbers, dtype=np.int64)]))
         batch = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if self.has_types else {})
         batch = _tensors(batch, size)
+        labels = torch.from_numpy(self._labels_of(rows, numbers, width))
         missing = len(batch["input_ids"]) - len(labels)
         batch["labels"] = torch.cat([labels, labels.new_full((missing, *labels.shape[1:]), IGNORED)])
         return batch
+
+    def _labels_of(self, rows, numbers, width):
+        return np.array(rows.labels[np.asarray(numbers, dtype=np.int64)])
 
     def forward(self, model, inputs, counts):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        logits, is_row = outputs.logits.float(), labels != IGNORED
-        if self.labels.kind == "single_label_classification":
-            loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        elif self.labels.kind == "regression":
-            loss = ((logits[:, 0] - labels) ** 2)[is_row].sum()
-        else:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")[is_row].sum()
-        outputs.loss = loss / counts["num_items_in_batch"]
+        outputs.loss = self.loss_sum(outputs, labels) / counts["num_items_in_batch"]
         return outputs
 
-    def predictions(self, outputs, batch):
-        """What the model says of each row, and what it should: class numbers, 0 and 1 per class, or numbers."""
-        logits, labels = outputs.logits.float().cpu(), batch["labels"]
-        is_row = (labels != IGNORED).reshape(len(labels), -1).all(dim=1)
-        if self.labels.kind == "single_label_classification":
-            said = logits.argmax(-1)
+
+class Classification(Labelled):
+    """Say of a text which class it is, which of several classes hold, or a number.
+
+    Labels are (rows,), or (rows, classes) of 0 and 1.
+    """
+
+    def loss_sum(self, outputs, labels):
+        logits, is_row = outputs.logits.float(), labels != IGNORED
+        if self.labels.kind == CLASSIFICATION:
+            return _cross_entropy_sum(logits, labels)
+        if self.labels.kind == REGRESSION:
+            return ((logits[:, 0] - labels) ** 2)[is_row].sum()
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")[is_row].sum()
+
+    def predictions(self, outputs, rows, numbers):
+        """The chance of each class, or the number."""
+        logits = outputs.logits.float().cpu()[: len(numbers)]
+        if self.labels.kind == REGRESSION:
+            return list(logits.numpy())
+        return list((logits.softmax(-1) if self.labels.kind == CLASSIFICATION else logits.sigmoid()).numpy())
+
+    def judged(self, rows, numbers, predictions):
+        said, labels = np.stack(predictions), np.array(rows.labels[numbers])
+        if self.labels.kind == REGRESSION:
+            said = said[:, 0]
         else:
-            said = logits[:, 0] if self.labels.kind == "regression" else (logits > 0).long()
-        return said[is_row].numpy(), labels[is_row].numpy()
+            said = said.argmax(-1) if self.labels.kind == CLASSIFICATION else (said > 0.5).astype(np.float32)
+        return "classification", self.labels.kind, said.tolist(), labels.tolist()
+
+
+class TokenClassification(Labelled):
+    """Say of each word which class it is: labels (rows, tokens), of each word's first token."""
+
+    def _labels_of(self, rows, numbers, width):
+        labels = np.full((len(numbers), width), IGNORED)
+        for row, number in enumerate(numbers):
+            own = rows.labels_of(int(number))
+            labels[row, : len(own)] = own
+        return labels
+
+    def loss_sum(self, outputs, labels):
+        return _cross_entropy_sum(outputs.logits.float().flatten(0, 1), labels.flatten())
+
+    def predictions(self, outputs, rows, numbers):
+        """(words, classes), the chance of each class."""
+        chances = outputs.logits.float().softmax(-1).cpu().numpy()
+        places = [np.flatnonzero(rows.labels_of(int(number)) != IGNORED) for number in numbers]
+        return [chances[row, own] for row, own in enumerate(places)]
+
+    def judged(self, rows, numbers, predictions):
+        labels = [own[own != IGNORED] for own in map(rows.labels_of, numbers)]
+        said, labels = (
+            [np.concatenate(parts).tolist() for parts in rows.by_item(numbers, one).values()]
+            for one in ([chances.argmax(-1) for chances in predictions], labels)
+        )
+        if not any(name[:2] in ("B-", "I-") for name in self.labels.names):  # no entities of several words
+            return "classification", CLASSIFICATION, list(chain(*said)), list(chain(*labels))
+        return "entities", None, *([[self.labels.names[n] for n in one] for one in all_] for all_ in (said, labels))
+
+
+class QuestionAnswering(Labelled):
+    """Say where a text answers a question: labels (rows, 2), the first and the last token, or twice 0, [CLS], where the
+    row does not hold the answer (Devlin et al. 2019, section 4.3).
+
+    may_refuse: whether a question may have no answer; None: whether one of those judged has none.
+    """
+
+    guesses = 20  # of each row, for the starts and for the ends
+    longest = 30  # tokens of an answer
+    may_refuse = None
+
+    def loss_sum(self, outputs, labels):
+        starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
+        return _cross_entropy_sum(starts, labels[:, 0]) + _cross_entropy_sum(ends, labels[:, 1])
+
+    def predictions(self, outputs, rows, numbers):
+        """(guesses, 3), the sum of both logits, and where the answer starts and stops in the text; the first is that of
+        no answer, at -1."""
+        found = []
+        scores = outputs.start_logits.float().cpu().numpy(), outputs.end_logits.float().cpu().numpy()
+        for start, end, number in zip(*scores, numbers, strict=False):  # not those that fill the batch
+            spans = rows.spans_of(int(number))
+            places = np.flatnonzero(spans[:, 0] >= 0)
+            first, last = (places[np.argsort(-one[places], kind="stable")[: self.guesses]] for one in (start, end))
+            pairs = np.stack(np.meshgrid(first, last, indexing="ij"), axis=-1).reshape(-1, 2)
+            pairs = pairs[(pairs[:, 1] >= pairs[:, 0]) & (pairs[:, 1] - pairs[:, 0] < self.longest)]
+            sums = start[pairs[:, 0]] + end[pairs[:, 1]]
+            best = np.argsort(-sums, kind="stable")[: self.guesses]
+            guesses = np.stack([sums[best], spans[pairs[best, 0], 0], spans[pairs[best, 1], 1]], axis=1)
+            found.append(np.concatenate([[[start[0] + end[0], -1, -1]], guesses]))
+        return found
+
+    def answers(self, rows, numbers, predictions, may_refuse):
+        """item -> [(score, text, where it starts)], the best first; "" is no answer. That one counts as the row says
+        which is least for it, since each other row of a text only says that the answer is not there."""
+        answers = {}
+        for item, parts in rows.by_item(numbers, predictions).items():
+            context, best = rows.record(item)["context"], {}
+            for score, start, stop in np.concatenate([guesses[1:] for guesses in parts]).tolist():
+                text = context[int(start) : int(stop)]
+                if text not in best or score > best[text][0]:
+                    best[text] = score, int(start)
+            if may_refuse or not best:
+                best[""] = min(float(guesses[0, 0]) for guesses in parts), -1
+            found = [(score, text, start) for text, (score, start) in best.items()]
+            answers[item] = sorted(found, key=lambda one: -one[0])
+        return answers
+
+    def judged(self, rows, numbers, predictions):
+        records = {item: rows.record(item) for item in rows.items_of(numbers)}
+        may_refuse = self.may_refuse
+        if may_refuse is None:
+            may_refuse = not all(one["answers"] for one in records.values())
+        answers = self.answers(rows, numbers, predictions, may_refuse)
+        said, wanted = [], []
+        for item, record in records.items():  # by number, for a file may give one id to two questions
+            texts, starts = zip(*record["answers"] or [("", -1)], strict=True)
+            said.append({"id": str(item), "prediction_text": answers[item][0][1]})
+            wanted.append({"id": str(item), "answers": {"text": list(texts), "answer_start": list(starts)}})
+        return "answers", None, said, wanted
+
+
+class Instruction(Causal):
+    """Predict the tokens that are to be said, and no others; see [`tasks.Conversations`].
+
+    Args:
+        packing: "best_fit", several conversations a row, or "pad", one.
+    """
+
+    def __init__(self, tokenizer, packing):
+        super().__init__([end_of_document(tokenizer)[0]], packing)
+
+    def rows(self, examples, max_len, stride, name):
+        self.width = max_len
+        # as a document of [`Causal`] has the mark before it, its first token is only read
+        spans = np.stack([examples.starts[:-1] + 1, examples.starts[1:]], axis=1)
+        order, first = np.arange(len(spans)), np.arange(len(spans) + 1)
+        if self.packing == "best_fit":
+            row_of = best_fit(spans[:, 1] - spans[:, 0], max_len)
+            order = np.argsort(row_of, kind="stable")
+            first = np.append(np.flatnonzero(np.diff(row_of[order], prepend=-1)), len(spans))
+        rows = Spans(examples.tokens, spans[order], first, 0, name)
+        rows.is_learned = examples.labels
+        return rows
+
+
+def _cross_entropy_sum(logits, labels):
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
 def _padded(spans, edges, limit):

@@ -84,6 +84,8 @@ class Spans:
         InputError: there is no document.
     """
 
+    is_learned = None  # of each token, where not all are targets
+
     def __init__(self, tokens, spans, first, edges, name, parts=(0,)):
         if len(spans) == 0:
             raise InputError(f"{name} has no document in its {len(tokens)} tokens; give more text")

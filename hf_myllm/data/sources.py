@@ -336,6 +336,30 @@ def read_rows(source, progress=lambda count: None):
             yield where, row
 
 
+def read_sentences(source, words="tokens", labels="label"):
+    """The sentences of CoNLL files, as rows with two columns: a word a line, its label last on the line, and an empty
+    line after each sentence (Tjong Kim Sang and De Meulder 2003). A word without a label has None.
+
+    Args:
+        words, labels: what to call the columns.
+    """
+    for file in source.files:
+        begin, row = 0, {words: [], labels: []}
+        for number, line in _read_lines(file, lambda count: None, is_plain=True):
+            has_text = line.strip(" \t\r\n\ufeff")  # a lone byte order mark, as of joined files, is none
+            fields = line.rstrip("\r\n").split("\t") if has_text and "\t" in line else has_text.split()
+            is_comment = line.startswith("# ") and "\t" not in line
+            if fields and fields[0].strip() and fields[0] != "-DOCSTART-" and not is_comment:
+                begin = begin or number
+                row[words].append(fields[0].strip())
+                row[labels].append(fields[-1].strip() or None if len(fields) > 1 else None)
+            elif begin and not is_comment:
+                yield f"{file} line {begin}", row
+                begin, row = 0, {words: [], labels: []}
+        if begin:
+            yield f"{file} line {begin}", row
+
+
 def _read_json_lines(file, progress):
     for number, text in _read_lines(file, progress):
         if text.strip():
@@ -427,8 +451,11 @@ def _load_rows(source, progress):
             if not any(parquet.read_metadata(file).num_rows for file in source.files):
                 raise InputError(f"{source.name} has no rows; give a file with text in it")
             rows = datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
+        decode = {name: feature for name, feature in (rows.features or {}).items() if _has_names(feature)}
         for number, row in enumerate(rows, start=1):
             progress(1)
+            for name, feature in decode.items():  # numbers of classes as their names
+                row[name] = _names_of(row[name], feature)
             yield f"{source.name} row {number}", row
     except InputError:
         raise
@@ -436,6 +463,16 @@ def _load_rows(source, progress):
         raise InputError(
             f"{source.name} cannot be read as {source.kind}: {first_line(error.__cause__ or error)[:300]}"
         ) from None
+
+
+def _has_names(feature):
+    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
+
+
+def _names_of(value, feature):
+    if isinstance(value, list):
+        return [_names_of(one, feature.feature) for one in value]
+    return None if value is None or value < 0 else feature.int2str(value)  # -1: the library's "no label"
 
 
 def stream_rows(source, cut, state=None):

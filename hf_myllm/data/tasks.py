@@ -1,41 +1,48 @@
-"""Labelled data: texts, or pairs of them, and what is to be said of each; tokenized once and memory-mapped."""
+"""Labelled data: what is given, and what is to be said of it; tokenized once and memory-mapped.
+
+A task is a class with
+
+    read(source)           (where, row) of each row, in the columns that the task knows
+    item(row, where)       the row, checked, as the task needs it
+    unit(item)             what may not stand on both sides when a part is held out
+    encode(items)          many items through the tokenizer at once, one result each
+    examples(item, code)   the rows to train on that come of one item: one, or several of a long text
+
+and Examples holds what comes of a whole source.
+"""
 
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .corpus import Tokens, cached_folder
-from .sources import read_rows, source_key
-from .tokenizer import end_of_document
+from .sources import read_rows, read_sentences, source_key
+from .tokenizer import end_of_document, special_ids
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
 _BATCH = 1000  # rows tokenized at once
-UNLABELLED = -100  # no label: what fills a batch
+UNLABELLED = -100  # no label: what fills a batch, and what is not judged
+CLASSIFICATION = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what.
-
-    Args:
-        label: the column of the label; or several, each 0 or 1, for classes of which a text may have any number.
-    """
-
-    text: str
-    pair: str | None
-    label: str | list
+class BadRow(InputError):
+    """A row that cannot be learned from; a recipe may have such rows left out."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What may be said of a text.
+    """What may be said.
 
     Args:
-        kind: "single_label_classification", "multi_label_classification" or "regression", as the stock configurations
-            have it.
+        kind: CLASSIFICATION, MULTI_LABEL or REGRESSION, as the stock configurations have it.
         names: of the classes, in the order of their numbers; none for a regression.
     """
 
@@ -46,79 +53,523 @@ class Labels:
     def count(self):
         return len(self.names) or 1
 
-    def encode(self, value, where):
-        """A label as numbers.
+    def number(self, value, where):
+        """The number of a class.
 
         Raises:
-            InputError: it is none of the classes, no number, or missing.
+            BadRow: it is missing, or none of the classes.
         """
         if value is None or value == "":
-            raise InputError(f"{where} has no label")
-        if self.kind == "regression":
+            raise BadRow(f"{where} has no label")
+        if (name := _name(value, where)) not in self.names:
+            known = ", ".join(self.names[:10]) + (" ..." if len(self.names) > 10 else "")
+            raise BadRow(f"{where}: the label {name!r} is not in the training data, which has {known}")
+        return self.names.index(name)
+
+    def encode(self, value, where):
+        """A label as numbers: of a class, 0 and 1 for each class, or what a regression is to give."""
+        if self.kind == CLASSIFICATION:
+            return self.number(value, where)
+        if value is None or value == "":
+            raise BadRow(f"{where} has no label")
+        if self.kind == REGRESSION:
             return _number(value, where)
-        if self.kind == "single_label_classification":
-            if (name := _name(value, where)) not in self.names:
-                raise InputError(f"{where}: the label {name!r} is not in the training data, which has {self._known()}")
-            return self.names.index(name)
         chosen = value if isinstance(value, (list, dict)) else [value]
         if isinstance(chosen, dict):  # of several columns
             chosen = [name for name, held in chosen.items() if _number(held, where)]
-        for name in chosen:
-            if _name(name, where) not in self.names:
-                raise InputError(f"{where}: the label {name!r} is not in the training data, which has {self._known()}")
-        return [float(name in {_name(one, where) for one in chosen}) for name in self.names]
-
-    def _known(self):
-        return ", ".join(self.names[:10]) + (" ..." if len(self.names) > 10 else "")
+        numbers = {self.number(one, where) for one in chosen}
+        return [float(number in numbers) for number in range(self.count)]
 
 
-def find_labels(source, columns, kind):
-    """The labels of a training set, sorted; numbers by their size.
+class Example(NamedTuple):
+    """A row to train on.
 
-    Raises:
-        InputError: a row has none, or labels of different types.
+    Args:
+        ids: of its tokens.
+        second: where the second of two texts begins; the row's length where there is one.
+        labels: a number, or several, of the row; or one of each token.
+        spans: where each token stands in the text that answers are taken from, (start, stop); -1 outside of it.
     """
-    if kind == "regression":
-        return Labels(kind)
-    if isinstance(columns.label, list):
-        return Labels("multi_label_classification", tuple(columns.label))
-    seen, first = {}, None
-    for where, row in read_rows(source):
-        value = _label_of(row, where, columns)
-        for one in value if isinstance(value, list) else [value]:
-            if one is None or one == "":
-                raise InputError(f"{where} has no label")
-            first = first or (type(one), where)
-            if type(one) is not first[0]:
+
+    ids: list
+    second: int
+    labels: object
+    spans: object = None
+
+
+class Task:
+    """What the tasks share.
+
+    Args:
+        tokenizer: of the fast kind.
+        max_len: tokens of a row.
+        labels: a [`Labels`], once they are known.
+        is_labelled: whether rows have labels, or predictions are asked for.
+    """
+
+    per_token = False  # whether each token has a label
+    columns = ()
+
+    def __init__(self, tokenizer, max_len, labels=None, is_labelled=True, **columns):
+        self.tokenizer, self.max_len, self.labels, self.is_labelled = tokenizer, max_len, labels, is_labelled
+        for name, default in self.columns:
+            setattr(self, name, columns.get(name) or default)
+
+    def key(self):
+        """What examples depend on beside their source."""
+        names = [getattr(self, name) for name, _ in self.columns]
+        labels = (self.labels.kind, self.labels.names) if self.labels else None
+        specials = [end_of_document(self.tokenizer), self.tokenizer.unk_token_id]
+        return [type(self).__name__, tokenizer_fingerprint(self.tokenizer), specials, self.max_len, labels, names]
+
+    def read(self, source):
+        return read_rows(source)
+
+    def unit(self, item):
+        return object()  # each of its own
+
+    def record(self, item):
+        """What is needed of an item beside its rows: to judge it, or to show what a prediction is of."""
+
+    def _find_labels(self, source, kind, skip):
+        """The labels of a source, sorted; numbers by their size.
+
+        `_labels_at` gives those of a row, each with its place: several in a list, or one.
+        """
+        names, first = {}, None
+        for where, row in self.read(source):
+            try:
+                found = self._labels_at(row, where)
+                kind = kind or (MULTI_LABEL if isinstance(found, list) else CLASSIFICATION)
+                for one, place in found if isinstance(found, list) else [found]:
+                    if one is None or one == "":
+                        raise BadRow(f"{place} has no label")
+                    first = first or (type(one), place)
+                    if type(one) is not first[0]:
+                        raise BadRow(
+                            f"{place}: the label {one!r} is of another type than that of {first[1]}; write all of them "
+                            "alike"
+                        )
+                    names[_name(one, place)] = None
+            except BadRow:
+                if not skip:
+                    raise
+        if len(names) < 2:
+            count = f"{len(names)} label{'s' * (len(names) != 1)}"
+            raise InputError(f"{source.name} has {count}: there is nothing to tell apart")
+        return Labels(
+            kind, tuple(sorted(names, key=lambda name: (0, int(name), "") if _is_int(name) else (1, 0, name)))
+        )
+
+    def _backend(self, truncated=False):
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        if truncated:
+            backend.enable_truncation(self.max_len)
+        else:
+            backend.no_truncation()
+        return backend
+
+    def _text(self, row, where, column, flag):
+        text = self._cell(row, where, column, flag)
+        if not isinstance(text, str):
+            raise BadRow(f"{where}: column {column!r} does not hold text: {text!r:.80}")
+        return _checked(text, where)
+
+    @staticmethod
+    def _cell(row, where, column, flag=None):
+        if column not in row:
+            hint = f"; name it with --{flag}" if flag else ""
+            raise BadRow(f"{where} has no column {column!r}, but {', '.join(map(repr, row))}{hint}")
+        return row[column]
+
+
+class Texts(Task):
+    """Texts, or pairs of them, of which something is to be said; what is longer than a row is cut."""
+
+    columns = (("text_column", "text"), ("text_pair_column", None), ("label_column", "label"))
+
+    def item(self, row, where):
+        text = self._text(row, where, self.text_column, "text_column")
+        if self.text_pair_column:
+            text = text, self._text(row, where, self.text_pair_column, "text_pair_column")
+        return text, self.labels.encode(self.label_of(row, where), where) if self.is_labelled else 0
+
+    def record(self, item):
+        if not self.is_labelled:
+            texts = item[0] if isinstance(item[0], tuple) else (item[0],)
+            return dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
+
+    def label_of(self, row, where):
+        if isinstance(self.label_column, list):
+            return {name: self._cell(row, where, name, "label_column") for name in self.label_column}
+        return self._cell(row, where, self.label_column, "label_column")
+
+    def find_labels(self, source, kind=None, skip=False):
+        """The labels of a training set, sorted; numbers by their size. Sets and returns them.
+
+        Raises:
+            InputError: a row has none, or labels of different types.
+        """
+        if kind == REGRESSION:
+            self.labels = Labels(kind)
+        elif isinstance(self.label_column, list):
+            self.labels = Labels(MULTI_LABEL, tuple(self.label_column))
+        else:
+            self.labels = self._find_labels(source, kind, skip)
+        return self.labels
+
+    def _labels_at(self, row, where):
+        value = self.label_of(row, where)
+        return [(one, where) for one in value] if isinstance(value, list) else (value, where)
+
+    def encode(self, items):
+        encoded = self._backend(truncated=True).encode_batch([text for text, _ in items])
+        self._backend()
+        return encoded
+
+    def examples(self, item, encoding):
+        ids = encoding.ids or end_of_document(self.tokenizer)[:1]  # of a text of no tokens
+        types = encoding.type_ids
+        return [Example(ids, types.index(1) if 1 in types else len(ids), item[1])], bool(encoding.overflowing)
+
+
+class Words(Task):
+    """Sentences whose words have labels. The first token of a word stands for it; a sentence that is longer than a row
+    goes into several, cut between words, so that each word is judged once."""
+
+    per_token = True
+    columns = (("text_column", "tokens"), ("label_column", "label"))
+
+    def read(self, source):
+        if source.kind == "text":
+            return read_sentences(source, self.text_column, self.label_column)
+        return read_rows(source)
+
+    def item(self, row, where):
+        words = self._cell(row, where, self.text_column, "text_column")
+        if isinstance(words, str) and not self.is_labelled:
+            words = words.split()
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise BadRow(f"{where}: column {self.text_column!r} does not hold a list of words: {words!r:.80}")
+        if not words:
+            raise BadRow(f"{where} has no words")
+        words = [_checked(word, where) for word in words]
+        return words, self._labels_of(row, where, words) if self.is_labelled else [0] * len(words)
+
+    def _labels_of(self, row, where, words):
+        labels = self._cell(row, where, self.label_column, "label_column")
+        if not isinstance(labels, list) or len(labels) != len(words):
+            found = f"{len(labels)} labels" if isinstance(labels, list) else "no list of labels"
+            raise BadRow(f"{where} has {len(words)} words, and {found}")
+        places = (f"{where}, word {number} ({word!r:.40})" for number, word in enumerate(words, start=1))
+        return [self.labels.number(label, place) for label, place in zip(labels, places, strict=True)]
+
+    def find_labels(self, source, kind=None, skip=False):
+        """See [`Texts.find_labels`]."""
+        self.labels = self._find_labels(source, CLASSIFICATION, skip)
+        return self.labels
+
+    def _labels_at(self, row, where):
+        labels = self._cell(row, where, self.label_column, "label_column")
+        labels = labels if isinstance(labels, list) else [labels]
+        return [(one, f"{where}, word {number}") for number, one in enumerate(labels, start=1)]
+
+    def record(self, item):
+        if not self.is_labelled:
+            return {self.text_column: item[0]}
+
+    def encode(self, items):
+        return self._backend().encode_batch([words for words, _ in items], is_pretokenized=True)
+
+    def examples(self, item, encoding):
+        words, labels = item
+        missing = set(range(len(words))) - set(encoding.word_ids)
+        if not missing and len(encoding.ids) <= self.max_len:
+            return [self._example(encoding, labels)], False
+        # a word that the tokenizer makes nothing of is an unknown one
+        unknown = self.tokenizer.unk_token or self.tokenizer.decode(end_of_document(self.tokenizer)[:1])
+        words = [unknown if number in missing else word for number, word in enumerate(words)]
+        lengths = np.bincount([w for w in encoding.word_ids if w is not None], minlength=len(words)).clip(min=1)
+        backend = self._backend(truncated=True)
+        room = self.max_len - backend.num_special_tokens_to_add(False)
+        begins, used = [0], 0
+        for number, length in enumerate(lengths):
+            if used and used + length > room:
+                begins, used = [*begins, number], 0
+            used += length
+        pieces = list(zip(begins, [*begins[1:], len(words)], strict=True))
+        found = [self._example(backend.encode(words[a:b], is_pretokenized=True), labels[a:b]) for a, b in pieces]
+        self._backend()
+        return found, len(pieces) > 1
+
+    @staticmethod
+    def _example(encoding, labels):
+        said, before = [], None
+        for word in encoding.word_ids:
+            said.append(UNLABELLED if word is None or word == before else labels[word])
+            before = word
+        return Example(encoding.ids, len(encoding.ids), said)
+
+
+class Questions(Task):
+    """Questions and the texts that hold the answers, in SQuAD's format (Rajpurkar et al. 2016, 2018): nested, as its
+    files are, or a row for each question, as on the Hub. A row is [CLS] question [SEP] context [SEP]; a long context
+    goes into several rows that overlap, each with the answer if it holds all of it.
+
+    Args:
+        stride: tokens of context from the start of one row to the start of the next; None: half of what fits.
+    """
+
+    def __init__(self, *settings, stride=None, **named):
+        super().__init__(*settings, **named)
+        if self.tokenizer.cls_token_id is None or self.tokenizer.sep_token_id is None:
+            raise InputError(
+                "task question_answering needs a tokenizer with cls_token and sep_token: give BERT's, or "
+                "{train: wordpiece, vocab_size: 8192}"
+            )
+        self.stride, self._context = stride, (None, None)
+
+    def key(self):
+        return [*super().key(), self.stride]
+
+    def read(self, source):
+        for where, row in read_rows(source):
+            if "data" not in row:
+                yield where, row
+                continue
+            try:
+                for article in row["data"]:
+                    for paragraph in article["paragraphs"]:
+                        for question in paragraph["qas"]:
+                            name = f"{source.name} question {question.get('id')!r}"
+                            yield name, {**question, "context": paragraph["context"]}
+            except (KeyError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{where}: the label {one!r} is of another type than that of {first[1]}; write all of them alike"
+                    f"{where} is not in SQuAD's format, data > paragraphs > context and qas: {error!r:.100}"
+                ) from None
+
+    def item(self, row, where):
+        question, context = (self._text(row, where, name, None) for name in ("question", "context"))
+        if not question.strip():
+            raise BadRow(f"{where} asks nothing")
+        item = {"where": where, "id": str(row.get("id", where)), "question": question.strip(), "context": context}
+        return item | {"answers": self._answers_of(row, where, context) if self.is_labelled else None}
+
+    @staticmethod
+    def _answers_of(row, where, context):
+        answers = row.get("answers")
+        if isinstance(answers, list):  # as in files
+            answers = {name: [one.get(name) for one in answers] for name in ("text", "answer_start")}
+        if answers is None and row.get("is_impossible"):
+            answers = {"text": [], "answer_start": []}
+        if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+            raise BadRow(f"{where} has no answers, of text and answer_start; one that has none has an empty list")
+        if row.get("is_impossible"):
+            return []
+        found = []
+        for text, start in zip_longest(answers["text"], answers["answer_start"]):
+            if not isinstance(start, int) or not isinstance(text, str) or not text:
+                raise BadRow(f"{where} has an answer {text!r:.60} at {start!r}: it needs a text and a number")
+            if start < 0 or start + len(text) > len(context):
+                raise BadRow(
+                    f"{where}: the answer {text!r:.60} at {start} lies beyond the {len(context)} characters of the text"
                 )
-            seen[_name(one, where)] = None
-        if kind is None:
-            kind = "multi_label_classification" if isinstance(value, list) else "single_label_classification"
-    if len(seen) < 2:
-        raise InputError(f"{source.name} has {len(seen)} label{'s' * (len(seen) != 1)}: there is nothing to tell apart")
-    return Labels(kind, tuple(sorted(seen, key=lambda name: (0, int(name), "") if _is_int(name) else (1, 0, name))))
+            if context[start : start + len(text)] != text:
+                raise BadRow(
+                    f"{where}: the answer {text!r:.60} does not stand at {start}, where the text has "
+                    f"{context[start : start + len(text)]!r:.60}"
+                )
+            found.append((text, start))
+        return found
+
+    def unit(self, item):
+        return item["context"]
+
+    def record(self, item):
+        return {name: item[name] for name in ("id", "question", "context", "answers")}
+
+    def encode(self, items):
+        return self._backend().encode_batch([item["question"] for item in items], add_special_tokens=False)
+
+    def examples(self, item, encoding):
+        if self._context[0] != item["context"]:  # many questions in a row ask one text
+            found = self.tokenizer.backend_tokenizer.encode(item["context"], add_special_tokens=False)
+            self._context = item["context"], (found.ids, np.array(found.offsets, dtype=np.int64).reshape(-1, 2))
+        ids, spans = self._context[1]
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        question = [cls, *encoding.ids, sep]
+        room = self.max_len - len(question) - 1
+        if room < 1:
+            raise BadRow(
+                f"{item['where']}: the question has {len(encoding.ids)} tokens, and max_len {self.max_len} leaves none "
+                "for the text"
+            )
+        if not ids:
+            raise BadRow(f"{item['where']}: the text has no tokens")
+        first = last = None
+        if item["answers"]:
+            text, start = item["answers"][0]
+            inside = np.flatnonzero((spans[:, 1] > start) & (spans[:, 0] < start + len(text)))
+            if not len(inside):
+                raise BadRow(f"{item['where']}: the answer {text!r:.60} has no tokens")
+            first, last = int(inside[0]), int(inside[-1])
+        step = min(self.stride or max(1, room // 2), room)
+        begins = range(0, max(1, len(ids) - room + step), step)
+        found = []
+        for begin in begins:
+            window = ids[begin : begin + room]
+            outside = np.full((len(question), 2), -1)
+            places = np.concatenate([outside, spans[begin : begin + room], [[-1, -1]]])
+            holds = first is not None and begin <= first and last < begin + len(window)
+            said = [place - begin + len(question) for place in (first, last)] if holds else [0, 0]  # else [CLS]
+            found.append(Example([*question, *window, sep], len(question), said, places))
+        return found, len(found) > 1
+
+
+class Conversations(Task):
+    """Prompts with their completions, or chats in the form that the tokenizer's template gives them, of which only what
+    is to be said is learned: the completion, or the turns of the assistant; then the end."""
+
+    per_token = True
+
+    def __init__(self, *settings, **named):
+        super().__init__(*settings, **named)
+        specials = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.specials = specials | set(special_ids(self.tokenizer))
+
+    def key(self):
+        return [*super().key(), self.tokenizer.chat_template]
+
+    def item(self, row, where):
+        """(where, text, the spans of it that are learned, whether its end is given by the text)."""
+        if "messages" not in row and not ("prompt" in row and ("completion" in row or not self.is_labelled)):
+            raise InputError(f"{where} has neither messages nor prompt and completion, but {', '.join(map(repr, row))}")
+        if "messages" in row:
+            return where, *self._chat(row["messages"], 0, where), True
+        prompt, completion = row["prompt"], row.get("completion")
+        if isinstance(prompt, list):
+            return where, *self._chat([*prompt, *(completion or [])], len(prompt), where), True
+        prompt = self._text(row, where, "prompt", None)
+        if not self.is_labelled:
+            return where, prompt, [(len(prompt), len(prompt))], False
+        if completion is None or completion == "":
+            raise BadRow(f"{where} has no completion")
+        completion = self._text(row, where, "completion", None)
+        return where, prompt + completion, [(len(prompt), len(prompt) + len(completion))], False
+
+    def _chat(self, messages, first, where):
+        if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+            raise BadRow(f"{where}: messages is not a list of turns, each with role and content: {messages!r:.80}")
+        for number, one in enumerate(messages, start=1):
+            for name in ("role", "content"):
+                if not isinstance(one.get(name), str):
+                    raise BadRow(f"{where}, turn {number} has no {name} of text: {one!r:.80}")
+                _checked(one[name], where)
+        turns = [number for number, one in enumerate(messages) if one["role"] == "assistant" and number >= first]
+        if not self.is_labelled:
+            text = self._rendered(messages, where, add_generation_prompt=True)
+            return text, [(len(text), len(text))]
+        if not turns:
+            raise BadRow(f"{where} has no assistant's turn: there is nothing to learn")
+        whole, spans = self._rendered(messages, where), []
+        for turn in turns:
+            before = self._rendered(messages[:turn], where, add_generation_prompt=True) if turn else ""
+            after = self._rendered(messages[: turn + 1], where)
+            # what the template writes otherwise once other turns follow (some leave out old thoughts) is only read
+            if whole.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(after)))
+        if not spans:
+            raise BadRow(f"{where}: the chat template does not begin an assistant's turn with its generation prompt")
+        return whole[: spans[-1][1]], spans
+
+    def _rendered(self, messages, where, **more):
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                f"{where} is a chat, and the tokenizer {self.tokenizer.name_or_path} has no template for one: give "
+                "--chat_template FILE (Jinja, as the Hub's chat models have it)"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise BadRow(f"{where}: the chat template refuses it: {first_line(error)}") from None
+
+    def encode(self, items):
+        backend = self._backend()
+        chats = iter(backend.encode_batch([text for _, text, _, is_chat in items if is_chat], add_special_tokens=False))
+        texts = iter(backend.encode_batch([text for _, text, _, is_chat in items if not is_chat]))
+        return [next(chats if is_chat else texts) for *_, is_chat in items]
+
+    def examples(self, item, encoding):
+        where, _, spans, is_chat = item
+        ids, places = list(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        is_text = places[:, 1] > places[:, 0]
+        inside = [is_text & (places[:, 1] > start) & (places[:, 0] < stop) for start, stop in spans]
+        learned, end = np.logical_or.reduce(inside), end_of_document(self.tokenizer)[0]
+        ends_itself = any(ids[place] in self.specials for place in np.flatnonzero(inside[-1]))
+        while ids and ids[-1] == end and not learned[-1]:  # of a tokenizer that adds its own
+            ids, learned = ids[:-1], learned[:-1]
+        if not ends_itself:
+            ids, learned = [*ids, end], np.append(learned, True)
+        if len(ids) - 1 > self.max_len:
+            raise BadRow(f"{where} has {len(ids) - 1} tokens, and max_len is {self.max_len}")
+        if not learned[1:].any():
+            raise BadRow(f"{where} has nothing to learn")
+        return [Example(ids, len(ids), learned.astype(np.int64).tolist())], False
+
+
+TASKS = {
+    "classification": Texts,
+    "token_classification": Words,
+    "question_answering": Questions,
+    "instruction": Conversations,
+}
+
+
+# ---- examples
 
 
 class Examples:
-    """Tokenized texts with their labels.
+    """What comes of a source: rows of tokens with their labels, of one or more rows for each item.
 
-    `tokens` are those of all texts, `lengths` those of some, as of the rows in packing.
+    `tokens` are those of all rows, `lengths` those of some, as of the rows in packing.
+
+    Args:
+        arrays: ids; starts, second, labels (of the rows, or of the tokens), first (row of each item, and the number of
+            rows); spans.
     """
 
     parts = (0,)
 
-    def __init__(self, folder, name):
-        self.name = name
-        self.ids, self.starts, self.second, self.labels = (
-            np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("ids", "starts", "second", "labels")
+    def __init__(self, arrays, account, records, name):
+        self.ids, self.starts, self.second, self.labels, self.first = (
+            arrays[part] for part in ("ids", "starts", "second", "labels", "first")
         )
-        self.account = json.loads((folder / "account.json").read_text())
-        self.tokens = Tokens([self.ids], self.account["fingerprint"], self.account["max_id"])
+        self.spans = arrays.get("spans")
+        self.account, self.name, self._records = account, name, records
+        self.tokens = Tokens([self.ids], account["fingerprint"], account["max_id"])
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.starts) - 1
+
+    @property
+    def num_items(self):
+        return len(self.first) - 1
+
+    def rows_of(self, items):
+        """The rows of some items, one item after another."""
+        return np.concatenate([np.arange(self.first[item], self.first[item + 1]) for item in items])
+
+    def items_of(self, rows):
+        """The item that each of some rows comes of."""
+        return (np.searchsorted(self.first, rows, side="right") - 1).tolist()
+
+    def by_item(self, rows, values):
+        """item -> what some rows of it have, in their order."""
+        found = {}
+        for item, value in zip(self.items_of(rows), values, strict=True):
+            found.setdefault(item, []).append(value)
+        return found
 
     def accounted(self):
         return len(self.ids)
@@ -127,114 +578,152 @@ class Examples:
         return self.starts[np.asarray(rows) + 1] - self.starts[rows]
 
     def read(self, row):
-        """The ids of a text, and where its second part begins (its end, where there is none)."""
-        return self.ids[int(self.starts[row]) : int(self.starts[row + 1])].astype(np.int64), int(self.second[row])
+        """The ids of a row, and where its second text begins."""
+        return self.ids[self._slice(row)].astype(np.int64), int(self.second[row])
+
+    def labels_of(self, row):
+        """(tokens,) int64, where each token has one."""
+        return self.labels[self._slice(row)]
+
+    def spans_of(self, row):
+        return self.spans[self._slice(row)]
+
+    def _slice(self, row):
+        return slice(int(self.starts[row]), int(self.starts[row + 1]))
+
+    def record(self, item):
+        """What the task keeps of an item to judge it by."""
+        if isinstance(self._records, list):
+            return self._records[item]
+        self._records = [json.loads(line) for line in self._records.read_text(encoding="utf-8").splitlines()]
+        return self._records[item]
 
 
-def load_examples(source, tokenizer, columns, labels, max_len, val_fraction=0.0):
+def load_examples(source, task, val_fraction=0.0, skip=False):
     """The examples of a source, and those held out, tokenized now or found in the cache.
 
     Args:
-        max_len: tokens of a text, beyond which it is cut.
-        val_fraction: share of the rows to hold out, evenly spread.
+        val_fraction: share of the items to hold out, evenly spread.
+        skip: whether rows that cannot be learned from are left out, and counted, rather than refused.
     Raises:
-        InputError: a row has no text or label, or a label that is not known.
+        BadRow: a row lacks something, or has what cannot be.
     """
-    key = ["examples", source_key(source), tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), max_len]
-    key += [columns.text, columns.pair, columns.label, labels.kind, labels.names, val_fraction]
-    folder = cached_folder(
-        key, lambda aside: _tokenize(source, tokenizer, columns, labels, max_len, val_fraction, aside)
-    )
-    training = Examples(folder / "train", source.name)
-    held_out = Examples(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
-    return training, held_out
+    key = ["examples", 1, source_key(source), task.key(), val_fraction, skip]
+    folder = cached_folder(key, lambda aside: _write(source, task, val_fraction, skip, aside))
+    training = _open(folder / "train", source.name)
+    return training, _open(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
 
 
-def _tokenize(source, tokenizer, columns, labels, max_len, val_fraction, folder):
-    parts = {part: _Writer(folder / part, labels) for part in ("train", *(["validation"] if val_fraction else []))}
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    filler = end_of_document(tokenizer)[:1]  # of a text of no tokens
-    for first, batch in _batches(source, columns, labels):
-        backend.enable_truncation(max_len)
-        encoded = backend.encode_batch([texts for texts, _ in batch])
-        backend.no_truncation()
-        for number, ((_, label), encoding) in enumerate(zip(batch, encoded, strict=True), start=first):
-            is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
-            types = encoding.type_ids
-            second = types.index(1) if 1 in types else len(types)
-            part = parts["validation" if is_held_out else "train"]
-            part.write(encoding.ids or filler, second, label, is_cut=bool(encoding.overflowing))
-    for part in parts.values():
-        part.close(source.name)
+def make_examples(items, task, name, skip=False, refused=None):
+    """The examples of some items, in memory; None where there are none. For the rest see [`load_examples`] and
+    [`items_of`]."""
+    made = _Maker(task, skip, refused)
+    made.add(items)
+    return Examples(*made.whole(name), name) if made.rows else None
 
 
-def _batches(source, columns, labels):
-    """(number of the first row, list of (text or pair, label))."""
-    batch, first = [], 0
-    for where, row in read_rows(source):
-        text = _text(row, where, columns.text)
-        texts = (text, _text(row, where, columns.pair)) if columns.pair else text
-        batch.append((texts, labels.encode(_label_of(row, where, columns), where)))
-        if len(batch) == _BATCH:
-            yield first, batch
-            batch, first = [], first + _BATCH
-    if batch:
-        yield first, batch
+def items_of(source, task, skip=False, refused=None):
+    """The items of a source, checked.
+
+    Args:
+        refused: a list that gets the message of each row that is left out.
+    """
+    for where, row in task.read(source):
+        try:
+            yield task.item(row, where)
+        except BadRow as problem:
+            if not skip:
+                raise
+            refused.append(str(problem))
 
 
-class _Writer:
-    def __init__(self, folder, labels):
-        folder.mkdir()
-        self.folder, self.kind = folder, labels.kind
-        self.ids, self.lengths, self.second, self.labels, self.cut = [], [], [], [], 0
-
-    def write(self, ids, second, label, is_cut):
-        self.ids.append(np.array(ids, dtype=np.uint32))
-        self.lengths.append(len(ids))
-        self.second.append(second)
-        self.labels.append(label)
-        self.cut += is_cut
-
-    def close(self, name):
-        if not self.ids:
-            raise InputError(f"{name} has no rows to learn from, or val_fraction leaves none")
-        ids = np.concatenate(self.ids)
-        labels = np.array(self.labels, dtype=np.int64 if self.kind == "single_label_classification" else np.float32)
-        np.save(self.folder / "ids.npy", ids)
-        np.save(self.folder / "starts.npy", np.cumsum([0, *self.lengths]))
-        np.save(self.folder / "second.npy", np.array(self.second))
-        np.save(self.folder / "labels.npy", labels)
-        digest = hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()
-        account = {"max_id": int(ids.max()), "fingerprint": digest, "rows": len(labels), "cut": self.cut}
-        (self.folder / "account.json").write_text(json.dumps(account))
+def _write(source, task, val_fraction, skip, folder):
+    refused = []
+    parts = {"train": _Maker(task, skip, refused)}
+    if val_fraction:
+        parts["validation"] = _Maker(task, skip, refused)
+    held, unit, number = {name: [] for name in parts}, None, -1
+    for item in items_of(source, task, skip, refused):
+        if (own := task.unit(item)) != unit:
+            number, unit = number + 1, own
+        is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
+        name = "validation" if is_held_out else "train"
+        held[name].append(item)
+        if len(held[name]) == _BATCH:
+            parts[name].add(held[name])
+            held[name] = []
+    for name, part in parts.items():
+        part.add(held[name])
+        arrays, account, records = part.whole(source.name)
+        (folder / name).mkdir()
+        for key, values in arrays.items():
+            np.save(folder / name / f"{key}.npy", values)
+        (folder / name / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        (folder / name / "account.json").write_text(json.dumps(account))
 
 
-def _text(row, where, column):
-    if column not in row:
-        raise InputError(
-            f"{where} has no column {column!r}, but {', '.join(map(repr, row))}; name it with --text_column"
-        )
-    if not isinstance(row[column], str):
-        raise InputError(f"{where}: column '{column}' does not hold text: {row[column]!r:.80}")
-    return row[column]
+def _open(folder, name):
+    arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    return Examples(arrays, json.loads((folder / "account.json").read_text()), folder / "records.jsonl", name)
 
 
-def _label_of(row, where, columns):
-    names = columns.label if isinstance(columns.label, list) else [columns.label]
-    for name in names:
-        if name not in row:
-            raise InputError(
-                f"{where} has no column {name!r}, but {', '.join(map(repr, row))}; name it with --label_column"
-            )
-    return {name: row[name] for name in names} if isinstance(columns.label, list) else row[columns.label]
+class _Maker:
+    """Items into arrays."""
+
+    def __init__(self, task, skip, refused):
+        self.task, self.skip, self.refused = task, skip, refused
+        self.rows, self.counts, self.records, self.cut = [], [], [], 0
+
+    def add(self, items):
+        for item, code in zip(items, self.task.encode(items) if items else [], strict=True):
+            try:
+                examples, is_cut = self.task.examples(item, code)
+            except BadRow as problem:
+                if not self.skip:
+                    raise
+                self.refused.append(str(problem))
+                continue
+            self.rows += [
+                (np.array(one.ids, dtype=np.uint32), one.second, np.array(one.labels), one.spans) for one in examples
+            ]
+            self.counts.append(len(examples))
+            self.records.append(self.task.record(item))
+            self.cut += is_cut
+
+    def whole(self, name):
+        if not self.rows:
+            left = f": {self.refused[0]}" if self.refused else ", or val_fraction leaves none"
+            raise InputError(f"{name} has no rows to work with{left}")
+        ids, second, labels, spans = zip(*self.rows, strict=True)
+        labels = np.concatenate(labels) if self.task.per_token else np.stack(labels)
+        arrays = {
+            "ids": np.concatenate(ids),
+            "starts": np.cumsum([0, *map(len, ids)]),
+            "second": np.array(second),
+            "labels": labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64),
+            "first": np.cumsum([0, *self.counts]),
+        }
+        if spans[0] is not None:
+            arrays["spans"] = np.concatenate(spans).astype(np.int32)
+        digest = hashlib.sha256(b"".join(arrays[part].tobytes() for part in ("ids", "starts", "labels"))).hexdigest()
+        account = {"max_id": int(arrays["ids"].max()), "fingerprint": digest, "rows": len(ids), "cut": self.cut}
+        account |= {"skipped": len(self.refused), "refused": self.refused[:3]}
+        if isinstance(self.task, Questions):
+            account["unanswerable"] = sum(not one["answers"] for one in self.records)
+        return arrays, account, self.records
+
+
+def _checked(text, where):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
+    return text
 
 
 def _name(value, where):
     if isinstance(value, float) or not isinstance(value, (str, int)):
-        raise InputError(
-            f"{where}: the label {value!r:.80} is not the name or number of a class; problem_type says more"
-        )
+        raise BadRow(f"{where}: the label {value!r:.80} is not the name or number of a class; problem_type says more")
     return str(value)
 
 
@@ -244,7 +733,7 @@ def _number(value, where):
     except (TypeError, ValueError):
         number = float("nan")
     if not abs(number) < 1e30 or number == UNLABELLED:
-        raise InputError(f"{where}: the label {value!r:.80} is not a number to come close to")
+        raise BadRow(f"{where}: the label {value!r:.80} is not a number to come close to")
     return number
 
 

@@ -2,7 +2,14 @@
 
 from typing import NamedTuple
 
-from .bert import MyBertConfig, MyBertForMaskedLM, MyBertForPreTraining, MyBertForSequenceClassification
+from .bert import (
+    MyBertConfig,
+    MyBertForMaskedLM,
+    MyBertForPreTraining,
+    MyBertForQuestionAnswering,
+    MyBertForSequenceClassification,
+    MyBertForTokenClassification,
+)
 from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
 from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
 
@@ -14,14 +21,30 @@ class Family(NamedTuple):
 
 # A recipe's `model:` -> the family.
 FAMILIES = {
-    "gpt": Family(GPTConfig, {"causal": GPTForCausalLM, "classification": GPTForSequenceClassification}),
-    "llama": Family(MyLlamaConfig, {"causal": MyLlamaForCausalLM, "classification": MyLlamaForSequenceClassification}),
+    "gpt": Family(
+        GPTConfig,
+        {
+            "causal": GPTForCausalLM,
+            "instruction": GPTForCausalLM,
+            "classification": GPTForSequenceClassification,
+        },
+    ),
+    "llama": Family(
+        MyLlamaConfig,
+        {
+            "causal": MyLlamaForCausalLM,
+            "instruction": MyLlamaForCausalLM,
+            "classification": MyLlamaForSequenceClassification,
+        },
+    ),
     "bert": Family(
         MyBertConfig,
         {
             "mlm": MyBertForMaskedLM,
             "mlm_nsp": MyBertForPreTraining,
             "classification": MyBertForSequenceClassification,
+            "token_classification": MyBertForTokenClassification,
+            "question_answering": MyBertForQuestionAnswering,
         },
     ),
 }
@@ -35,7 +58,9 @@ __all__ = [
     "MyBertConfig",
     "MyBertForMaskedLM",
     "MyBertForPreTraining",
+    "MyBertForQuestionAnswering",
     "MyBertForSequenceClassification",
+    "MyBertForTokenClassification",
     "MyLlamaConfig",
     "MyLlamaForCausalLM",
     "MyLlamaForSequenceClassification",

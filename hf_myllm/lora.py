@@ -1,0 +1,86 @@
+"""LoRA: small matrices beside the model's own, which alone are trained (Hu et al. 2022), by the library `peft`.
+
+A folder that holds such an adapter has the whole model's config.json beside it, and names the model that it adds to.
+"""
+
+import json
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+from .errors import InputError, first_line
+
+_TYPES = {  # what peft calls the tasks, by which its Auto classes choose theirs
+    "causal": "CAUSAL_LM",
+    "instruction": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+}
+_CONFIG = "adapter_config.json"
+
+
+def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
+    """The model with LoRA's matrices, all else frozen but what is fresh.
+
+    Args:
+        fresh: names of weights that the model of init_from did not have, which are trained and saved whole.
+        target_modules: names of modules, ["all-linear"], or None for what peft takes in this family.
+    Raises:
+        InputError: peft knows no such modules in the model.
+    """
+    heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in fresh})
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha or 2 * r,
+        lora_dropout=dropout,
+        target_modules="all-linear" if target_modules == ["all-linear"] else target_modules,
+        modules_to_save=heads or None,
+        task_type=_TYPES.get(task),
+        fan_in_fan_out=model.config.model_type == "gpt2",  # whose Conv1D keeps its weight the other way round
+    )
+    if (path := Path(model.name_or_path)).exists():
+        model.name_or_path = str(path.resolve())  # the adapter names it, wherever it is loaded from
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"lora: {first_line(error)[:300]}") from None
+
+
+def base_of(folder):
+    """The model that a folder's adapter adds to, or None where the folder holds none.
+
+    Raises:
+        InputError: the adapter's configuration cannot be read.
+    """
+    if folder is None or not (Path(folder) / _CONFIG).is_file():
+        return None
+    try:
+        return json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}/{_CONFIG} cannot be read: {error!r:.200}") from None
+
+
+def load(model, folder):
+    """The model with the adapter of a folder, to be trained on."""
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except Exception as error:
+        raise InputError(f"the adapter in {folder} does not fit its model: {first_line(error)[:300]}") from None
+
+
+def is_added(model):
+    return isinstance(model, PeftModel)
+
+
+def save(model, folder):
+    """Write the adapter, and the whole model's configuration."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # which names folders of this machine
+    model.config.save_pretrained(folder)
+
+
+def merge(model, folder):
+    """The whole model, with the adapter of a checkpoint added in; what was given is no longer of use."""
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    return model.merge_and_unload()
