@@ -29,6 +29,8 @@ _MARKER = "trainer_state/complete.json"
 _STATE = "trainer_state/state.json"
 _OPTIMIZER = "trainer_state/optimizer"
 _PARTIAL = ".partial"
+_OF_A_MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"}
+_OF_A_MODEL |= {"adapter_config.json", "adapter_model.safetensors", "model_config.json"}
 
 
 class ShardError(InputError):
@@ -157,7 +159,9 @@ def damage(path):
         return f"incomplete, it has no {_MARKER}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {_MARKER} cannot be read"
-    missing = {"config.json", _STATE} - set(content)
+    missing = {_STATE} - set(content)
+    if not {"config.json", "adapter_config.json"} & set(content):
+        missing.add("config.json")
     parts = [name for name in content if name.startswith(_OPTIMIZER)]
     if not parts or any(f"-of-{len(parts):05}" not in name for name in parts if "-of-" in name):
         missing.add(f"{_OPTIMIZER}*.safetensors, all parts")
@@ -221,6 +225,8 @@ def publish(checkpoint, run):
         files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
         # the weights last, and after them their index: what is_finished() looks for means that all is there
         files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
+        for name in _OF_A_MODEL - {path.name for path in files}:  # of a model of the other kind: whole, or an adapter
+            (Path(run) / name).unlink(missing_ok=True)
         for path in files:
             aside = Path(run) / (path.name + _PARTIAL)
             aside.unlink(missing_ok=True)

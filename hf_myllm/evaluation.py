@@ -93,7 +93,8 @@ def judge(name, kind, predictions, references, more=()):
     """What is usual for a task, by the library `evaluate` and a metric of ours, which needs no Hub.
 
     Args:
-        name: "classification", "entities" or "answers": the file in metrics/, which says what it takes and gives.
+        name: "classification", "entities", "answers" or "language_modeling": the file in metrics/, which says what it
+            takes and gives.
         kind: its configuration, None where there is but one.
         more: names of other metrics, of the Hub or paths, that take the same; theirs that have the name of one of ours
             are called NAME_KEY.
@@ -133,10 +134,7 @@ def unigram_level(training, validation, vocab_size, token_bytes=None, never=(), 
 
 
 def _figures(loss_sum, tokens, text_bytes):
-    loss = loss_sum / max(1, tokens)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "tokens": tokens,
-        "bits_per_byte": loss_sum / math.log(2) / text_bytes if text_bytes else None,
+    found = judge("language_modeling", None, [loss_sum], [{"tokens": tokens, "bytes": text_bytes}])
+    return {"loss": found["loss"], "perplexity": found["perplexity"], "tokens": tokens} | {
+        "bits_per_byte": found.get("bits_per_byte")
     }

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from . import checkpoint
+from . import checkpoint, lora
 from .errors import InputError, exit_on_input_error, first_line
 
 
@@ -160,7 +160,7 @@ def load(run, device="cpu"):
     """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
     folder, tokenizer = find_model(run)
     try:
-        architectures = AutoConfig.from_pretrained(folder).architectures or [""]
+        architectures = AutoConfig.from_pretrained(lora.config_of(folder)).architectures or [""]
         if architectures[0].endswith(("Classification", "QuestionAnswering")):
             raise InputError(f"{run} judges text and writes none: python -m hf_myllm.predict {run} --input FILE")
         fills_in = architectures[0].endswith(("ForMaskedLM", "ForPreTraining"))

@@ -1,6 +1,7 @@
 """LoRA: small matrices beside the model's own, which alone are trained (Hu et al. 2022), by the library `peft`.
 
-A folder that holds such an adapter has the whole model's config.json beside it, and names the model that it adds to.
+A folder that holds such an adapter names the model that it adds to, and has the whole model's configuration beside it,
+under another name than config.json: where there is one, transformers takes the folder for the whole model.
 """
 
 import json
@@ -18,6 +19,8 @@ _TYPES = {  # what peft calls the tasks, by which its Auto classes choose theirs
     "question_answering": "QUESTION_ANS",
 }
 _CONFIG = "adapter_config.json"
+_WHOLE = "model_config.json"
+_OF_PEFT = {"classifier", "score", "qa_outputs"}  # the heads that it trains and saves by itself
 
 
 def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
@@ -29,7 +32,7 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
     Raises:
         InputError: peft knows no such modules in the model.
     """
-    heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in fresh})
+    heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in fresh} - _OF_PEFT)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha or 2 * r,
@@ -61,6 +64,12 @@ def base_of(folder):
         raise InputError(f"{folder}/{_CONFIG} cannot be read: {error!r:.200}") from None
 
 
+def config_of(folder):
+    """Where the configuration of a folder's whole model is; of an adapter of others', its model's."""
+    whole = Path(folder) / _WHOLE
+    return str(whole if whole.is_file() else base_of(folder) or folder)
+
+
 def load(model, folder):
     """The model with the adapter of a folder, to be trained on."""
     try:
@@ -77,7 +86,9 @@ def save(model, folder):
     """Write the adapter, and the whole model's configuration."""
     model.save_pretrained(folder, save_embedding_layers=False)
     (Path(folder) / "README.md").unlink(missing_ok=True)  # which names folders of this machine
-    model.config.save_pretrained(folder)
+    whole = model.get_base_model()
+    whole.config.architectures = [type(whole).__name__]
+    whole.config.to_json_file(Path(folder) / _WHOLE)
 
 
 def merge(model, folder):

@@ -43,7 +43,7 @@ def load(run, device="cpu"):
     """
     folder, tokenizer = find_model(run)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(lora.config_of(folder))
         name = (config.architectures or [""])[0]
     except Exception as error:
         raise InputError(f"{folder}/config.json is not a model's configuration: {first_line(error)[:200]}") from None

@@ -312,6 +312,8 @@ def find_task(recipe, given, tokenizer, pretrained, is_trained):
     if tokenizer is None:
         raise InputError(f"task {recipe.task} needs a tokenizer: give --tokenizer, or a model that has one")
     data, config_class = recipe.data, FAMILIES[recipe.model].config
+    if tokenizer.pad_token is None and recipe.task != "instruction":  # stock pipelines fill their batches with it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_of_document(tokenizer)[0])
     if data.chat_template and not is_trained:
         tokenizer.chat_template = read_template(data.chat_template)
     more = {"stride": data.stride} if recipe.task == "question_answering" else {}
@@ -324,7 +326,7 @@ def find_task(recipe, given, tokenizer, pretrained, is_trained):
         **more,
     )
     if is_trained:
-        task.labels = trained_labels(config_class.from_pretrained(str(pretrained)))
+        task.labels = trained_labels(config_class.from_pretrained(lora.config_of(pretrained)))
     elif hasattr(task, "find_labels"):
         task.find_labels(given.training[0], data.problem_type, data.skip_bad_rows)
     return task
@@ -368,10 +370,10 @@ def build_config(recipe, tokenizer, pretrained, task=None):
             settings["label2id"] = {name: number for number, name in enumerate(names)}
             if recipe.task == "classification":
                 settings["problem_type"] = task.labels.kind
-        if task and tokenizer.pad_token_id is None:  # the last token of a row is the last that is not this one
-            settings["pad_token_id"] = end_of_document(tokenizer)[0]
+        if task and recipe.task != "instruction":  # the last token of a row is the last that is not this one
+            settings["pad_token_id"] = tokenizer.pad_token_id
         if pretrained:
-            config = config_class.from_pretrained(str(pretrained), **settings)
+            config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
             if recipe.data.add_tokens and "vocab_size" not in settings:
                 config.vocab_size = max(config.vocab_size, len(tokenizer))
         else:
@@ -400,7 +402,7 @@ def check_family(recipe, pretrained):
         return
     config_class = FAMILIES[recipe.model].config
     try:
-        stored, _ = config_class.get_config_dict(str(pretrained))
+        stored, _ = config_class.get_config_dict(lora.config_of(pretrained))
         kind = stored.get("model_type")
     except Exception as error:  # the library's own errors are of many classes, and all mean this
         if (Path(pretrained) / "config.json").exists():
@@ -417,7 +419,7 @@ def check_family(recipe, pretrained):
 
 def check_architecture(recipe, pretrained, is_trained):
     """Refuse to compute with a model's weights what they were not trained for."""
-    stored = FAMILIES[recipe.model].config.from_pretrained(str(pretrained))
+    stored = FAMILIES[recipe.model].config.from_pretrained(lora.config_of(pretrained))
     free = {*SPECIAL_TOKENS, "use_cache", "initializer_range"}
     free |= {"max_position_embeddings", "rope_parameters"}  # how a context is made longer
     for name, value in recipe.config.items():
@@ -444,7 +446,7 @@ def build_model(recipe, config, pretrained, is_trained):
         model, fresh = lora.load(model, pretrained), []
         if is_trained:
             return model, fresh
-        model = model.merge_and_unload()
+        model = model.merge_and_unload().requires_grad_(True)
     if section.r and not recipe.evaluation.eval_only:
         settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
         model = lora.add(model, recipe.task, fresh, *settings)

@@ -28,6 +28,7 @@ def quiet_the_libraries():
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of peft's calls
 
 
 def end_with_the_launcher():

@@ -551,6 +551,8 @@ def _check(recipe, families, given):
             raise InputError(f"{impossible[0]} has no meaning with task {recipe.task}: leave it out")
     if evaluation.metrics and (not is_labelled or recipe.task == "instruction"):
         raise InputError(f"metrics judge labelled data, and task {recipe.task} has none: leave it out")
+    if evaluation.metric_for_best and not evaluation.metric_for_best.startswith("val_"):
+        evaluation.metric_for_best = f"val_{evaluation.metric_for_best}"
     if not evaluation.metric_for_best:
         for name in ("patience", "final_model"):
             if getattr(evaluation, name) not in (None, "last"):

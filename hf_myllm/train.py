@@ -410,6 +410,9 @@ def introduce(run, report):
         f"model       {recipe.model}, {model.num_parameters():,} parameters, {run.accelerator.num_processes} x "
         f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, task {recipe.task}"
     )
+    if lora.is_added(model):
+        count = model.num_parameters(only_trainable=True)
+        report.say(f"            LoRA of rank {recipe.lora.r}: {count:,} of the parameters are trained")
     if run.fresh:
         report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
     is_padded = recipe.task in ("mlm_nsp", *tasks.TASKS) or recipe.data.packing in ("pad", "best_fit")
@@ -598,10 +601,12 @@ def finish(run, model, report, last, unigram, validation=None):
         "token_classification": "TokenClassification",
         "question_answering": "QuestionAnswering",
     }.get(recipe.task, "CausalLM")
-    if lora.base_of(folder):
-        report.say(f'load        see README, "LoRA": {folder} holds an adapter to {lora.base_of(folder)}')
-    else:
-        report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
+    labels, is_adapter = getattr(run.objective, "labels", None), lora.base_of(folder) is not None
+    more = f", num_labels={labels.count}" if is_adapter and labels else ""
+    report.say(
+        f'load        AutoModelFor{kind}.from_pretrained("{folder}"{more}) in Python, with stock transformers'
+        f"{' and peft' * is_adapter}"
+    )
     return True
 
 

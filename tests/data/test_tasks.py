@@ -5,11 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from hf_myllm.data import objectives, sources, tasks, tokenizer
+from hf_myllm.data.objectives import IGNORED
 from hf_myllm.errors import InputError
+from hf_myllm.models.bert import MyBertConfig
 
 ROWS = [{"text": f"text number {n} " * (n % 7 + 1), "other": f"pair {n}", "label": n % 3} for n in range(50)]
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,26 +24,34 @@ def wordpiece():
     return tokenizer.train_wordpiece([row["text"] + row["other"] for row in ROWS] * 3, 120)
 
 
+@pytest.fixture
+def bpe():
+    return tokenizer.train_bpe(["<user>hello there\n<assistant>well met, stranger\n"] * 5, 300)
+
+
 def written(folder, rows, name="a.jsonl"):
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sources.file_source(str(folder / name))
 
 
-def columns(label="label", pair=None):
-    return tasks.Columns("text", pair, label)
+def whole_batch(name, task, examples):
+    config = MyBertConfig(pad_token_id=task.tokenizer.pad_token_id)
+    objective = objectives.build_labelled(name, task.tokenizer, config, task.labels)
+    return objective.batch(examples, np.arange(len(examples)), size=len(examples) + 2)
+
+
+# ---- texts
 
 
 @pytest.mark.parametrize("pair", [None, "other"])
-def test_examples_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
-    source = written(tmp_path, ROWS)
-    labels = tasks.find_labels(source, columns(), None)
-    assert labels == tasks.Labels("single_label_classification", ("0", "1", "2"))
-    training, held_out = tasks.load_examples(source, wordpiece, columns(pair=pair), labels, 20, 0.1)
+def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
+    source, task = written(tmp_path, ROWS), tasks.Texts(wordpiece, 20, text_pair_column=pair)
+    assert task.find_labels(source) == tasks.Labels("single_label_classification", ("0", "1", "2"))
+    training, held_out = tasks.load_examples(source, task, 0.1)
     assert (len(training), len(held_out)) == (45, 5)
     kept = [row for number, row in enumerate(ROWS) if number % 10 != 4]
-    objective = objectives.Classification(labels, wordpiece.pad_token_id, has_types=True)
-    batch = objective.batch(training, np.arange(45), size=50)
-    assert batch["labels"].tolist() == [row["label"] for row in kept] + [-100] * 5
+    batch = whole_batch("classification", task, training)
+    assert batch["labels"].tolist() == [row["label"] for row in kept] + [-100] * 2
     texts = [row["text"] for row in kept], *([[row["other"] for row in kept]] if pair else [])
     stock = wordpiece(*texts, truncation=True, max_length=20, padding=True, return_tensors="pt")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
@@ -47,45 +62,399 @@ def test_examples_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
     assert training.lengths(np.arange(3)).tolist() == stock["attention_mask"].sum(1)[:3].tolist()
 
 
-def test_kinds_of_labels(tmp_path):
+def test_kinds_of_labels(tmp_path, wordpiece):
+    def found(rows, kind=None, **columns):
+        task = tasks.Texts(wordpiece, 20, **columns)
+        return task.find_labels(written(tmp_path, rows), kind)
+
     several = [{"text": "x", "label": ["b", "a"]}, {"text": "y", "label": []}, {"text": "z", "label": ["c"]}]
-    labels = tasks.find_labels(written(tmp_path, several), columns(), None)
+    labels = found(several)
     assert labels == tasks.Labels("multi_label_classification", ("a", "b", "c"))
     assert labels.encode(["c", "a"], "row") == [1.0, 0.0, 1.0]
     assert labels.encode([], "row") == [0.0, 0.0, 0.0]
-    flags = tasks.find_labels(written(tmp_path, [{"text": "x", "p": 1, "q": "0"}]), columns(["p", "q"]), None)
+    flags = found([{"text": "x", "p": 1, "q": "0"}], label_column=["p", "q"])
     assert flags.encode({"p": 1, "q": "0"}, "row") == [1.0, 0.0]
-    number = tasks.find_labels(written(tmp_path, ROWS), columns(), "regression")
+    number = found(ROWS, "regression")
     assert (number.encode("2.5", "row"), number.count) == (2.5, 1)
     words = [{"text": "x", "label": name} for name in ("spam", "ham", "spam")]
-    assert tasks.find_labels(written(tmp_path, words), columns(), None).names == ("ham", "spam")
+    assert found(words).names == ("ham", "spam")
     tens = [{"text": "x", "label": number} for number in (10, 9, 100)]
-    assert tasks.find_labels(written(tmp_path, tens), columns(), None).names == ("9", "10", "100")
+    assert found(tens).names == ("9", "10", "100")
 
 
-def test_mistakes_are_named_by_row(tmp_path, wordpiece):
-    def refused(message, rows, kind=None, known=None, **changed):
+def test_class_names_of_a_data_set(tmp_path, wordpiece):
+    import datasets
+
+    names = datasets.ClassLabel(names=["ham", "spam"])
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": names,
+            "tags": datasets.Sequence(names),
+            "tokens": datasets.Sequence(datasets.Value("string")),
+        }
+    )
+    rows = [
+        {"text": "x", "label": 1, "tags": [0, 1], "tokens": ["a", "b"]},
+        {"text": "y", "label": 0, "tags": [1], "tokens": ["c"]},
+    ]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    source = sources.file_source(str(tmp_path / "a.parquet"))
+    assert tasks.Texts(wordpiece, 20).find_labels(source).names == ("ham", "spam")
+    assert tasks.Words(wordpiece, 20, label_column="tags").find_labels(source).names == ("ham", "spam")
+
+
+# ---- words
+
+
+def test_words_and_their_first_tokens(tmp_path, wordpiece):
+    rows = [
+        {"tokens": ["text", "numberpair", "\u200d", "text"], "label": ["O", "B-x", "I-x", "O"]},
+        {"tokens": ["number"] * 30, "label": ["O", "B-x", "I-x"] * 10},
+    ]
+    source, task = written(tmp_path, rows), tasks.Words(wordpiece, 16)
+    names = task.find_labels(source).names
+    assert names == ("B-x", "I-x", "O")
+    examples, _ = tasks.load_examples(source, task)
+    assert examples.num_items == 2
+    assert len(examples) > 2  # the second goes into several rows
+    assert examples.account["cut"] == 1
+    batch = whole_batch("token_classification", task, examples)
+    # each word is judged once, whether the tokenizer makes something of it or not, and wherever a row ends
+    said = batch["labels"][batch["labels"] != IGNORED].tolist()
+    assert [names[number] for number in said] == rows[0]["label"] + rows[1]["label"]
+    stock = wordpiece(["text", "numberpair", "[UNK]", "text"], is_split_into_words=True)
+    first = batch["input_ids"][0][: len(stock["input_ids"])].tolist()
+    assert first == stock["input_ids"]
+    starts = [place for place, word in enumerate(stock.word_ids()) if word != ([None, *stock.word_ids()][place])]
+    starts = [place for place in starts if stock.word_ids()[place] is not None]
+    assert torch.nonzero(batch["labels"][0] != IGNORED)[:, 0].tolist() == starts
+    assert examples.rows_of([1]).tolist() == list(range(1, len(examples)))
+    whole = wordpiece(["number"] * 30, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    inside = [n for row in range(1, len(examples)) for n in examples.read(row)[0][1:-1].tolist()]
+    assert inside == whole
+
+
+def test_conll_files(tmp_path, wordpiece):
+    (tmp_path / "a.conll").write_text(
+        "-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\nrejects VBZ I-VP O\n\n\n"
+        "# a comment\n#tag NN I-NP O\n\ufeff\nLast NN O B-ORG"
+    )
+    source = sources.file_source(str(tmp_path / "a.conll"))
+    task = tasks.Words(wordpiece, 20)
+    found = list(task.read(source))
+    assert [row["tokens"] for _, row in found] == [["EU", "rejects"], ["#tag"], ["Last"]]
+    assert [row["label"] for _, row in found] == [["B-ORG", "O"], ["O"], ["B-ORG"]]
+    assert found[0][0].endswith("a.conll line 3")
+    (tmp_path / "b.txt").write_text("New York\tB-LOC\nis\tO\n")  # tabs let a word have a space
+    assert next(task.read(sources.file_source(str(tmp_path / "b.txt"))))[1]["tokens"] == ["New York", "is"]
+
+
+# ---- questions
+
+
+CONTEXT = "text number pair " * 12 + "text number text"
+
+
+def squad(path, questions, context=CONTEXT):
+    qas = [{"id": str(n), "question": "number pair?", **one} for n, one in enumerate(questions)]
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}))
+    return sources.file_source(str(path))
+
+
+@pytest.mark.parametrize("stride", [None, 7])
+def test_windows_are_those_of_the_stock_tokenizer(tmp_path, wordpiece, stride):
+    at = CONTEXT.rindex("number")
+    answers = [{"answers": [{"text": "number", "answer_start": at}]}, {"is_impossible": True, "answers": []}]
+    source = squad(tmp_path / "a.json", answers)
+    task = tasks.Questions(wordpiece, 24, stride=stride)
+    examples, _ = tasks.load_examples(source, task)
+    room = 24 - len(wordpiece("number pair?")["input_ids"]) - 1
+    stock = wordpiece(
+        "number pair?",
+        CONTEXT,
+        truncation="only_second",
+        max_length=24,
+        stride=room - (stride or room // 2),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    assert examples.num_items == 2
+    assert len(examples) == 2 * len(stock["input_ids"])
+    holds = 0
+    for row, (ids, spans, types) in enumerate(
+        zip(stock["input_ids"], stock["offset_mapping"], stock["token_type_ids"], strict=True)
+    ):
+        read, second = examples.read(row)
+        assert read.tolist() == ids
+        assert second == types.index(1)
+        assert examples.spans_of(row)[second : len(ids) - 1].tolist() == [
+            list(pair) for pair in spans[second : len(ids) - 1]
+        ]
+        first, last = examples.labels[row].tolist()
+        if spans[second][0] <= at and spans[len(ids) - 2][1] >= at + 6:
+            holds += 1
+            assert (spans[first][0], spans[last][1]) == (at, at + 6)
+        else:
+            assert (first, last) == (0, 0)
+    assert holds >= 1
+    assert (np.array(examples.labels[len(examples) // 2 :]) == 0).all()
+    assert examples.account["unanswerable"] == 1
+
+
+def test_answers_are_put_together_from_all_windows(tmp_path, wordpiece):
+    at = CONTEXT.rindex("number")
+    source = squad(tmp_path / "a.json", [{"answers": [{"text": "number text", "answer_start": at}]}] * 2)
+    task = tasks.Questions(wordpiece, 24)
+    examples, _ = tasks.load_examples(source, task)
+    objective = objectives.build_labelled("question_answering", wordpiece, MyBertConfig(), None)
+    numbers = np.arange(len(examples))
+    batch = objective.batch(examples, numbers)
+    shape = batch["input_ids"].shape
+    outputs = type("", (), {"start_logits": torch.zeros(shape), "end_logits": torch.zeros(shape)})
+    for row in numbers:  # sure of the answer where it is, and elsewhere that it is not there
+        first, last = examples.labels[row]
+        outputs.start_logits[row, first], outputs.end_logits[row, last] = 9, 9
+    said = objective.predictions(outputs, examples, numbers)
+    for may_refuse in (False, True):
+        answers = objective.answers(examples, numbers, said, may_refuse)
+        assert [own[0][1:] for own in answers.values()] == [("number text", at)] * 2
+        assert [own[0][0] for own in answers.values()] == [18.0] * 2
+    name, kind, predictions, references = objective.judged(examples, numbers, said)
+    assert (name, kind) == ("answers", None)
+    assert predictions[1] == {"id": "1", "prediction_text": "number text"}
+    assert references[1] == {"id": "1", "answers": {"text": ["number text"], "answer_start": [at]}}
+    outputs.start_logits[:, 0] = outputs.end_logits[:, 0] = 99  # now it is nowhere
+    said = objective.predictions(outputs, examples, numbers)
+    assert objective.answers(examples, numbers, said, True)[0][0][1] == ""
+    assert objective.answers(examples, numbers, said, False)[0][0][1] == "number text"
+
+
+def test_a_context_stays_on_one_side(tmp_path, wordpiece):
+    rows = [
+        {
+            "id": f"{n}-{k}",
+            "question": "text?",
+            "context": f"text number {n}",
+            "answers": {"text": ["text"], "answer_start": [0]},
+        }
+        for n in range(10)
+        for k in range(3)
+    ]
+    training, held_out = tasks.load_examples(written(tmp_path, rows), tasks.Questions(wordpiece, 24), 0.2)
+    sides = [{part.record(item)["context"] for item in range(part.num_items)} for part in (training, held_out)]
+    assert [len(side) for side in sides] == [8, 2]
+    assert not sides[0] & sides[1]
+    assert held_out.num_items == 6
+
+
+# ---- conversations
+
+
+def learned(task, examples):
+    """(all that a row reads, what of it is learned) as text, of each row."""
+    decode = task.tokenizer.decode
+    return [
+        (decode(examples.read(row)[0]), decode(examples.read(row)[0][examples.labels_of(row) == 1]))
+        for row in range(len(examples))
+    ]
+
+
+def test_only_what_is_to_be_said_is_learned(tmp_path, bpe):
+    rows = [
+        {"prompt": "hello", "completion": " there"},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well met"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+                {"role": "user", "content": "never answered"},
+            ]
+        },
+        {
+            "prompt": [
+                {"role": "user", "content": "e"},
+                {"role": "assistant", "content": "shown"},
+                {"role": "user", "content": "f"},
+            ],
+            "completion": [{"role": "assistant", "content": "g"}],
+        },
+    ]
+    bpe.chat_template = CHAT
+    task = tasks.Conversations(bpe, 64)
+    examples, _ = tasks.load_examples(written(tmp_path, rows), task)
+    end = bpe.eos_token
+    assert learned(task, examples) == [
+        (f"hello there{end}", f" there{end}"),
+        (f"<user>hello\n<assistant>well met\n{end}", f"well met\n{end}"),
+        (f"<user>a\n<assistant>b\n<user>c\n<assistant>d\n{end}", f"b\nd\n{end}"),
+        (f"<user>e\n<assistant>shown\n<user>f\n<assistant>g\n{end}", f"g\n{end}"),
+    ]
+
+
+def test_a_turn_that_ends_itself_gets_no_other_end(tmp_path, bpe):
+    bpe.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    bpe.chat_template = CHAT.replace("\\n", "\n").replace("{{ m['content'] }}\n", "{{ m['content'] }}<|im_end|>\n")
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    task = tasks.Conversations(bpe, 64)
+    examples, _ = tasks.load_examples(written(tmp_path, rows), task)
+    assert learned(task, examples)[0][1] == "b<|im_end|>\n"
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+def test_conversations_share_rows_unseen(tmp_path, bpe, packing):
+    rows = [{"prompt": "hello" * (n % 5 + 1), "completion": " there" * (n % 3 + 1)} for n in range(30)]
+    task = tasks.Conversations(bpe, 40)
+    examples, _ = tasks.load_examples(written(tmp_path, rows), task)
+    objective = objectives.Instruction(bpe, packing)
+    packed = objective.rows(examples, 40, None, "x")
+    assert (len(packed) < len(examples)) == (packing == "best_fit")
+    batch = objective.batch(packed, np.arange(len(packed)))
+    targets = batch["shift_labels"][batch["shift_labels"] != IGNORED]
+    # every token that is learned is a target once
+    assert sorted(targets.tolist()) == sorted(examples.ids[examples.labels == 1].tolist())
+    if packing == "best_fit":
+        assert int((batch["position_ids"] == 0).sum()) >= len(examples)
+    # and stands where the model has read just what comes before it
+    first = batch["shift_labels"][0] != IGNORED
+    place = int(torch.nonzero(first)[0])
+    assert bpe.decode(batch["input_ids"][0][: place + 1]).startswith("hello")
+
+
+def test_a_stock_tokenizer_writes_the_same_prompt(tmp_path, assets):
+    llama = AutoTokenizer.from_pretrained(assets / "weights" / "stories260K")
+    task = tasks.Conversations(llama, 64)
+    examples, _ = tasks.load_examples(written(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
+    ids, learns = examples.read(0)[0].tolist(), examples.labels_of(0).tolist()
+    prompt = llama("Once upon")["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    assert learns == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert ids[-1] == llama.eos_token_id
+
+
+# ---- mistakes
+
+
+def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
+    def refused(message, rows, kind=tasks.Texts, problem_type=None, known=None, skip_leaves=None, **columns):
         source = written(tmp_path, rows)
+        task = kind(bpe if kind is tasks.Conversations else wordpiece, 20, **columns)
 
-        def load():
-            labels = known or tasks.find_labels(source, columns(**changed), kind)
-            tasks.load_examples(source, wordpiece, columns(**changed), labels, 20)
+        def load(skip=False):
+            if hasattr(task, "find_labels"):
+                task.labels = known or task.find_labels(source, problem_type, skip)
+            return tasks.load_examples(source, task, skip=skip)[0]
 
         with pytest.raises(InputError, match=message):
             load()
+        if skip_leaves is not None:
+            examples = load(skip=True)
+            assert (examples.num_items, examples.account["skipped"]) == (skip_leaves, len(rows) - skip_leaves)
+            assert examples.account["refused"]
 
     good = [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
     known = tasks.Labels("single_label_classification", ("a", "b"))
-    refused("line 3 has no label", [*good, {"text": "z", "label": None}])
+    refused("line 3 has no label", [*good, {"text": "z", "label": None}], skip_leaves=2)
     refused("line 3 has no label", [*good, {"text": "z", "label": ""}], known=known)
-    refused("line 3: the label 3 is of another type than that of .* line 1", [*good, {"text": "z", "label": 3}])
-    refused("line 3: the label 'c' is not in the training data", [*good, {"text": "z", "label": "c"}], known=known)
+    refused("line 3 has no column 'label'", [*good, {"text": "z"}], skip_leaves=2)
+    refused(
+        "line 3: the label 3 is of another type than that of .* line 1",
+        [*good, {"text": "z", "label": 3}],
+        skip_leaves=2,
+    )
+    refused(
+        "line 3: the label 'c' is not in the training data",
+        [*good, {"text": "z", "label": "c"}],
+        known=known,
+        skip_leaves=2,
+    )
     refused("line 1: the label 0.5 is not the name or number", [{"text": "z", "label": 0.5}])
-    refused("line 1: the label 'a' is not a number", good, kind="regression")
+    refused("line 1: the label 'a' is not a number", good, problem_type="regression")
     refused("has 1 label: there is nothing to tell apart", good[:1])
-    refused("line 1 has no column 'class', but 'text', 'label'; name it with --label_column", good, label="class")
-    refused("line 1 has no column 'more'", good, pair="more")
-    refused("line 3: column 'text' does not hold text: 3", [*good, {"text": 3, "label": "a"}])
+    refused(
+        "line 1 has no column 'class', but 'text', 'label'; name it with --label_column", good, label_column="class"
+    )
+    refused("line 1 has no column 'more'", good, text_pair_column="more")
+    refused("line 3: column 'text' does not hold text: 3", [*good, {"text": 3, "label": "a"}], skip_leaves=2)
+    refused("line 3: half a character", [*good, {"text": "\ud800", "label": "a"}], skip_leaves=2)
+
+    words = [{"tokens": ["x", "y"], "label": ["O", "B-z"]}]
+    refused(
+        "line 2 has 2 words, and 1 labels", [*words, {"tokens": ["x", "y"], "label": ["O"]}], tasks.Words, skip_leaves=1
+    )
+    refused(
+        "line 2, word 2 has no label",
+        [*words, {"tokens": ["x", "y"], "label": ["O", None]}],
+        tasks.Words,
+        skip_leaves=1,
+    )
+    refused("line 2 has no words", [*words, {"tokens": [], "label": []}], tasks.Words, skip_leaves=1)
+    refused(
+        "line 2: column 'tokens' does not hold a list",
+        [*words, {"tokens": "x y", "label": ["O"]}],
+        tasks.Words,
+        skip_leaves=1,
+    )
+
+    def question(text, start, **more):
+        return {
+            "question": "text?",
+            "context": "text number",
+            "answers": {"text": [text], "answer_start": [start]},
+        } | more
+
+    right = question("text", 0)
+    refused(
+        "the answer 'number' at 9 lies beyond the 11", [right, question("number", 9)], tasks.Questions, skip_leaves=1
+    )
+    refused(
+        "the answer 'number' does not stand at 2, where the text has 'xt num'",
+        [right, question("number", 2)],
+        tasks.Questions,
+        skip_leaves=1,
+    )
+    refused("line 2 has no answers", [right, question("", 0, answers=None)], tasks.Questions, skip_leaves=1)
+    refused("line 2 asks nothing", [right, question("text", 0, question=" ")], tasks.Questions, skip_leaves=1)
+    refused(
+        "question has 30 tokens, and max_len 20 leaves none",
+        [right, question("text", 0, question="text " * 30)],
+        tasks.Questions,
+        skip_leaves=1,
+    )
+    broken = [{"data": [{"paragraphs": [{"qas": []}, {"no": 1}]}]}]
+    refused("not in SQuAD's format", broken, tasks.Questions)
+
+    told = {"prompt": "hello", "completion": " there"}
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    refused(
+        "has no template for one: give --chat_template",
+        [{"messages": [*chat["messages"], {"role": "assistant", "content": "x"}]}],
+        tasks.Conversations,
+    )
+    bpe.chat_template = CHAT
+    refused("line 2 has no assistant's turn", [told, chat], tasks.Conversations, skip_leaves=1)
+    refused(
+        "line 2, turn 1 has no content", [told, {"messages": [{"role": "user"}]}], tasks.Conversations, skip_leaves=1
+    )
+    refused("line 2: messages is not a list", [told, {"messages": "hi"}], tasks.Conversations, skip_leaves=1)
+    refused("line 2 has no completion", [told, {"prompt": "x", "completion": ""}], tasks.Conversations, skip_leaves=1)
+    refused(
+        "line 2 has .* tokens, and max_len is 20",
+        [told, {"prompt": "x" * 99, "completion": "y"}],
+        tasks.Conversations,
+        skip_leaves=1,
+    )
+    refused("line 1 has neither messages nor prompt", [{"text": "x"}], tasks.Conversations)
+    bpe.chat_template = "{{ raise_exception('roles must alternate') }}"
+    refused(
+        "the chat template refuses it: roles must alternate",
+        [told, {"messages": [{"role": "assistant", "content": "x"}]}],
+        tasks.Conversations,
+        skip_leaves=1,
+    )
+
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputError, match="a.txt has no columns"):
-        tasks.find_labels(sources.file_source(str(tmp_path / "a.txt")), columns(), None)
+        tasks.Texts(wordpiece, 20).find_labels(sources.file_source(str(tmp_path / "a.txt")))
