@@ -135,6 +135,4 @@ def unigram_level(training, validation, vocab_size, token_bytes=None, never=(), 
 
 def _figures(loss_sum, tokens, text_bytes):
     found = judge("language_modeling", None, [loss_sum], [{"tokens": tokens, "bytes": text_bytes}])
-    return {"loss": found["loss"], "perplexity": found["perplexity"], "tokens": tokens} | {
-        "bits_per_byte": found.get("bits_per_byte")
-    }
+    return {"bits_per_byte": None, "tokens": tokens} | found

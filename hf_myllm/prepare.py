@@ -145,7 +145,7 @@ def prepare(recipe, accelerator, resume_from):
     """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
     data, section = recipe.data, recipe.run
     given = find_sources(data, recipe.evaluation.eval_only)
-    if section.dry_run and not data.streaming:
+    if section.dry_run and not data.streaming and recipe.task not in tasks.TASKS:
         given = Given(
             [quick_look(one) for one in given.training],
             given.weights,
@@ -172,7 +172,7 @@ def prepare(recipe, accelerator, resume_from):
 
     is_maker = accelerator.is_local_main_process
     if task:
-        training, validation, account = load_examples(recipe, given, task, config, objective)
+        training, validation, account = load_examples(recipe, given, task, objective)
     elif data.streaming and not recipe.evaluation.eval_only:
         training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
     else:
@@ -412,9 +412,9 @@ def check_family(recipe, pretrained):
             f"Hub did not give it ({first_line(error)[:200]})"
         ) from None
     if kind not in (None, config_class.model_type):
-        raise InputError(
-            f"{pretrained} is a {kind} model, and the recipe's model is {recipe.model} ({config_class.model_type})"
-        )
+        families = [name for name, family in FAMILIES.items() if family.config.model_type == kind]
+        hint = f": give --model {families[0]}" if families else ""
+        raise InputError(f"{pretrained} is a {kind} model, and the recipe's model is {recipe.model}{hint}")
 
 
 def check_architecture(recipe, pretrained, is_trained):
@@ -490,9 +490,11 @@ def build_whole_model(recipe, config, pretrained, is_trained):
             f"{tuple(wanted)} by the config ({len(mismatched)} such)"
         )
     if missing := [name for name in fresh if is_trained or (name.startswith(body) and ".pooler." not in name)]:
-        raise InputError(
-            f"the model {pretrained} lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
-        )
+        stored = (type(config).from_pretrained(str(pretrained)).architectures or [""])[0]
+        others = [name for name, one in FAMILIES[recipe.model].tasks.items() if stored.endswith(_head(one))]
+        hint = f"; what it was trained for is --task {others[0]}" if others and others[0] != recipe.task else ""
+        lacks = f"lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
+        raise InputError(f"the model {pretrained} {lacks}{hint}")
     if vocab_size > config.vocab_size:
         # new rows start close around the mean of the old ones (Hewitt 2021), so that no token starts out likely
         model.resize_token_embeddings(vocab_size)
@@ -502,6 +504,11 @@ def build_whole_model(recipe, config, pretrained, is_trained):
         for name in SPECIAL_TOKENS:
             setattr(model.generation_config, name, getattr(config, name))
     return model, fresh
+
+
+def _head(model_class):
+    """What a class has in common with its stock one, as ForSequenceClassification."""
+    return "For" + model_class.__name__.rpartition("For")[2]
 
 
 def use_fast_isolation(model, config, accelerator):
@@ -556,7 +563,7 @@ def load_data(data, given, tokenizer, show):
     return training, validation, account
 
 
-def load_examples(recipe, given, task, config, objective):
+def load_examples(recipe, given, task, objective):
     """What `load_data` gives, of labelled data."""
     data, skip = recipe.data, recipe.data.skip_bad_rows
     training, validation, account = None, None, {"train": {}}
@@ -680,8 +687,16 @@ def main(argv):
     given = find_sources(data, False)
     check_family(recipe, pretrained)
     tokenizer = find_tokenizer(recipe, given, pretrained, False)
-    config = build_config(recipe, tokenizer, pretrained)
-    objective, length = build_objective(recipe, tokenizer, config), data.max_len or config.max_position_embeddings
+    task = find_task(recipe, given, tokenizer, pretrained, False)
+    config = build_config(recipe, tokenizer, pretrained, task)
+    objective, length = build_objective(recipe, tokenizer, config, task), data.max_len or config.max_position_embeddings
+    if task:
+        data.max_len = length
+        for name, rows in zip(("training", "validation"), load_examples(recipe, given, task, objective), strict=False):
+            if rows is not None:
+                print(f"{name:<12}{len(rows):,} rows are prepared")
+        print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
+        return
     if data.streaming:
         given.training = []  # which is prepared as it is read
     for name, tokens in zip(("training", "validation"), load_data(data, given, tokenizer, show=True), strict=False):

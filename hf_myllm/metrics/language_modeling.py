@@ -11,7 +11,7 @@ import evaluate
 
 class LanguageModeling(evaluate.Metric):
     """loss in nats per token, perplexity, and bits_per_byte, which compares models whose tokenizers differ; None where
-    no bytes are told. Takes the loss of each piece of text, summed over its tokens, and how many tokens and bytes it has.
+    no bytes are told. Takes the loss of each text, summed over its tokens, and how many tokens and bytes it has.
     """
 
     def _info(self):
