@@ -77,6 +77,29 @@ def test_two_processes_train_what_one_does_dropout_included(tiny, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def test_words_are_judged_once_and_the_best_is_the_same_on_two_processes(tiny_bert, tmp_path):
+    for name, count in (("train", 90), ("val", 61)):
+        draw = random.Random(name)
+        sentences = [
+            [draw.choice(["anna", "rome", "the", "sees"]) for _ in range(draw.randint(1, 40))] for _ in range(count)
+        ]
+        labels = {"anna": "B-PER", "rome": "B-LOC"}
+        text = ["".join(f"{word} {labels.get(word, 'O')}\n" for word in words) for words in sentences]
+        (tmp_path / f"{name}.conll").write_text("\n".join(text))
+    words = {"task": "token_classification", "train_file": tmp_path / "train.conll", "val_file": tmp_path / "val.conll"}
+    words |= {"start_context": None, "eval_freq": 5, "metric_for_best": "f1", "patience": 3, "epochs": None}
+    words |= {"learning_rate": 1e-2, "warmup_steps": 0, "lr_schedule": "constant"}
+    runs = tmp_path / "one", tmp_path / "two"
+    assert train(*tiny_bert(**words, max_steps=200, save_model=runs[0])) == 0
+    assert launch(2, *tiny_bert(**words, max_steps=200, save_model=runs[1])).returncode == 0
+    assert_same_run(runs[1], runs[0], 1e-5)
+    for key in ("val_f1", "val_precision", "val_recall", "val_accuracy"):
+        assert metrics(runs[1], key) == metrics(runs[0], key), key
+    assert len(metrics(runs[0], "val_f1")) < 40  # patience was lost
+    kept = [sorted(path.name for path in run.glob("checkpoint-*")) for run in runs]
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("kind", ["gpt", "mlm_nsp"])
 def test_any_number_of_processes_trains_the_same_run(tiny, tiny_bert, tmp_path, kind):
     """A step has rows for one and a half micro-batches, and an epoch ends within one. No dropout, which is drawn for a
