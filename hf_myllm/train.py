@@ -156,13 +156,17 @@ def train(run, before):
     if run.resume_from is not None and precision != accelerator.mixed_precision:
         report.say(f"            until now in precision {precision}: from here on it is another run than that would be")
 
+    validation = None
     report.pause()
-    if is_evaluation_due(run, report) and report_evaluation(run, model, report, run.start) is None:
-        report.say("stopped by a signal in the first evaluation; --init_from resume starts there again")
-        return leave(run, report)
+    if is_evaluation_due(run, report):
+        validation = report_evaluation(run, model, report, run.start)
+        if validation is None:
+            report.say("stopped by a signal in the first evaluation; --init_from resume starts there again")
+            return leave(run, report)
+        if run.start and has_lost_patience(run, run.start):
+            ends = run.start
     model.train()
     report.resume()
-    validation = None
     for step in range(run.start, ends):
         run.doing = f"step {step + 1}"
         rate = learning_rate(

@@ -404,6 +404,21 @@ def test_the_best_is_kept_and_patience_ends(tmp_path, noise, capsys):
     assert (last / f"checkpoint-{best}").is_dir()
 
 
+def test_a_signal_at_the_last_evaluation_of_patience_changes_nothing(tmp_path, noise):
+    words = {**noise, "max_steps": 200, "metric_for_best": "loss", "patience": 2}
+    assert train(*flags(**words)) == 0
+    run = tmp_path / "run"
+    whole, weights = evaluations(run), (run / "model.safetensors").read_bytes()
+    last = whole[-1]["step"]
+    # what a signal leaves: the checkpoint of that step, without its evaluation
+    text = [line for line in lines(run / "metrics.jsonl") if line["step"] < last or "val_loss" not in line]
+    write_lines(run / "metrics.jsonl", text)
+    (run / "model.safetensors").unlink()
+    assert train(*flags(**words, init_from="resume")) == 0
+    assert evaluations(run) == whole
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
 def test_a_run_that_was_cut_short_finds_the_same_best(tmp_path, noise):
     words = {**noise, "max_steps": 40, "metric_for_best": "loss", "save_total_limit": 9}
     assert train(*flags(**words)) == 0
