@@ -605,12 +605,12 @@ def finish(run, model, report, last, unigram, validation=None):
         "token_classification": "TokenClassification",
         "question_answering": "QuestionAnswering",
     }.get(recipe.task, "CausalLM")
-    labels, is_adapter = getattr(run.objective, "labels", None), lora.base_of(folder) is not None
-    more = f", num_labels={labels.count}" if is_adapter and labels else ""
-    report.say(
-        f'load        AutoModelFor{kind}.from_pretrained("{folder}"{more}) in Python, with stock transformers'
-        f"{' and peft' * is_adapter}"
-    )
+    labels = getattr(run.objective, "labels", None)
+    if lora.base_of(folder) and kind not in ("MaskedLM", "PreTraining"):
+        more = f", num_labels={labels.count}" if labels else ""
+        report.say(f'load        AutoPeftModelFor{kind}.from_pretrained("{folder}"{more}) in Python, with stock peft')
+    else:
+        report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
     return True
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, train
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from seqeval.metrics import f1_score
 from transformers import (
@@ -533,7 +533,7 @@ def test_lora_is_what_peft_loads_and_merges(tmp_path, gpt):
         base = AutoModelForSequenceClassification.from_pretrained(gpt, config=config)
         by_peft = PeftModel.from_pretrained(base, run).eval()(**inputs).logits
         by_auto = (
-            AutoModelForSequenceClassification.from_pretrained(run, num_labels=3, pad_token_id=config.pad_token_id)
+            AutoPeftModelForSequenceClassification.from_pretrained(run, num_labels=3, pad_token_id=config.pad_token_id)
             .eval()(**inputs)
             .logits
         )
