@@ -469,8 +469,10 @@ def introduce_labels(run, report):
         if rows is not None and labels and labels.kind == tasks.CLASSIFICATION:
             counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
             name, shares = "training" if rows is run.training else "validation", counts / counts.sum()
-            said = ", ".join(f"{label} {share:.1%}" for label, share in zip(labels.names, shares, strict=True))
-            report.say(f"{'':<12}{name} labels: {said[:200]}")
+            often = np.argsort(-shares, kind="stable")
+            said = ", ".join(f"{labels.names[number]} {shares[number]:.1%}" for number in often[:8])
+            more = f" and {len(often) - 8} more" * (len(often) > 8)
+            report.say(f"{'':<12}labels of the {name}: {said}{more}")
     if cut := account.get("cut"):
         does = "were cut" if run.recipe.task == "classification" else "make several rows"
         report.say(f"            {cut:,} texts are longer than max_len and {does}")

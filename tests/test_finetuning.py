@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, train
+from conftest import ROOT, run_command, train
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from seqeval.metrics import f1_score
@@ -58,6 +58,17 @@ def predict(*arguments):
         return predict_main([str(argument) for argument in arguments]) or 0
     except SystemExit as exit:
         return exit.code
+
+
+# ---- real text messages
+
+
+def test_a_recipe_tells_spam_from_other_messages(tmp_path, assets):
+    data = assets / "tasks" / "sms_spam"
+    words = {"train_file": data / "train_data.csv", "val_file": data / "test_data.csv", "text_column": "message"}
+    words |= {"max_steps": 120, "warmup_steps": 50, "eval_freq": 1000, "save_model": tmp_path / "run"}
+    assert train(ROOT / "recipes" / "sms_spam_gpt.yaml", *flags(**words)) == 0
+    assert evaluations(tmp_path / "run")[-1]["val_f1"] > 0.85  # 0.98 after the recipe's eight epochs
 
 
 # ---- words
