@@ -24,6 +24,9 @@ def show(run, arguments):
     print("dry run     nothing is trained, and no run folder is written\n")
     print(_without_defaults(recipe))
     print(f"model       {recipe.model}, {run.model.num_parameters():,} parameters: {_parts(run.model)}")
+    trained = run.model.num_parameters(only_trainable=True)
+    if trained < run.model.num_parameters():
+        print(f"            {trained:,} of them are trained, with LoRA")
     about = "about " if run.scale > 1 else ""
     _show_tokens(run, about)
     steps = max(1, round(run.total_steps * (1 if section.max_steps else run.scale)))
@@ -69,6 +72,7 @@ def _parts(model):
     """Where the parameters are: embeddings, layers, and what stands before and after them."""
     sizes, layers = Counter(), set()
     for name, parameter in model.named_parameters():
+        name = name.replace(".modules_to_save.default", "").replace(".original_module", "")  # of peft's heads
         numbered = re.search(r"\.(\d+)\.", name)
         if numbered:
             layers.add(name[: numbered.end()])
