@@ -1,6 +1,7 @@
 """Evaluation: sums over all rows and all processes, divided once."""
 
 import math
+import warnings
 from pathlib import Path
 
 import evaluate as evaluate_library
@@ -89,6 +90,18 @@ def evaluate(
     return figures
 
 
+def load_metric(name, kind=None):
+    """A metric of the library `evaluate`.
+
+    Raises:
+        InputError: there is none by that name, or it needs what is not installed.
+    """
+    try:
+        return evaluate_library.load(name, kind, keep_in_memory=True)
+    except Exception as error:  # of the network, of the library
+        raise InputError(f"metric {name} cannot be had: {first_line(error)[:300]}") from None
+
+
 def judge(name, kind, predictions, references, more=()):
     """What is usual for a task, by the library `evaluate` and a metric of ours, which needs no Hub.
 
@@ -105,11 +118,13 @@ def judge(name, kind, predictions, references, more=()):
     """
     found = {}
     for one in (str(METRICS / f"{name}.py"), *more):
+        metric = load_metric(one, kind if one.startswith(str(METRICS)) else None)
         try:
-            metric = evaluate_library.load(one, kind if one.startswith(str(METRICS)) else None, keep_in_memory=True)
-            figures = metric.compute(predictions=predictions, references=references)
-        except Exception as error:  # of the network, of the library, of the metric
-            raise InputError(f"metric {one} does not work here: {first_line(error)[:300]}") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of figures that a few rows do not define
+                figures = metric.compute(predictions=predictions, references=references)
+        except Exception as error:  # whatever the metric thinks of
+            raise InputError(f"metric {one} does not take what the task gives: {first_line(error)[:300]}") from None
         for key, value in figures.items():
             if isinstance(value, (int, float, np.number)):
                 found[f"{Path(one).stem}_{key}" if key in found else key] = float(value)

@@ -1,7 +1,7 @@
 """What a trained model says of each row of a file: `python -m hf_myllm.predict RUN --input FILE` writes JSON Lines.
 
 RUN is any folder whose model classifies texts or words, or finds answers; the file is of the kinds that training takes,
-without labels, or with labels that are not looked at. Of a plain text file, each line is a text.
+without labels, or with labels that are not looked at. Of a .txt, each line is a text.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 from transformers import AutoModelForSequenceClassification as ForTexts
 from transformers import AutoModelForTokenClassification as ForWords
 
-from . import lora
+from . import checkpoint, lora
 from .data import objectives, sources, tasks
 from .errors import InputError, exit_on_input_error, first_line
 from .generate import Parser, find_model
@@ -127,13 +127,20 @@ class _Lines(tasks.Texts):
     """Texts, of which a plain file has one a line."""
 
     def read(self, source):
-        if source.kind != "text":
-            return super().read(source)
-        lines = sources.read_pieces(replace(source, document="line"))
-        return (
-            (f"{source.name} text {number}", {self.text_column: text.strip()})
-            for number, (text, _) in enumerate(lines, start=1)
-        )
+        return _lines(source, self.text_column) if source.kind == "text" else super().read(source)
+
+
+class _Sentences(tasks.Words):
+    """Sentences, of which a .txt file has one a line, with spaces between the words."""
+
+    def read(self, source):
+        is_plain = source.kind == "text" and all(file.endswith(".txt") for file in source.files)
+        return _lines(source, self.text_column) if is_plain else super().read(source)
+
+
+def _lines(source, column):
+    for number, (text, _) in enumerate(sources.read_pieces(replace(source, document="line")), start=1):
+        yield f"{source.name} text {number}", {column: text.strip()}
 
 
 @contextmanager
@@ -154,9 +161,12 @@ def _opened(path):
 
 
 def _words_of(run):
-    """The words of the recipe that the folder was trained by, where it has one."""
+    """The words of the recipe that the folder was trained by, where it has one, or the run whose checkpoint it is."""
+    folder = Path(run).resolve()
     try:
-        recipe = yaml.safe_load((Path(run) / "recipe.yaml").read_text(encoding="utf-8"))
+        if checkpoint.step_of(folder) >= 0:
+            folder = folder.parent
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         return recipe["data"] if isinstance(recipe["data"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return {}
@@ -176,23 +186,28 @@ def main(argv):
     args = parser.parse_args(argv)
     quiet_the_libraries()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    source = sources.file_source(args.input)
     model, tokenizer, name = load(args.run, device)
     words, positions = _words_of(args.run), getattr(model.config, "max_position_embeddings", 512)
     max_len = args.max_len or words.get("max_len") or positions
-    if args.batch_size < 1 or not 8 <= max_len <= positions:
-        raise InputError(f"--batch_size must be at least 1, and --max_len from 8 to {positions}, what the model has")
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
+    if not 4 <= max_len <= positions:
+        raise InputError(f"--max_len must be from 4 to {positions}, what the model has, and not {max_len}")
+    if args.output and Path(args.output).exists() and os.path.samefile(args.input, args.output):
+        raise InputError(f"--output {args.output} is the input: name another file")
     columns = {key: getattr(args, key) or words.get(key) for key in ("text_column", "text_pair_column")}
     if name == "question_answering":
         columns["stride"] = words.get("stride")
     labels = None if name == "question_answering" else trained_labels(model.config)
-    kind = _Lines if name == "classification" else tasks.TASKS[name]
+    kind = {"classification": _Lines, "token_classification": _Sentences}.get(name, tasks.TASKS[name])
     task = kind(tokenizer, max_len, labels, is_labelled=False, **columns)
     if model.config.pad_token_id is None:
         raise InputError(f"{args.run}/config.json has no pad_token_id, which fills short rows: set it there")
-    objective = objectives.build_labelled(name, tokenizer, model.config, labels)
+    objective = objectives.build_labelled(task, model.config)
     if name == "question_answering":
         objective.may_refuse, objective.longest = words.get("unanswerable"), words.get("max_answer_len") or 30
-    source, refused, count = sources.file_source(args.input), [], 0
+    refused, count = [], 0
     items = tasks.items_of(source, task, args.skip_bad_rows, refused)
     with _opened(args.output) as file:
         while chunk := list(islice(items, _AT_ONCE)):

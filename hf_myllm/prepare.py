@@ -23,6 +23,7 @@ from .data import corpus, objectives, order, sources, streaming, tasks
 from .data import tokenizer as tokenizers
 from .data.tokenizer import end_of_document
 from .errors import InputError, exit_on_input_error, first_line
+from .evaluation import load_metric
 from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
 from .processes import quiet_the_libraries
@@ -144,6 +145,8 @@ def what_it_started_from(path):
 def prepare(recipe, accelerator, resume_from):
     """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
     data, section = recipe.data, recipe.run
+    for name in recipe.evaluation.metrics or []:
+        load_metric(name)
     given = find_sources(data, recipe.evaluation.eval_only)
     if section.dry_run and not data.streaming and recipe.task not in tasks.TASKS:
         given = Given(
@@ -158,6 +161,8 @@ def prepare(recipe, accelerator, resume_from):
     task = find_task(recipe, given, tokenizer, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
     objective = build_objective(recipe, tokenizer, config, task)
+    if tokenizer is not None and tokenizer.model_max_length > config.max_position_embeddings:
+        tokenizer.model_max_length = config.max_position_embeddings  # so that stock pipelines know where to cut
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
     state = checkpoint.load_state(resume_from) if resume_from else None
@@ -188,7 +193,7 @@ def prepare(recipe, accelerator, resume_from):
                 f"{tokens.max_id}), and the model a vocabulary of {config.vocab_size}: raise vocab_size, or give the "
                 "data's own tokenizer"
             )
-    model, fresh = build_model(recipe, config, pretrained, is_trained)
+    model, fresh = build_model(recipe, config, pretrained, is_trained, task)
     # asked of accelerate too, which would draw other dropout when it computes a layer again; the models' own does not
     if recipe.training.gradient_checkpointing or (
         accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
@@ -287,12 +292,17 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     if isinstance(data.tokenizer, dict):
         kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
 
-        def train_tokenizer(folder):
-            tokenizers.save(tokenizers.TRAINERS[kind](sources.Texts(text), size), folder)
+        texts, of_task = sources.Texts(text), []
+        if recipe.task in tasks.TASKS:
+            texts = tasks.PlainTexts(text, recipe.task, **columns(data))
+            of_task = [recipe.task, columns(data)]
 
-        key = [kind, size, *(sources.source_key(replace(source, limit=0)) for source in text)]
+        def train_tokenizer(folder):
+            tokenizers.save(tokenizers.TRAINERS[kind](texts, size), folder)
+
+        key = [kind, size, *of_task, *(sources.source_key(replace(source, limit=0)) for source in text)]
         if not corpus.cached_path(key).exists():  # for a quick look at large text, another is trained on its beginning
-            key = [kind, size, *map(sources.source_key, text)]
+            key = [kind, size, *of_task, *map(sources.source_key, text)]
         return tokenizers.load(str(corpus.cached_folder(key, train_tokenizer)))
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), model_type)
@@ -317,24 +327,26 @@ def find_task(recipe, given, tokenizer, pretrained, is_trained):
     if data.chat_template and not is_trained:
         tokenizer.chat_template = read_template(data.chat_template)
     more = {"stride": data.stride} if recipe.task == "question_answering" else {}
-    task = tasks.TASKS[recipe.task](
-        tokenizer,
-        data.max_len,
-        text_column=data.text_column,
-        text_pair_column=data.text_pair_column,
-        label_column=data.label_column,
-        **more,
-    )
+    task = tasks.TASKS[recipe.task](tokenizer, data.max_len, **columns(data), **more)
+    if not hasattr(task, "find_labels"):
+        return task
+    stored = trained_labels(config_class.from_pretrained(lora.config_of(pretrained))) if pretrained else None
     if is_trained:
-        task.labels = trained_labels(config_class.from_pretrained(lora.config_of(pretrained)))
-    elif hasattr(task, "find_labels"):
-        task.find_labels(given.training[0], data.problem_type, data.skip_bad_rows)
+        task.labels = stored
+        return task
+    found = task.find_labels(given.training[0], data.problem_type, data.skip_bad_rows)
+    if stored and set(stored.names) == set(found.names):  # in the order that the model's head has them
+        task.labels = replace(found, names=stored.names)
     return task
+
+
+def columns(data):
+    return {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
 
 
 def trained_labels(config):
     """What a classifier was trained to tell apart."""
-    if config.problem_type == tasks.REGRESSION:
+    if config.problem_type == tasks.REGRESSION or (config.problem_type is None and config.num_labels == 1):
         return tasks.Labels(tasks.REGRESSION)
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return tasks.Labels(config.problem_type or tasks.CLASSIFICATION, names)
@@ -350,7 +362,7 @@ def read_template(path):
 def build_objective(recipe, tokenizer, config, task=None):
     data = recipe.data
     if task:
-        return objectives.build_labelled(recipe.task, tokenizer, config, task.labels, data.packing)
+        return objectives.build_labelled(task, config, data.packing)
     settings = data.packing, data.mlm_probability, data.whole_word_masking
     return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
 
@@ -436,12 +448,17 @@ def positions_key(config_class):
     return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
 
 
-def build_model(recipe, config, pretrained, is_trained):
+def build_model(recipe, config, pretrained, is_trained, task=None):
     """The model, with fresh weights that only the seed decides, or with those of a checkpoint; and the names of the
     weights that the checkpoint did not have, which only a head may lack. With LoRA, where the recipe or the checkpoint
     has it."""
     base, section = lora.base_of(pretrained), recipe.lora
     model, fresh = build_whole_model(recipe, config, base or pretrained, is_trained and not base)
+    if task and task.labels and pretrained and not is_trained and not fresh and not base:
+        stored = type(config).from_pretrained(str(pretrained))
+        known = {str(stored.id2label[number]) for number in range(stored.num_labels)}
+        if known not in (set(task.labels.names), {f"LABEL_{name}" for name in task.labels.names}):
+            fresh = start_head(model)
     if base:  # what it lacks, the adapter has
         model, fresh = lora.load(model, pretrained), []
         if is_trained:
@@ -451,6 +468,21 @@ def build_model(recipe, config, pretrained, is_trained):
         settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
         model = lora.add(model, recipe.task, fresh, *settings)
     return model, fresh
+
+
+def start_head(model):
+    """Draw the weights of a head anew, which was trained for other labels; their names."""
+    fresh = []
+    for name, head in model.named_children():
+        if name == model.base_model_prefix:
+            continue
+        for part, parameter in head.named_parameters():
+            parameter._is_hf_initialized = False  # or it would be taken for loaded
+            fresh.append(f"{name}.{part}")
+        for module in head.modules():
+            module._is_hf_initialized = False
+            model._init_weights(module)
+    return fresh
 
 
 def build_whole_model(recipe, config, pretrained, is_trained):
@@ -574,6 +606,7 @@ def load_examples(recipe, given, task, objective):
         account["train"] = training.account
     if given.validation:
         validation, _ = tasks.load_examples(given.validation, task, skip=skip)
+        account["validation"] = validation.account
     if recipe.task == "question_answering":
         if data.unanswerable is None and training is not None:
             data.unanswerable = training.account["unanswerable"] > 0

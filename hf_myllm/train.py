@@ -433,9 +433,9 @@ def introduce(run, report):
     if unknown > 0.001:
         name = run.tokenizer.unk_token
         report.say(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
-    account, unigram = run.account["train"], None
-    if account.get("skipped"):
-        report.say(f"            left out: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}")
+    unigram = None
+    for line in left_out(run):
+        report.say(f"            {line}")
     if recipe.task in tasks.TASKS:
         introduce_labels(run, report)
     elif run.validation is not None:
@@ -458,6 +458,14 @@ def introduce(run, report):
     )
     report.say(f"run folder  {recipe.run.save_model}")
     return unigram
+
+
+def left_out(run):
+    """A line for the training and the validation data, where they have rows that cannot be used."""
+    for part, account in run.account.items():
+        if isinstance(account, dict) and account.get("skipped"):
+            name = {"train": "training"}.get(part, part)
+            yield f"left out of {name}: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}"
 
 
 def introduce_labels(run, report):
@@ -659,6 +667,8 @@ def evaluate_only(run):
     else:
         run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     figures = evaluate_rows(run, run.model, run.validation, None)
+    if run.accelerator.is_main_process:
+        print("".join(f"{line}\n" for line in left_out(run)), end="")
     if run.accelerator.is_main_process and "metrics" in figures:
         print(f"validation loss {describe(figures)}\nover all {len(run.validation):,} rows of {run.validation.name}")
     elif run.accelerator.is_main_process:

@@ -118,7 +118,7 @@ def test_batches_do_not_matter_and_what_was_trained_is_judged_elsewhere(tmp_path
 
 
 def test_metrics_by_hand():
-    found = judge("classification", "single_label_classification", [0, 1, 1, 0], [0, 1, 0, 0])
+    found = judge("classification", "binary", [0, 1, 1, 0], [0, 1, 0, 0])
     assert found["accuracy"] == 0.75
     assert found["f1"] == pytest.approx(2 / 3)
     assert found["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)

@@ -155,27 +155,14 @@ def test_labels_of_no_entities_are_judged_one_by_one(tmp_path):
         "tokenizer": "{train: wordpiece, vocab_size: 100}",
     }
     words |= {"train_file": write_lines(tmp_path / "a.jsonl", rows), "max_len": 16, "save_model": tmp_path / "run"}
-    (tmp_path / "text.jsonl").write_text('{"text": "a bb"}\n')
-    assert train(*flags(**words, max_steps=2, val_fraction=0.2)) == 2  # the words are no text to train a tokenizer on
-    tokens = write_lines(tmp_path / "b.jsonl", [{"text": "a bb"}] * 9)
-    assert (
-        train(
-            *flags(
-                **BERT,
-                model="bert",
-                tokenizer="{train: wordpiece, vocab_size: 100}",
-                train_file=tokens,
-                max_len=16,
-                max_steps=1,
-                val_fraction=0,
-                save_model=tmp_path / "lm",
-            )
-        )
-        == 0
-    )
-    del words["tokenizer"]
-    assert train(*flags(**words, max_steps=2, val_fraction=0.2, init_from=tmp_path / "lm")) == 0
+    assert train(*flags(**words, max_steps=2, val_fraction=0.2)) == 0
     assert {"val_accuracy", "val_f1_macro"} <= set(evaluations(tmp_path / "run")[-1])
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab()
+    assert "bb" in vocabulary
+    assert not any("DET" in token for token in vocabulary)
+    (tmp_path / "lines.txt").write_text("a bb a\nbb\n")
+    assert predict(tmp_path / "run", "--input", tmp_path / "lines.txt", "--output", tmp_path / "out.jsonl") == 0
+    assert [row["tokens"] for row in lines(tmp_path / "out.jsonl")] == [["a", "bb", "a"], ["bb"]]
 
 
 # ---- answers
@@ -199,30 +186,12 @@ def write_questions(path, count, seed, unanswerable=False):
 
 
 @pytest.mark.parametrize("unanswerable", [False, True])
-def test_answers_are_found_and_stock_transformers_finds_the_same(tmp_path, unanswerable):
+def test_answers_are_found_and_stock_transformers_finds_the_same(tmp_path, unanswerable, capsys):
     words = {"model": "bert", "task": "question_answering", **BERT, **DROPOUT, "max_len": 48, "batch_size": 16}
     words |= {"train_file": write_questions(tmp_path / "train.json", 250, 0, unanswerable), "learning_rate": 5e-3}
     words |= {"val_file": write_questions(tmp_path / "val.json", 41, 1, unanswerable), "save_model": tmp_path / "run"}
-    text = write_lines(
-        tmp_path / "text.jsonl",
-        [{"text": " ".join([*NAMES, *PLACES, "how many sheep went to has 0 1 2 3 4 5 6 7 8 9 ? ."])}] * 5,
-    )
-    assert (
-        train(
-            *flags(
-                **BERT,
-                model="bert",
-                tokenizer=WORDPIECE,
-                train_file=text,
-                max_len=48,
-                max_steps=1,
-                val_fraction=0,
-                save_model=tmp_path / "lm",
-            )
-        )
-        == 0
-    )
-    assert train(*flags(**words, init_from=tmp_path / "lm", epochs=6, warmup_steps=20)) == 0
+    words["tokenizer"] = WORDPIECE
+    assert train(*flags(**words, epochs=6, warmup_steps=20)) == 0
     run, figures = tmp_path / "run", evaluations(tmp_path / "run")[-1]
     assert figures["val_exact_match"] > 0.8
     model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
@@ -254,6 +223,15 @@ def test_answers_are_found_and_stock_transformers_finds_the_same(tmp_path, unans
     assert len(rows) == 41
     assert all(row["guesses"][0]["answer"] == row["answer"] and 0 < row["score"] <= 1 for row in rows)
     assert any(row["answer"] == "" for row in rows) == unanswerable
+    # a checkpoint is asked with the run's own recipe
+    output = tmp_path / "checkpoint.jsonl"
+    (checkpoint,) = run.glob("checkpoint-*")
+    assert predict(checkpoint, "--input", tmp_path / "val.json", "--output", output) == 0
+    assert lines(output) == rows
+    for size in (1, 5):
+        capsys.readouterr()
+        assert train(run / "recipe.yaml", "--eval_only", "--load_model", run, "--batch_size", size) == 0
+        assert f"validation loss {figures['val_loss']:.4f}" in capsys.readouterr().out
     assert f"unanswerable: {str(unanswerable).lower()}" in (run / "recipe.yaml").read_text()
 
 
@@ -456,7 +434,7 @@ def test_what_is_best_must_be_known(tmp_path, noise, capsys):
         ({"final_model": "best"}, "final_model best needs to know what is best"),
         ({"metric_for_best": "loss", "eval_freq": None}, "needs evaluations to choose from: give --eval_freq"),
         ({"metric_for_best": "loss", "val_file": None, "val_fraction": 0}, "needs rows to validate on"),
-        ({"metrics": "no_such_metric_anywhere"}, "metric no_such_metric_anywhere does not work here"),
+        ({"metrics": "no_such_metric_anywhere"}, "metric no_such_metric_anywhere cannot be had"),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert train(*flags(**noise | {"max_steps": 8} | more)) == 2
@@ -490,10 +468,47 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, noise, caps
     assert train(*flags(**noise, max_steps=2)) == 2
     assert "train.jsonl line 65 has no label" in capsys.readouterr().err
     assert train(*flags(**noise, max_steps=2), "--skip_bad_rows") == 0
-    assert re.search("left out: 2 rows that cannot be used; .*line 65 has no label", capsys.readouterr().out)
+    assert re.search(
+        "left out of training: 2 rows that cannot be used; .*line 65 has no label", capsys.readouterr().out
+    )
+    write_lines(tmp_path / "other.jsonl", [*lines(noise["val_file"]), {"text": "x", "label": "c"}])
+    judged = flags(val_file=tmp_path / "other.jsonl", load_model=tmp_path / "run")
+    assert train(tmp_path / "run" / "recipe.yaml", "--eval_only", *judged, "--skip_bad_rows") == 0
+    assert "left out of validation: 1 rows that cannot be used" in capsys.readouterr().out
 
 
-def test_a_head_for_other_labels_starts_fresh(tmp_path, noise, capsys):
+def test_a_head_keeps_what_its_labels_mean(tmp_path, noise, capsys):
+    """A head whose labels are the same stays, in its own order; one of other labels starts fresh, however many."""
+    assert train(*flags(**noise, max_steps=60)) == 0
+    run, turned = tmp_path / "run", tmp_path / "turned"
+    model = AutoModelForSequenceClassification.from_pretrained(run)
+    model.score.weight.data = model.score.weight.data.flip(0)
+    model.config.id2label, model.config.label2id = {0: "b", 1: "a"}, {"b": 0, "a": 1}
+    model.save_pretrained(turned)
+    AutoTokenizer.from_pretrained(run).save_pretrained(turned)
+    same = flags(
+        model="gpt", task="classification", train_file=noise["val_file"], val_file=noise["val_file"], max_steps=1
+    )
+    for start in (run, turned):
+        assert (
+            train(*same, *flags(init_from=start, save_model=tmp_path / f"from_{start.name}", learning_rate=1e-12)) == 0
+        )
+        assert "fresh" not in capsys.readouterr().out
+    before = evaluations(run)[-1]
+    for name in ("from_run", "from_turned"):
+        assert evaluations(tmp_path / name)[-1]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
+    assert AutoConfig.from_pretrained(tmp_path / "from_turned").id2label == {0: "b", 1: "a"}
+    other = [
+        {"text": line["text"], "label": {"a": "cat", "b": "dog"}[line["label"]]} for line in lines(noise["val_file"])
+    ]
+    words = flags(
+        model="gpt", task="classification", train_file=write_lines(tmp_path / "pets.jsonl", other), max_steps=1
+    )
+    assert train(*words, *flags(init_from=run, save_model=tmp_path / "pets")) == 0
+    assert "starting fresh: score.weight" in capsys.readouterr().out
+
+
+def test_a_head_for_more_labels_starts_fresh(tmp_path, noise, capsys):
     assert train(*flags(**noise, max_steps=2)) == 0
     rows = [{"text": f"{name} {n}", "label": "xyz"[n % 3]} for name in NAMES for n in range(9)]
     words = {
@@ -629,6 +644,8 @@ def test_predictions_of_plain_lines_and_bad_rows(tmp_path, noise, capsys, words_
     assert predict(run, "--input", tmp_path / "lines.txt", "--batch_size", 1) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["anna 3 oslo", "boris"]
+    cut = pipeline("text-classification", str(run))("anna " * 99, truncation=True, batch_size=2)  # it knows where
+    assert cut[0]["label"] in "ab"
     model, tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(run).eval(),
         AutoTokenizer.from_pretrained(run),
@@ -647,7 +664,8 @@ def test_predictions_of_plain_lines_and_bad_rows(tmp_path, noise, capsys, words_
     for arguments, message in (
         ((tmp_path / "nowhere", "--input", bad), "is not a folder"),
         ((run, "--input", tmp_path / "missing.csv"), "missing.csv does not exist"),
-        ((run, "--input", bad, "--max_len", 10**6), "--max_len from 8 to 32"),
+        ((run, "--input", bad, "--max_len", 10**6), "--max_len must be from 4 to 32"),
+        ((run, "--input", bad, "--output", bad), "is the input: name another file"),
         ((run, "--input", bad, "--output", tmp_path / "no" / "out"), "cannot be written"),
         ((words_run / "run", "--input", bad), "line 1 has no column 'tokens'"),
     ):

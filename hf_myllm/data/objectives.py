@@ -21,7 +21,7 @@ from .corpus import find_documents, find_spans
 from .order import derive_seed, random_numbers
 from .packing import Passages, Rows, Spans, best_fit
 from .streaming import StreamedRows, Windows
-from .tasks import CLASSIFICATION, REGRESSION
+from .tasks import CLASSIFICATION, REGRESSION, Conversations, Questions, Texts, Words
 from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
@@ -58,22 +58,18 @@ def build(task, tokenizer, vocab_size, seed, packing="stream", mlm_probability=0
     return kind(tokenizer, vocab_size, seed, mlm_probability, whole_word_masking, packing)
 
 
-def build_labelled(task, tokenizer, config, labels, packing="best_fit"):
-    """The objective of a task on labelled data.
+def build_labelled(task, config, packing="best_fit"):
+    """The objective of a [`tasks.Task`].
 
     Args:
         config: the model's configuration.
-        labels: a [`tasks.Labels`], or None.
     """
-    if task == "instruction":
-        return Instruction(tokenizer, packing)
-    kinds = {
-        "classification": Classification,
-        "token_classification": TokenClassification,
-        "question_answering": QuestionAnswering,
-    }
-    objective = kinds[task](labels, config.pad_token_id, hasattr(config, "type_vocab_size"))
-    objective.specials = tokenizer.num_special_tokens_to_add(pair=task == "question_answering")
+    if isinstance(task, Conversations):
+        return Instruction(task.tokenizer, packing)
+    kind = {Texts: Classification, Words: TokenClassification, Questions: QuestionAnswering}
+    kind = next(kind[one] for one in type(task).__mro__ if one in kind)
+    objective = kind(task.labels, config.pad_token_id, hasattr(config, "type_vocab_size"))
+    objective.specials = task.tokenizer.num_special_tokens_to_add(pair=task.is_pair)
     return objective
 
 
@@ -354,7 +350,7 @@ class SentencePairs(MaskedLM):
 class Labelled:
     """What the tasks of labelled rows share; see data/tasks. Each also has
 
-        loss_sum(outputs, labels)                 the loss, summed over all that is to be said
+        loss_sum(outputs, labels, mask)           the loss, summed over all that is to be said
         predictions(outputs, rows, numbers)       what the model says of some rows, one array each
         judged(rows, numbers, predictions)        the metric that judges them, its configuration, and what it compares
 
@@ -397,7 +393,7 @@ class Labelled:
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        outputs.loss = self.loss_sum(outputs, labels) / counts["num_items_in_batch"]
+        outputs.loss = self.loss_sum(outputs, labels, inputs["attention_mask"]) / counts["num_items_in_batch"]
         return outputs
 
 
@@ -407,7 +403,7 @@ class Classification(Labelled):
     Labels are (rows,), or (rows, classes) of 0 and 1.
     """
 
-    def loss_sum(self, outputs, labels):
+    def loss_sum(self, outputs, labels, mask):
         logits, is_row = outputs.logits.float(), labels != IGNORED
         if self.labels.kind == CLASSIFICATION:
             return _cross_entropy_sum(logits, labels)
@@ -428,7 +424,7 @@ class Classification(Labelled):
             said = said[:, 0]
         else:
             said = said.argmax(-1) if self.labels.kind == CLASSIFICATION else (said > 0.5).astype(np.float32)
-        return "classification", self.labels.kind, said.tolist(), labels.tolist()
+        return "classification", self.labels.judged_as, said.tolist(), labels.tolist()
 
 
 class TokenClassification(Labelled):
@@ -441,7 +437,7 @@ class TokenClassification(Labelled):
             labels[row, : len(own)] = own
         return labels
 
-    def loss_sum(self, outputs, labels):
+    def loss_sum(self, outputs, labels, mask):
         return _cross_entropy_sum(outputs.logits.float().flatten(0, 1), labels.flatten())
 
     def predictions(self, outputs, rows, numbers):
@@ -457,7 +453,7 @@ class TokenClassification(Labelled):
             for one in ([chances.argmax(-1) for chances in predictions], labels)
         )
         if not any(name[:2] in ("B-", "I-") for name in self.labels.names):  # no entities of several words
-            return "classification", CLASSIFICATION, list(chain(*said)), list(chain(*labels))
+            return "classification", self.labels.judged_as, list(chain(*said)), list(chain(*labels))
         return "entities", None, *([[self.labels.names[n] for n in one] for one in all_] for all_ in (said, labels))
 
 
@@ -472,8 +468,10 @@ class QuestionAnswering(Labelled):
     longest = 30  # tokens of an answer
     may_refuse = None
 
-    def loss_sum(self, outputs, labels):
-        starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
+    def loss_sum(self, outputs, labels, mask):
+        # what fills a row is no place for an answer, or the loss would depend on the other rows of the batch
+        logits = outputs.start_logits, outputs.end_logits
+        starts, ends = (one.float().masked_fill(mask == 0, -torch.inf) for one in logits)
         return _cross_entropy_sum(starts, labels[:, 0]) + _cross_entropy_sum(ends, labels[:, 1])
 
     def predictions(self, outputs, rows, numbers):

@@ -347,13 +347,14 @@ def read_sentences(source, words="tokens", labels="label"):
         begin, row = 0, {words: [], labels: []}
         for number, line in _read_lines(file, lambda count: None, is_plain=True):
             has_text = line.strip(" \t\r\n\ufeff")  # a lone byte order mark, as of joined files, is none
-            fields = line.rstrip("\r\n").split("\t") if has_text and "\t" in line else has_text.split()
-            is_comment = line.startswith("# ") and "\t" not in line
-            if fields and fields[0].strip() and fields[0] != "-DOCSTART-" and not is_comment:
+            # only at plain spaces: a word may hold others
+            fields = line.rstrip("\r\n").split("\t") if has_text and "\t" in line else re.split(" +", has_text)
+            is_comment = not begin and line.startswith("# ") and "=" in line and "\t" not in line  # as "# sent_id = 1"
+            if has_text and fields[0] != "-DOCSTART-" and not is_comment:
                 begin = begin or number
-                row[words].append(fields[0].strip())
-                row[labels].append(fields[-1].strip() or None if len(fields) > 1 else None)
-            elif begin and not is_comment:
+                row[words].append(fields[0].strip(" "))
+                row[labels].append(fields[-1].strip(" ") or None if len(fields) > 1 else None)
+            elif begin:
                 yield f"{file} line {begin}", row
                 begin, row = 0, {words: [], labels: []}
         if begin:

@@ -13,6 +13,7 @@ and Examples holds what comes of a whole source.
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
@@ -53,6 +54,16 @@ class Labels:
     def count(self):
         return len(self.names) or 1
 
+    @property
+    def judged_as(self):
+        """The configuration of the metric: of two classes, one is the positive."""
+        return "binary" if self.kind == CLASSIFICATION and self.count == 2 else self.kind
+
+    @property
+    def is_hot(self):
+        """Whether several classes are told by a list of 0 and 1 rather than by their names."""
+        return self.kind == MULTI_LABEL and all(name.startswith("LABEL_") for name in self.names)
+
     def number(self, value, where):
         """The number of a class.
 
@@ -61,7 +72,10 @@ class Labels:
         """
         if value is None or value == "":
             raise BadRow(f"{where} has no label")
-        if (name := _name(value, where)) not in self.names:
+        name = _name(value, where)
+        if name not in self.names and f"LABEL_{name}" in self.names:  # what a class is called that nobody has named
+            name = f"LABEL_{name}"
+        if name not in self.names:
             known = ", ".join(self.names[:10]) + (" ..." if len(self.names) > 10 else "")
             raise BadRow(f"{where}: the label {name!r} is not in the training data, which has {known}")
         return self.names.index(name)
@@ -75,7 +89,16 @@ class Labels:
         if self.kind == REGRESSION:
             return _number(value, where)
         chosen = value if isinstance(value, (list, dict)) else [value]
+        if self.is_hot:
+            if not _is_hot(value) or len(value) != self.count:
+                raise BadRow(f"{where}: the label {value!r:.80} is not a list of {self.count} numbers, 0 or 1 each")
+            return [float(held) for held in value]
         if isinstance(chosen, dict):  # of several columns
+            for name, held in chosen.items():
+                if _number(held, where) not in (0, 1):
+                    raise BadRow(
+                        f"{where}: column {name!r} has {held!r:.40}, where a class holds by 1 and does not by 0"
+                    )
             chosen = [name for name, held in chosen.items() if _number(held, where)]
         numbers = {self.number(one, where) for one in chosen}
         return [float(number in numbers) for number in range(self.count)]
@@ -108,6 +131,7 @@ class Task:
     """
 
     per_token = False  # whether each token has a label
+    is_pair = False  # whether a row is two texts
     columns = ()
 
     def __init__(self, tokenizer, max_len, labels=None, is_labelled=True, **columns):
@@ -126,7 +150,11 @@ class Task:
         return read_rows(source)
 
     def unit(self, item):
-        return object()  # each of its own
+        return None  # each of its own
+
+    def texts(self, row, where):
+        """What a row has of text, checked."""
+        raise NotImplementedError
 
     def record(self, item):
         """What is needed of an item beside its rows: to judge it, or to show what a prediction is of."""
@@ -136,10 +164,15 @@ class Task:
 
         `_labels_at` gives those of a row, each with its place: several in a list, or one.
         """
-        names, first = {}, None
+        names, first, hot = {}, None, set()
         for where, row in self.read(source):
             try:
+                self.texts(row, where)
                 found = self._labels_at(row, where)
+                if isinstance(found, list) and kind in (None, MULTI_LABEL) and _is_hot([one for one, _ in found]):
+                    hot.add(len(found))
+                    continue
+                hot.add(None)
                 kind = kind or (MULTI_LABEL if isinstance(found, list) else CLASSIFICATION)
                 for one, place in found if isinstance(found, list) else [found]:
                     if one is None or one == "":
@@ -154,6 +187,10 @@ class Task:
             except BadRow:
                 if not skip:
                     raise
+        if len(hot) == 1 and None not in hot:
+            return Labels(MULTI_LABEL, tuple(f"LABEL_{number}" for number in range(hot.pop())))
+        if len(hot) > 1 and hot - {None}:
+            raise InputError(f"{source.name} has lists of 0 and 1 as labels, and others: write all of them alike")
         if len(names) < 2:
             count = f"{len(names)} label{'s' * (len(names) != 1)}"
             raise InputError(f"{source.name} has {count}: there is nothing to tell apart")
@@ -189,10 +226,19 @@ class Texts(Task):
 
     columns = (("text_column", "text"), ("text_pair_column", None), ("label_column", "label"))
 
-    def item(self, row, where):
+    @property
+    def is_pair(self):
+        return self.text_pair_column is not None
+
+    def texts(self, row, where):
         text = self._text(row, where, self.text_column, "text_column")
-        if self.text_pair_column:
-            text = text, self._text(row, where, self.text_pair_column, "text_pair_column")
+        if not self.text_pair_column:
+            return [text]
+        return [text, self._text(row, where, self.text_pair_column, "text_pair_column")]
+
+    def item(self, row, where):
+        text = self.texts(row, where)
+        text = tuple(text) if len(text) > 1 else text[0]
         return text, self.labels.encode(self.label_of(row, where), where) if self.is_labelled else 0
 
     def record(self, item):
@@ -214,6 +260,8 @@ class Texts(Task):
         if kind == REGRESSION:
             self.labels = Labels(kind)
         elif isinstance(self.label_column, list):
+            if len(set(self.label_column)) < len(self.label_column):
+                raise InputError(f"label_column names a column twice: {', '.join(self.label_column)}")
             self.labels = Labels(MULTI_LABEL, tuple(self.label_column))
         else:
             self.labels = self._find_labels(source, kind, skip)
@@ -246,7 +294,14 @@ class Words(Task):
             return read_sentences(source, self.text_column, self.label_column)
         return read_rows(source)
 
+    def texts(self, row, where):
+        return [" ".join(self._words_of(row, where))]
+
     def item(self, row, where):
+        words = self._words_of(row, where)
+        return words, self._labels_of(row, where, words) if self.is_labelled else [0] * len(words)
+
+    def _words_of(self, row, where):
         words = self._cell(row, where, self.text_column, "text_column")
         if isinstance(words, str) and not self.is_labelled:
             words = words.split()
@@ -254,8 +309,7 @@ class Words(Task):
             raise BadRow(f"{where}: column {self.text_column!r} does not hold a list of words: {words!r:.80}")
         if not words:
             raise BadRow(f"{where} has no words")
-        words = [_checked(word, where) for word in words]
-        return words, self._labels_of(row, where, words) if self.is_labelled else [0] * len(words)
+        return [_checked(word, where) for word in words]
 
     def _labels_of(self, row, where, words):
         labels = self._cell(row, where, self.label_column, "label_column")
@@ -321,9 +375,11 @@ class Questions(Task):
         stride: tokens of context from the start of one row to the start of the next; None: half of what fits.
     """
 
+    is_pair = True
+
     def __init__(self, *settings, stride=None, **named):
         super().__init__(*settings, **named)
-        if self.tokenizer.cls_token_id is None or self.tokenizer.sep_token_id is None:
+        if self.tokenizer and (self.tokenizer.cls_token_id is None or self.tokenizer.sep_token_id is None):
             raise InputError(
                 "task question_answering needs a tokenizer with cls_token and sep_token: give BERT's, or "
                 "{train: wordpiece, vocab_size: 8192}"
@@ -338,38 +394,46 @@ class Questions(Task):
             if "data" not in row:
                 yield where, row
                 continue
+            place = source.name
             try:
-                for article in row["data"]:
-                    for paragraph in article["paragraphs"]:
-                        for question in paragraph["qas"]:
-                            name = f"{source.name} question {question.get('id')!r}"
+                for number, article in enumerate(row["data"], start=1):
+                    for part, paragraph in enumerate(article["paragraphs"], start=1):
+                        place = f"{source.name} article {number} paragraph {part}"
+                        for count, question in enumerate(paragraph["qas"], start=1):
+                            name = f"{place} question {question.get('id', count)}"
                             yield name, {**question, "context": paragraph["context"]}
             except (KeyError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{where} is not in SQuAD's format, data > paragraphs > context and qas: {error!r:.100}"
+                    f"{place} is not in SQuAD's format, data > paragraphs > context and qas: {error!r:.100}"
                 ) from None
 
-    def item(self, row, where):
+    def texts(self, row, where):
         question, context = (self._text(row, where, name, None) for name in ("question", "context"))
         if not question.strip():
             raise BadRow(f"{where} asks nothing")
-        item = {"where": where, "id": str(row.get("id", where)), "question": question.strip(), "context": context}
+        return [question.strip(), context]
+
+    def item(self, row, where):
+        question, context = self.texts(row, where)
+        name = _checked(str(row.get("id", where)), where)
+        item = {"where": where, "id": name, "question": question, "context": context}
         return item | {"answers": self._answers_of(row, where, context) if self.is_labelled else None}
 
     @staticmethod
     def _answers_of(row, where, context):
-        answers = row.get("answers")
-        if isinstance(answers, list):  # as in files
-            answers = {name: [one.get(name) for one in answers] for name in ("text", "answer_start")}
-        if answers is None and row.get("is_impossible"):
-            answers = {"text": [], "answer_start": []}
-        if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
-            raise BadRow(f"{where} has no answers, of text and answer_start; one that has none has an empty list")
-        if row.get("is_impossible"):
+        answers, is_impossible = row.get("answers"), row.get("is_impossible") or False
+        if is_impossible not in (False, True):
+            raise BadRow(f"{where}: is_impossible is {is_impossible!r:.40}, and must be true or false")
+        if is_impossible:
             return []
+        if isinstance(answers, list) and all(isinstance(one, dict) for one in answers):  # as in files
+            answers = {name: [one.get(name) for one in answers] for name in ("text", "answer_start")}
+        lists = [answers.get(name) for name in ("text", "answer_start")] if isinstance(answers, dict) else []
+        if len(lists) != 2 or not all(isinstance(one, list) for one in lists):
+            raise BadRow(f"{where} has no answers, lists of text and answer_start; what has none has empty ones")
         found = []
-        for text, start in zip_longest(answers["text"], answers["answer_start"]):
-            if not isinstance(start, int) or not isinstance(text, str) or not text:
+        for text, start in zip_longest(*lists):
+            if type(start) is not int or not isinstance(text, str) or not text:
                 raise BadRow(f"{where} has an answer {text!r:.60} at {start!r}: it needs a text and a number")
             if start < 0 or start + len(text) > len(context):
                 raise BadRow(
@@ -384,7 +448,7 @@ class Questions(Task):
         return found
 
     def unit(self, item):
-        return item["context"]
+        return hash(item["context"])
 
     def record(self, item):
         return {name: item[name] for name in ("id", "question", "context", "answers")}
@@ -435,8 +499,15 @@ class Conversations(Task):
 
     def __init__(self, *settings, **named):
         super().__init__(*settings, **named)
-        specials = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.specials = specials | set(special_ids(self.tokenizer))
+        if self.tokenizer:
+            specials = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            self.specials = specials | set(special_ids(self.tokenizer))
+
+    def texts(self, row, where):
+        if isinstance(row.get("prompt"), str):
+            return [self._text(row, where, name, None) for name in ("prompt", "completion") if name in row]
+        turns = row.get("messages") or [*(row.get("prompt") or []), *(row.get("completion") or [])]
+        return [one["content"] for one in turns if isinstance(one, dict) and isinstance(one.get("content"), str)]
 
     def key(self):
         return [*super().key(), self.tokenizer.chat_template]
@@ -516,6 +587,24 @@ class Conversations(Task):
         if not learned[1:].any():
             raise BadRow(f"{where} has nothing to learn")
         return [Example(ids, len(ids), learned.astype(np.int64).tolist())], False
+
+
+class PlainTexts:
+    """All text of labelled rows, to be read as often as one likes; rows that cannot be used are passed over.
+
+    Args:
+        name: of the task.
+        columns: see the task.
+    """
+
+    def __init__(self, sources, name, **columns):
+        self.sources, self.task = sources, TASKS[name](None, None, is_labelled=False, **columns)
+
+    def __iter__(self):
+        for source in self.sources:
+            for where, row in self.task.read(source):
+                with suppress(BadRow):
+                    yield from self.task.texts(row, where)
 
 
 TASKS = {
@@ -608,7 +697,7 @@ def load_examples(source, task, val_fraction=0.0, skip=False):
     Raises:
         BadRow: a row lacks something, or has what cannot be.
     """
-    key = ["examples", 1, source_key(source), task.key(), val_fraction, skip]
+    key = ["examples", 2, source_key(source), task.key(), val_fraction, skip]
     folder = cached_folder(key, lambda aside: _write(source, task, val_fraction, skip, aside))
     training = _open(folder / "train", source.name)
     return training, _open(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
@@ -630,11 +719,13 @@ def items_of(source, task, skip=False, refused=None):
     """
     for where, row in task.read(source):
         try:
-            yield task.item(row, where)
+            item = task.item(row, where)
         except BadRow as problem:
             if not skip:
                 raise
             refused.append(str(problem))
+        else:
+            yield item
 
 
 def _write(source, task, val_fraction, skip, folder):
@@ -642,10 +733,10 @@ def _write(source, task, val_fraction, skip, folder):
     parts = {"train": _Maker(task, skip, refused)}
     if val_fraction:
         parts["validation"] = _Maker(task, skip, refused)
-    held, unit, number = {name: [] for name in parts}, None, -1
-    for item in items_of(source, task, skip, refused):
-        if (own := task.unit(item)) != unit:
-            number, unit = number + 1, own
+    held, units = {name: [] for name in parts}, {}
+    for count, item in enumerate(items_of(source, task, skip, refused)):
+        unit = task.unit(item)
+        number = count if unit is None else units.setdefault(unit, len(units))
         is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
         name = "validation" if is_held_out else "train"
         held[name].append(item)
@@ -654,6 +745,10 @@ def _write(source, task, val_fraction, skip, folder):
             held[name] = []
     for name, part in parts.items():
         part.add(held[name])
+    if val_fraction and not all(part.rows for part in parts.values()) and any(part.rows for part in parts.values()):
+        few = f"{source.name} has too few rows to hold out {val_fraction:g} of them"
+        raise InputError(f"{few}: give --val_file FILE, or --val_fraction 0")
+    for name, part in parts.items():
         arrays, account, records = part.whole(source.name)
         (folder / name).mkdir()
         for key, values in arrays.items():
@@ -692,8 +787,7 @@ class _Maker:
 
     def whole(self, name):
         if not self.rows:
-            left = f": {self.refused[0]}" if self.refused else ", or val_fraction leaves none"
-            raise InputError(f"{name} has no rows to work with{left}")
+            raise InputError(f"{name} has no rows to work with{f': {self.refused[0]}' if self.refused else ''}")
         ids, second, labels, spans = zip(*self.rows, strict=True)
         labels = np.concatenate(labels) if self.task.per_token else np.stack(labels)
         arrays = {
@@ -724,13 +818,22 @@ def _checked(text, where):
 def _name(value, where):
     if isinstance(value, float) or not isinstance(value, (str, int)):
         raise BadRow(f"{where}: the label {value!r:.80} is not the name or number of a class; problem_type says more")
-    return str(value)
+    return _checked(str(value), where)
+
+
+def _is_hot(values):
+    """Whether it is a list of 0 and 1, of which one holds for each class."""
+    return (
+        isinstance(values, list)
+        and len(values) > 1
+        and all(isinstance(one, (int, float)) and one in (0, 1) for one in values)
+    )
 
 
 def _number(value, where):
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not abs(number) < 1e30 or number == UNLABELLED:
         raise BadRow(f"{where}: the label {value!r:.80} is not a number to come close to")
@@ -738,4 +841,4 @@ def _number(value, where):
 
 
 def _is_int(name):
-    return name.removeprefix("-").isdecimal()
+    return name.removeprefix("-").isdecimal() and len(name) < 20

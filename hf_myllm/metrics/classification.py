@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_sq
 
 
 class Classification(evaluate.Metric):
-    """single_label_classification: accuracy, f1_macro, f1_micro, matthews, f1 (of the second of two classes);
+    """single_label_classification: accuracy, f1_macro, f1_micro, matthews; binary: the same, and f1, of class 1;
     multi_label_classification: accuracy (all of a row right), f1_macro, f1_micro; regression: mse, pearson, spearman.
     """
 
@@ -36,6 +36,6 @@ class Classification(evaluate.Metric):
             found[f"f1_{average}"] = float(f1_score(references, predictions, average=average, zero_division=0))
         if self.config_name != "multi_label_classification":
             found["matthews"] = float(matthews_corrcoef(references, predictions))
-            if set(references) | set(predictions) <= {0, 1}:
+            if self.config_name == "binary":
                 found["f1"] = float(f1_score(references, predictions, zero_division=0))
         return found

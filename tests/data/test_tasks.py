@@ -34,9 +34,9 @@ def written(folder, rows, name="a.jsonl"):
     return sources.file_source(str(folder / name))
 
 
-def whole_batch(name, task, examples):
+def whole_batch(task, examples):
     config = MyBertConfig(pad_token_id=task.tokenizer.pad_token_id)
-    objective = objectives.build_labelled(name, task.tokenizer, config, task.labels)
+    objective = objectives.build_labelled(task, config)
     return objective.batch(examples, np.arange(len(examples)), size=len(examples) + 2)
 
 
@@ -50,7 +50,7 @@ def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
     training, held_out = tasks.load_examples(source, task, 0.1)
     assert (len(training), len(held_out)) == (45, 5)
     kept = [row for number, row in enumerate(ROWS) if number % 10 != 4]
-    batch = whole_batch("classification", task, training)
+    batch = whole_batch(task, training)
     assert batch["labels"].tolist() == [row["label"] for row in kept] + [-100] * 2
     texts = [row["text"] for row in kept], *([[row["other"] for row in kept]] if pair else [])
     stock = wordpiece(*texts, truncation=True, max_length=20, padding=True, return_tensors="pt")
@@ -76,6 +76,17 @@ def test_kinds_of_labels(tmp_path, wordpiece):
     assert flags.encode({"p": 1, "q": "0"}, "row") == [1.0, 0.0]
     number = found(ROWS, "regression")
     assert (number.encode("2.5", "row"), number.count) == (2.5, 1)
+    hot = found([{"text": "x", "label": [0, 1, 0]}, {"text": "y", "label": [1, 1, 0]}])
+    assert hot == tasks.Labels("multi_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert hot.encode([0, 1.0, True], "row") == [0.0, 1.0, 1.0]
+    with pytest.raises(InputError, match="row: the label .* is not a list of 3 numbers, 0 or 1 each"):
+        hot.encode([0, 1], "row")
+    with pytest.raises(InputError, match="column 'p' has 2, and a class holds by 1"):
+        flags.encode({"p": 2, "q": 0}, "row")
+    with pytest.raises(InputError, match="names a column twice"):
+        found([{"text": "x", "p": 1}], label_column=["p", "p"])
+    stock = tasks.Labels("single_label_classification", ("LABEL_0", "LABEL_1"))
+    assert stock.encode(1, "row") == 1
     words = [{"text": "x", "label": name} for name in ("spam", "ham", "spam")]
     assert found(words).names == ("ham", "spam")
     tens = [{"text": "x", "label": number} for number in (10, 9, 100)]
@@ -119,7 +130,7 @@ def test_words_and_their_first_tokens(tmp_path, wordpiece):
     assert examples.num_items == 2
     assert len(examples) > 2  # the second goes into several rows
     assert examples.account["cut"] == 1
-    batch = whole_batch("token_classification", task, examples)
+    batch = whole_batch(task, examples)
     # each word is judged once, whether the tokenizer makes something of it or not, and wherever a row ends
     said = batch["labels"][batch["labels"] != IGNORED].tolist()
     assert [names[number] for number in said] == rows[0]["label"] + rows[1]["label"]
@@ -146,8 +157,11 @@ def test_conll_files(tmp_path, wordpiece):
     assert [row["tokens"] for _, row in found] == [["EU", "rejects"], ["#tag"], ["Last"]]
     assert [row["label"] for _, row in found] == [["B-ORG", "O"], ["O"], ["B-ORG"]]
     assert found[0][0].endswith("a.conll line 3")
-    (tmp_path / "b.txt").write_text("New York\tB-LOC\nis\tO\n")  # tabs let a word have a space
-    assert next(task.read(sources.file_source(str(tmp_path / "b.txt"))))[1]["tokens"] == ["New York", "is"]
+    # tabs let a word have a space, and a word is what stands there, however odd
+    (tmp_path / "b.txt").write_text("New York\tB-LOC\nis\tO\n\u00a0\tO\n")
+    assert next(task.read(sources.file_source(str(tmp_path / "b.txt"))))[1]["tokens"] == ["New York", "is", "\u00a0"]
+    (tmp_path / "c.txt").write_text("# sent_id = 1\n# O\nNew\u00a0York B-LOC\n# O\n")
+    assert next(task.read(sources.file_source(str(tmp_path / "c.txt"))))[1]["tokens"] == ["#", "New\u00a0York", "#"]
 
 
 # ---- questions
@@ -207,7 +221,7 @@ def test_answers_are_put_together_from_all_windows(tmp_path, wordpiece):
     source = squad(tmp_path / "a.json", [{"answers": [{"text": "number text", "answer_start": at}]}] * 2)
     task = tasks.Questions(wordpiece, 24)
     examples, _ = tasks.load_examples(source, task)
-    objective = objectives.build_labelled("question_answering", wordpiece, MyBertConfig(), None)
+    objective = objectives.build_labelled(task, MyBertConfig())
     numbers = np.arange(len(examples))
     batch = objective.batch(examples, numbers)
     shape = batch["input_ids"].shape
@@ -238,8 +252,8 @@ def test_a_context_stays_on_one_side(tmp_path, wordpiece):
             "context": f"text number {n}",
             "answers": {"text": ["text"], "answer_start": [0]},
         }
-        for n in range(10)
         for k in range(3)
+        for n in range(10)
     ]
     training, held_out = tasks.load_examples(written(tmp_path, rows), tasks.Questions(wordpiece, 24), 0.2)
     sides = [{part.record(item)["context"] for item in range(part.num_items)} for part in (training, held_out)]
@@ -337,6 +351,32 @@ def test_a_stock_tokenizer_writes_the_same_prompt(tmp_path, assets):
 # ---- mistakes
 
 
+def test_too_few_to_hold_some_out(tmp_path, wordpiece):
+    task = tasks.Texts(wordpiece, 20)
+    source = written(tmp_path, ROWS[:7])
+    task.find_labels(source)
+    with pytest.raises(
+        InputError, match=r"too few rows to hold out 0.05 of them: give --val_file FILE, or --val_fraction 0"
+    ):
+        tasks.load_examples(source, task, 0.05)
+
+
+def test_what_is_left_out_makes_no_class(tmp_path, wordpiece):
+    rows = [*ROWS[:6], {"text": None, "label": 77}]
+    assert tasks.Texts(wordpiece, 20).find_labels(written(tmp_path, rows), skip=True).names == ("0", "1", "2")
+
+
+def test_a_tokenizer_is_trained_on_the_text_alone(tmp_path):
+    def texts(name, rows, file="a.jsonl"):
+        return list(tasks.PlainTexts([written(tmp_path, rows, file)], name))
+
+    assert texts("token_classification", [{"tokens": ["a", "b"], "label": ["X", "Y"]}, {"tokens": []}]) == ["a b"]
+    asked = {"question": "q?", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}}
+    assert texts("question_answering", [asked]) == ["q?", "c"]
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    assert texts("instruction", [chat, {"prompt": "a", "completion": "b"}]) == ["hi", "ho", "a", "b"]
+
+
 def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
     def refused(message, rows, kind=tasks.Texts, problem_type=None, known=None, skip_leaves=None, **columns):
         source = written(tmp_path, rows)
@@ -378,6 +418,12 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
     )
     refused("line 1 has no column 'more'", good, text_pair_column="more")
     refused("line 3: column 'text' does not hold text: 3", [*good, {"text": 3, "label": "a"}], skip_leaves=2)
+    refused("line 3: half a character", [*good, {"text": "z", "label": "\ud800"}], skip_leaves=2)
+    refused(
+        "line 3: the label 1000",
+        [{"text": "x", "label": 1}] * 2 + [{"text": "x", "label": 10**400}],
+        problem_type="regression",
+    )
     refused("line 3: half a character", [*good, {"text": "\ud800", "label": "a"}], skip_leaves=2)
 
     words = [{"tokens": ["x", "y"], "label": ["O", "B-z"]}]
@@ -416,6 +462,20 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
         skip_leaves=1,
     )
     refused("line 2 has no answers", [right, question("", 0, answers=None)], tasks.Questions, skip_leaves=1)
+    odd = [["x"], {"text": "text", "answer_start": 0}, {"text": None, "answer_start": None}]
+    for answers in odd:
+        refused(
+            "line 2 has no answers, lists of text and answer_start",
+            [right, question("", 0, answers=answers)],
+            tasks.Questions,
+            skip_leaves=1,
+        )
+    refused(
+        "line 2: is_impossible is 'false'",
+        [right, question("text", 0, is_impossible="false")],
+        tasks.Questions,
+        skip_leaves=1,
+    )
     refused("line 2 asks nothing", [right, question("text", 0, question=" ")], tasks.Questions, skip_leaves=1)
     refused(
         "question has 30 tokens, and max_len 20 leaves none",
@@ -424,7 +484,7 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
         skip_leaves=1,
     )
     broken = [{"data": [{"paragraphs": [{"qas": []}, {"no": 1}]}]}]
-    refused("not in SQuAD's format", broken, tasks.Questions)
+    refused("article 1 paragraph 2 is not in SQuAD's format", broken, tasks.Questions)
 
     told = {"prompt": "hello", "completion": " there"}
     chat = {"messages": [{"role": "user", "content": "hello"}]}
