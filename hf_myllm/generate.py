@@ -22,7 +22,16 @@ from .errors import InputError, exit_on_input_error, first_line
 
 
 def generate_text(
-    model, tokenizer, prompt, max_new_tokens=100, temperature=0.8, top_k=50, top_p=1.0, seed=0, streamer=None
+    model,
+    tokenizer,
+    prompt,
+    max_new_tokens=100,
+    temperature=0.8,
+    top_k=50,
+    top_p=1.0,
+    seed=0,
+    streamer=None,
+    is_chat=False,
 ):
     """The prompt and its continuation.
 
@@ -33,15 +42,16 @@ def generate_text(
         top_k: 0 draws from all tokens.
         seed: of torch's generator, which this sets.
         streamer: gets the tokens as they come, as [`~transformers.TextStreamer`] does.
+        is_chat: whether the prompt is what a user says, in the form of the tokenizer's chat template.
     Raises:
         InputError: the prompt leaves no position to generate at.
     """
-    ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings)
+    ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings, is_chat)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     is_sampled = temperature >= 1e-3  # colder is the likeliest token, and divides by nothing
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, model.config.max_position_embeddings - len(ids)),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         do_sample=is_sampled,
         **(sampling if is_sampled else {}),
@@ -66,7 +76,14 @@ def generate_text(
     return tokenizer.decode(output[0][1 if is_empty else 0 :], skip_special_tokens=True)
 
 
-def encode_prompt(tokenizer, prompt, positions):
+def _ends(model, tokenizer):
+    """The tokens that end a text: the tokenizer's, and those that the model was saved with, as of chats."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ends) or None
+
+
+def encode_prompt(tokenizer, prompt, positions, is_chat=False):
     """The ids to start from, and whether they are only the token that stands between documents.
 
     A tokenizer that puts a token before each text does so here too, as in stock pipelines.
@@ -78,7 +95,12 @@ def encode_prompt(tokenizer, prompt, positions):
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt is not UTF-8 at place {error.start}") from None
-    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    if is_chat:
+        if tokenizer.chat_template is None:
+            raise InputError("the tokenizer has no chat template: leave out --chat")
+        said = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"] if prompt else []
     while (
         ids
         and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
@@ -169,6 +191,8 @@ def load(run, device="cpu"):
         raise
     except Exception as error:
         raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)[:300]}") from None
+    if lora.base_of(folder) and (folder / "generation_config.json").is_file():  # else it has the whole model's
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device), tokenizer
 
 
@@ -190,6 +214,7 @@ def main(argv):
     parser = Parser(prog="python -m hf_myllm.generate", description=__doc__)
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue (default: start from nothing)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says, by the chat template")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate, at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
@@ -228,7 +253,8 @@ def main(argv):
             args.top_k,
             args.top_p,
             args.seed + number,
-            streamer=_Terminal(tokenizer, skip_prompt=not args.prompt, skip_special_tokens=True),
+            streamer=_Terminal(tokenizer, skip_prompt=args.chat or not args.prompt, skip_special_tokens=True),
+            is_chat=args.chat,
         )
 
 

@@ -15,12 +15,11 @@ _TYPES = {  # what peft calls the tasks, by which its Auto classes choose theirs
     "causal": "CAUSAL_LM",
     "instruction": "CAUSAL_LM",
     "classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "question_answering": "QUESTION_ANS",
+    "token_classification": "TOKEN_CLS",  # of questions none: its class drops the token types
 }
 _CONFIG = "adapter_config.json"
 _WHOLE = "model_config.json"
-_OF_PEFT = {"classifier", "score", "qa_outputs"}  # the heads that it trains and saves by itself
+_OF_PEFT = {"classifier", "score"}  # the heads that it trains and saves by itself
 
 
 def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
@@ -30,9 +29,15 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
         fresh: names of weights that the model of init_from did not have, which are trained and saved whole.
         target_modules: names of modules, ["all-linear"], or None for what peft takes in this family.
     Raises:
-        InputError: peft knows no such modules in the model.
+        InputError: peft knows no such modules in the model, or what is asked for cannot be kept in an adapter.
     """
+    if odd := [name for name in fresh if " " in name]:  # no name of a weight
+        raise InputError(f"lora leaves the embeddings as they are, and the model lacks {odd[0]}: train without it")
     heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in fresh} - _OF_PEFT)
+    if heads and task in ("mlm", "mlm_nsp"):
+        raise InputError(f"lora needs a model that has the head of task {task}, and this one lacks {fresh[0]}")
+    if task == "question_answering":
+        heads = sorted({*heads, "qa_outputs"})
     config = LoraConfig(
         r=r,
         lora_alpha=alpha or 2 * r,
@@ -44,10 +49,17 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
     )
     if (path := Path(model.name_or_path)).exists():
         model.name_or_path = str(path.resolve())  # the adapter names it, wherever it is loaded from
+    tied = [model.get_input_embeddings(), model.get_output_embeddings()] if model.config.tie_word_embeddings else []
+    shared = {name for name, module in model.named_modules() if any(module is one for one in tied)}
     try:
-        return get_peft_model(model, config)
+        added = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"lora: {first_line(error)[:300]}") from None
+    added.peft_config["default"].auto_mapping = None  # which would name our classes rather than the stock ones
+    for name, _ in added.named_parameters():
+        if ".lora_" in name and (whose := name.partition(".lora_")[0].removeprefix("base_model.model.")) in shared:
+            raise InputError(f"lora: {whose} shares its weight with another: leave it out of target_modules")
+    return added
 
 
 def base_of(folder):
@@ -89,6 +101,8 @@ def save(model, folder):
     whole = model.get_base_model()
     whole.config.architectures = [type(whole).__name__]
     whole.config.to_json_file(Path(folder) / _WHOLE)
+    if whole.can_generate():
+        whole.generation_config.save_pretrained(folder)
 
 
 def merge(model, folder):

@@ -217,6 +217,9 @@ def prepare(recipe, accelerator, resume_from):
         resume_from,
         account,
     )
+    if recipe.task == "instruction" and account["train"].get("ends"):  # where a turn ends, a text does
+        ends = {*account["train"]["ends"], tokenizer.eos_token_id} - {None}
+        model.generation_config.eos_token_id = sorted(ends)
     if recipe.evaluation.metric_for_best and run.validation is None:
         raise InputError("metric_for_best needs rows to validate on: give --val_file FILE, or a val_fraction above 0")
     if tokenizer is not None and recipe.task in ("causal", "instruction"):  # what is masked adds up to no text
@@ -324,7 +327,7 @@ def find_task(recipe, given, tokenizer, pretrained, is_trained):
     data, config_class = recipe.data, FAMILIES[recipe.model].config
     if tokenizer.pad_token is None and recipe.task != "instruction":  # stock pipelines fill their batches with it
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_of_document(tokenizer)[0])
-    if data.chat_template and not is_trained:
+    if data.chat_template and (not is_trained or tokenizer.chat_template is None):
         tokenizer.chat_template = read_template(data.chat_template)
     more = {"stride": data.stride} if recipe.task == "question_answering" else {}
     task = tasks.TASKS[recipe.task](tokenizer, data.max_len, **columns(data), **more)
@@ -453,7 +456,20 @@ def build_model(recipe, config, pretrained, is_trained, task=None):
     weights that the checkpoint did not have, which only a head may lack. With LoRA, where the recipe or the checkpoint
     has it."""
     base, section = lora.base_of(pretrained), recipe.lora
-    model, fresh = build_whole_model(recipe, config, base or pretrained, is_trained and not base)
+    if section.r and not pretrained:
+        raise InputError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
+    if section.r and base and not is_trained:
+        raise InputError(
+            f"{pretrained} is an adapter itself: make a whole model of it first, by its own run's recipe with "
+            "--init_from resume --merge_lora"
+        )
+    try:
+        model, fresh = build_whole_model(recipe, config, base or pretrained, is_trained and not base)
+    except InputError as error:
+        if not base:
+            raise
+        where = f"{pretrained}/adapter_config.json names it as base_model_name_or_path"
+        raise InputError(f"{error}; {where}, and can be changed there") from None
     if task and task.labels and pretrained and not is_trained and not fresh and not base:
         stored = type(config).from_pretrained(str(pretrained))
         known = {str(stored.id2label[number]) for number in range(stored.num_labels)}
@@ -699,6 +715,8 @@ def check_same_recipe(recipe, state, resume_from):
     then, now = state["recipe"], recipe.identity()
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    if {"r", "lora_alpha", "target_modules"} & set(keys):
+        raise InputError(f"{resume_from} has the matrices of its own lora: {'; '.join(changed)}. Give what it had")
     if "tokenizer" in keys:
         raise InputError(f"{resume_from} was trained with another tokenizer: {then['tokenizer']!r}; give that one")
     if changed and not recipe.run.allow_changed:

@@ -203,6 +203,11 @@ class Evaluation:
         "read all validation rows",
         on_resume="accept",
     )
+    greater_is_better: bool | None = word(
+        None,
+        "whether more of metric_for_best is better; default: not of losses, perplexities, bits and errors",
+        on_resume="accept",
+    )
     patience: int | None = word(
         None, "evaluations without a better metric_for_best after which training stops", minimum=1, on_resume="accept"
     )
@@ -563,10 +568,10 @@ def _check(recipe, families, given):
         raise InputError("metric_for_best needs evaluations to choose from: give --eval_freq N")
     evaluation.final_model = evaluation.final_model or ("best" if evaluation.metric_for_best else "last")
     if recipe.lora.r is None:
-        for name in ("lora_alpha", "target_modules"):
-            if getattr(recipe.lora, name) is not None:
+        for name in ("lora_alpha", "target_modules", "lora_dropout", "merge_lora"):
+            if getattr(recipe.lora, name):
                 raise InputError(f"{name} has no meaning without LoRA: give --r 16, or leave it out")
-    elif recipe.run.init_from == "scratch":
+    elif recipe.run.init_from == "scratch" and not recipe.run.resume:
         raise InputError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
     elif data.add_tokens:
         raise InputError("add_tokens needs embeddings that are trained, and lora leaves them as they are: leave it out")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -121,21 +122,24 @@ def read_metrics(folder):
     return lines
 
 
-def best_evaluation(folder, metric, up_to):
-    """The best of a run's evaluations: its step, its value, how many came after it; None where there is none.
+def best_evaluation(folder, metric, up_to, is_more=None):
+    """The best of a run's evaluations: its step and its value, both None where none has a number, and how many came
+    after it.
 
     Args:
-        metric: a figure of metrics.jsonl. Of losses, errors and what follows from them less is better, of others more.
+        metric: a figure of metrics.jsonl.
         up_to: the last step to look at; the evaluation before the first step does not count.
+        is_more: whether more of it is better; None: not of losses, errors and what follows from them.
     """
-    is_less = metric.endswith(("loss", "perplexity", "bits_per_byte", "mse"))
+    if is_more is None:
+        is_more = not re.search(r"loss|perplexity|bits_per_byte|error|(^|_)(rmse|mse|mae|wer|cer|ter)$", metric)
     best, since = None, 0
     for line in read_metrics(folder):
         if "train_loss" in line and 0 < line["step"] <= up_to:
             value, since = line.get(metric), since + 1
-            if value is not None and (best is None or (value < best[1] if is_less else value > best[1])):
+            if value is not None and (best is None or (value > best[1] if is_more else value < best[1])):
                 best, since = (line["step"], value), 0
-    return best and (*best, since)
+    return (*(best or (None, None)), since)
 
 
 def _forget_after(path, step, total_steps):

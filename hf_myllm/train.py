@@ -301,9 +301,12 @@ def leave(run, report):
 
 def best_step(run, up_to):
     """The step of the best evaluation so far, by the recipe's metric; None where there is none, or no metric."""
-    metric = run.recipe.evaluation.metric_for_best
-    best = best_evaluation(run.recipe.run.save_model, metric, up_to) if metric else None
-    return best and best[0]
+    return find_best(run, up_to)[0] if run.recipe.evaluation.metric_for_best else None
+
+
+def find_best(run, up_to):
+    section = run.recipe.evaluation
+    return best_evaluation(run.recipe.run.save_model, section.metric_for_best, up_to, section.greater_is_better)
 
 
 def has_lost_patience(run, step):
@@ -312,8 +315,8 @@ def has_lost_patience(run, step):
     if section.patience is None:
         return False
     if run.accelerator.is_main_process:
-        best = best_evaluation(run.recipe.run.save_model, section.metric_for_best, step)
-        lost = best is not None and best[2] >= section.patience
+        best, _, since = find_best(run, step)
+        lost = since >= section.patience + (best is None)
     return holds_for_any(run, lost)
 
 
@@ -484,6 +487,11 @@ def introduce_labels(run, report):
     if cut := account.get("cut"):
         does = "were cut" if run.recipe.task == "classification" else "make several rows"
         report.say(f"            {cut:,} texts are longer than max_len and {does}")
+    if account.get("unlearned"):
+        report.say(
+            f"            {account['unlearned']:,} of the assistant's turns are read, and not learned: the chat "
+            "template writes them otherwise when others follow"
+        )
     if account.get("unanswerable"):
         report.say(f"            {account['unanswerable']:,} questions have no answer")
 
@@ -604,10 +612,11 @@ def finish(run, model, report, last, unigram, validation=None):
         prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if is_masked else "Once upon a time")
         does = "fill in " if is_masked else "generate"
         report.say(f"{does}    python -m hf_myllm.generate {name} --prompt {shlex.quote(prompt)}")
-    report.say(
-        f"resume      accelerate launch -m hf_myllm.train {shlex.quote(str(folder / 'recipe.yaml'))} --max_steps "
-        f"{2 * run.total_steps} --init_from resume --allow_changed"
-    )
+    longer = f"--max_steps {2 * run.total_steps} --init_from resume --allow_changed"
+    if last < run.total_steps:
+        longer = f"--patience {2 * recipe.evaluation.patience} --init_from resume"
+    recipe_file = shlex.quote(str(folder / "recipe.yaml"))
+    report.say(f"resume      accelerate launch -m hf_myllm.train {recipe_file} {longer}")
     kind = {
         "mlm": "MaskedLM",
         "mlm_nsp": "PreTraining",
@@ -616,7 +625,10 @@ def finish(run, model, report, last, unigram, validation=None):
         "question_answering": "QuestionAnswering",
     }.get(recipe.task, "CausalLM")
     labels = getattr(run.objective, "labels", None)
-    if lora.base_of(folder) and kind not in ("MaskedLM", "PreTraining"):
+    if (base := lora.base_of(folder)) and kind in ("MaskedLM", "PreTraining", "QuestionAnswering"):
+        whole = f'AutoModelFor{kind}.from_pretrained("{base}")'
+        report.say(f'load        PeftModel.from_pretrained({whole}, "{folder}") in Python, with stock peft')
+    elif base:
         more = f", num_labels={labels.count}" if labels else ""
         report.say(f'load        AutoPeftModelFor{kind}.from_pretrained("{folder}"{more}) in Python, with stock peft')
     else:
@@ -630,10 +642,13 @@ def publish(run, report, last):
     chosen, best = folder / f"checkpoint-{last}", best_step(run, last)
     if best is not None:
         metric = recipe.evaluation.metric_for_best
-        value = best_evaluation(folder, metric, last)[1]
+        value = find_best(run, last)[1]
         holds = recipe.evaluation.final_model if best != last else "last, which is the best"
         if recipe.evaluation.final_model == "best" and checkpoint.damage(folder / f"checkpoint-{best}"):
-            holds = f"last, for {folder}/checkpoint-{best} is not whole"
+            if checkpoint.is_finished(folder):
+                report.say(f"best        {folder}/checkpoint-{best} is gone or damaged, and {folder} stays as it is")
+                return
+            holds = f"last, for {folder}/checkpoint-{best} is gone or damaged"
         elif recipe.evaluation.final_model == "best":
             chosen = folder / f"checkpoint-{best}"
         report.say(f"best        {metric} {value:.4f} after step {best}; {folder} holds the {holds}")
@@ -653,7 +668,7 @@ def is_published(run, last):
     """Whether the model at the run's root is what this run ends with."""
     folder = Path(run.recipe.run.save_model)
     if lora.is_added(run.model) and run.recipe.lora.merge_lora:
-        return (folder / "model.safetensors").exists()
+        return False  # whose it is, a merged model does not say: it is made again
     best = best_step(run, last) if run.recipe.evaluation.final_model == "best" else last
     paths = [folder / f"checkpoint-{step}" for step in (best, last) if step is not None]
     return any(path.exists() and checkpoint.is_published(path, folder) for path in paths)

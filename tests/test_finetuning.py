@@ -95,7 +95,7 @@ def words_run(tmp_path_factory):
     write_sentences(folder / "val.conll", 61, 1)
     words = {"model": "bert", "task": "token_classification", **BERT, **DROPOUT, "tokenizer": WORDPIECE, "max_len": 16}
     words |= {"train_file": folder / "train.conll", "val_file": folder / "val.conll", "save_model": folder / "run"}
-    assert train(*flags(**words, batch_size=16, epochs=6, learning_rate=5e-3, eval_freq=100)) == 0
+    assert train(*flags(**words, batch_size=16, epochs=12, learning_rate=5e-3, eval_freq=100)) == 0
     return folder
 
 
@@ -335,6 +335,31 @@ def test_a_chat_template_from_a_file_goes_with_the_model(tmp_path, gpt):
     assert train(tmp_path / "run" / "recipe.yaml", "--init_from", "resume", "--max_steps", 4, "--allow_changed") == 0
 
 
+def test_a_chat_ends_where_its_template_says(tmp_path, gpt):
+    """The end of a turn is no end of text for the tokenizer, and yet stock generation stops there."""
+    (tmp_path / "chatml.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gpt)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    turns = [[{"role": "user", "content": name}, {"role": "assistant", "content": f"say {name}"}] for name in NAMES]
+    data = write_lines(tmp_path / "a.jsonl", [{"messages": one} for one in turns * 20])
+    words = flags(
+        model="gpt", task="instruction", init_from=gpt, max_len=48, epochs=25, learning_rate=5e-3, batch_size=8
+    )
+    words += flags(tokenizer=tmp_path / "tokenizer", vocab_size=len(tokenizer), chat_template=tmp_path / "chatml.jinja")
+    assert train(*words, *flags(train_file=data, val_file=data, save_model=tmp_path / "run")) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+    said = run_command(tmp_path / "run", "--chat", "--prompt", "carla", "--temperature", 0, module="hf_myllm.generate")
+    assert said.stdout.strip() == "say carla"
+    found = pipeline("text-generation", str(tmp_path / "run"))(turns[2][:1], do_sample=False, max_new_tokens=30)
+    assert found[0]["generated_text"][-1]["content"].strip() == "say carla"
+    assert run_command(gpt, "--chat", "--prompt", "x", module="hf_myllm.generate").returncode == 2
+
+
 # ---- the best
 
 
@@ -451,6 +476,17 @@ class Halves(evaluate.Metric):
     def _compute(self, predictions, references):
         return {"rows": len(references), "f1": 0.5}
 """
+
+
+def test_which_way_is_better(tmp_path):
+    write_lines(
+        tmp_path / "metrics.jsonl",
+        [{"step": n, "train_loss": 0, "val_x": x, "val_wer": x} for n, x in ((0, 9), (2, 3), (4, 5), (6, None))],
+    )
+    assert best_evaluation(tmp_path, "val_x", 9) == (4, 5, 1)
+    assert best_evaluation(tmp_path, "val_wer", 9) == (2, 3, 2)
+    assert best_evaluation(tmp_path, "val_x", 9, is_more=False) == (2, 3, 2)
+    assert best_evaluation(tmp_path, "val_y", 9) == (None, None, 3)
 
 
 def test_other_metrics_of_the_library(tmp_path, noise):
@@ -628,9 +664,88 @@ def test_lora_is_refused_where_it_has_no_meaning(tmp_path, gpt, capsys):
         (flags(init_from=gpt, lora_alpha=4), "lora_alpha has no meaning without LoRA: give --r 16"),
         (flags(init_from=gpt, r=4, target_modules="q_proj"), "lora: Target modules"),
         (flags(init_from=gpt, r=4, add_tokens="<x>"), "add_tokens needs embeddings that are trained"),
+        (
+            flags(init_from=gpt, r=4, vocab_size=400),
+            "lora leaves the embeddings as they are, and the model lacks 108 rows",
+        ),
+        (flags(init_from=gpt, r=4, target_modules="wte"), "lora: transformer.wte shares its weight with another"),
+        (flags(init_from=gpt, lora_dropout=0.1), "lora_dropout has no meaning without LoRA"),
+        ((*flags(init_from=gpt), "--merge_lora"), "merge_lora has no meaning without LoRA"),
     ):
         assert train(*words, *more) == 2
         assert message in capsys.readouterr().err
+    assert train(*words, *flags(init_from=gpt, r=4)) == 0
+    run = tmp_path / "run"
+    assert train(*words, *flags(init_from=run, r=4), "--save_model", tmp_path / "second") == 2
+    assert "is an adapter itself: make a whole model of it first" in capsys.readouterr().err
+    assert train(run / "recipe.yaml", "--init_from", "resume", "--max_steps", 4, "--r", 8, "--allow_changed") == 2
+    assert "has the matrices of its own lora: r was 4 and is 8" in capsys.readouterr().err
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    assert train(run / "recipe.yaml", "--eval_only", "--load_model", run) == 2
+    assert "names it as base_model_name_or_path, and can be changed there" in capsys.readouterr().err
+
+
+def test_lora_on_questions_reads_both_texts_and_goes_on(tmp_path):
+    """peft's own class for questions forgets the token types, which tell question and text apart."""
+    words = {
+        "model": "bert",
+        "task": "question_answering",
+        **BERT,
+        "max_len": 48,
+        "batch_size": 8,
+        "tokenizer": WORDPIECE,
+    }
+    words |= {
+        "train_file": write_questions(tmp_path / "a.json", 60, 0),
+        "val_file": write_questions(tmp_path / "b.json", 9, 1),
+    }
+    assert train(*flags(**words, max_steps=6, save_model=tmp_path / "base")) == 0
+    for name in (*BERT, "tokenizer"):
+        del words[name]
+    words |= {"init_from": tmp_path / "base", "r": 4, "learning_rate": 1e-2, "save_freq": 5}
+    assert train(*flags(**words, max_steps=10, save_model=tmp_path / "run")) == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "checkpoint-10")
+    (other / "adapter_model.safetensors").unlink()
+    assert train(run / "recipe.yaml", "--init_from", "resume", "--save_model", other) == 0
+    assert (other / "adapter_model.safetensors").read_bytes() == (run / "adapter_model.safetensors").read_bytes()
+    assert train(*flags(**words, max_steps=10, save_model=tmp_path / "merged"), "--merge_lora") == 0
+    assert evaluations(tmp_path / "merged")[-1] == evaluations(run)[-1]
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    inputs = tokenizer("how many sheep?", "anna has 12 sheep.", return_tensors="pt")
+    base = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        by_peft = PeftModel.from_pretrained(base, run).eval()(**inputs)
+        whole = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "merged").eval()(**inputs)
+    torch.testing.assert_close(by_peft.start_logits, whole.start_logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_merged_model_is_made_again_where_it_was_not(tmp_path, gpt):
+    words = flags(model="gpt", task="instruction", init_from=gpt, max_len=64, r=4, save_model=tmp_path / "run")
+    words += [*flags(train_file=instructions(tmp_path / "a.jsonl"), max_steps=3, learning_rate=1e-2), "--merge_lora"]
+    assert train(*words) == 0
+    weights, run = (tmp_path / "run" / "model.safetensors").read_bytes(), tmp_path / "run"
+    shutil.copy(gpt / "model.safetensors", run / "model.safetensors")  # as of another step
+    assert train(run / "recipe.yaml", "--init_from", "resume") == 0
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
+def test_masked_lm_takes_lora_where_it_has_its_head(tmp_path, capsys):
+    text = write_lines(
+        tmp_path / "text.jsonl", [{"text": f"{name} sees {place}"} for name in NAMES for place in PLACES]
+    )
+    words = {"model": "bert", "train_file": text, "max_len": 16, "max_steps": 4, "val_fraction": 0.2}
+    assert train(*flags(**words, **BERT, tokenizer=WORDPIECE, save_model=tmp_path / "mlm")) == 0
+    assert train(*flags(**words, init_from=tmp_path / "mlm", r=2, save_model=tmp_path / "run")) == 0
+    loss = evaluations(tmp_path / "run")[-1]["val_loss"]
+    capsys.readouterr()
+    assert train(tmp_path / "run" / "recipe.yaml", "--eval_only", "--load_model", tmp_path / "run") == 0
+    assert f"validation loss {loss:.4f}" in capsys.readouterr().out
+    pairs = {"model": "bert", "task": "mlm_nsp", "train_file": text, "max_len": 16, "max_steps": 4, "document": "line"}
+    assert train(*flags(**pairs, init_from=tmp_path / "mlm", r=2, save_model=tmp_path / "pairs")) == 2
+    assert "lora needs a model that has the head of task mlm_nsp" in capsys.readouterr().err
 
 
 # ---- predictions

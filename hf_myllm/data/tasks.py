@@ -19,7 +19,6 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
 from ..errors import InputError, first_line
 from .corpus import Tokens, cached_folder
@@ -501,7 +500,10 @@ class Conversations(Task):
         super().__init__(*settings, **named)
         if self.tokenizer:
             specials = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-            self.specials = specials | set(special_ids(self.tokenizer))
+            opening = {getattr(self.tokenizer, f"{name}_token_id") for name in ("unk", "bos", "cls", "pad", "mask")}
+            # what may close a turn; the end of text may be the beginning too, as GPT-2's
+            self.closing = (specials | set(special_ids(self.tokenizer))) - opening | {self.tokenizer.eos_token_id}
+        self.ends, self.unlearned = set(), 0  # tokens that close turns; turns that are only read
 
     def texts(self, row, where):
         if isinstance(row.get("prompt"), str):
@@ -514,16 +516,18 @@ class Conversations(Task):
 
     def item(self, row, where):
         """(where, text, the spans of it that are learned, whether its end is given by the text)."""
-        if "messages" not in row and not ("prompt" in row and ("completion" in row or not self.is_labelled)):
-            raise InputError(f"{where} has neither messages nor prompt and completion, but {', '.join(map(repr, row))}")
+        if "messages" not in row and not {"prompt", "completion"} <= set(row):
+            raise BadRow(f"{where} has neither messages nor prompt and completion, but {', '.join(map(repr, row))}")
         if "messages" in row:
             return where, *self._chat(row["messages"], 0, where), True
         prompt, completion = row["prompt"], row.get("completion")
         if isinstance(prompt, list):
-            return where, *self._chat([*prompt, *(completion or [])], len(prompt), where), True
+            if not isinstance(completion, list):
+                raise BadRow(
+                    f"{where}: the prompt is a list of turns, and so must the completion be: {completion!r:.80}"
+                )
+            return where, *self._chat([*prompt, *completion], len(prompt), where), True
         prompt = self._text(row, where, "prompt", None)
-        if not self.is_labelled:
-            return where, prompt, [(len(prompt), len(prompt))], False
         if completion is None or completion == "":
             raise BadRow(f"{where} has no completion")
         completion = self._text(row, where, "completion", None)
@@ -538,18 +542,23 @@ class Conversations(Task):
                     raise BadRow(f"{where}, turn {number} has no {name} of text: {one!r:.80}")
                 _checked(one[name], where)
         turns = [number for number, one in enumerate(messages) if one["role"] == "assistant" and number >= first]
-        if not self.is_labelled:
-            text = self._rendered(messages, where, add_generation_prompt=True)
-            return text, [(len(text), len(text))]
         if not turns:
             raise BadRow(f"{where} has no assistant's turn: there is nothing to learn")
-        whole, spans = self._rendered(messages, where), []
+        whole, spans, end = self._rendered(messages, where), [], self.tokenizer.eos_token or ""
         for turn in turns:
-            before = self._rendered(messages[:turn], where, add_generation_prompt=True) if turn else ""
+            try:
+                before = self._rendered(messages[:turn], where, add_generation_prompt=True)
+            except BadRow:
+                if turn:
+                    raise
+                before = ""  # a template that has no empty chat
             after = self._rendered(messages[: turn + 1], where)
+            if end and not whole.startswith(after):  # some templates close the whole with it
+                after = after.removesuffix(end)
             # what the template writes otherwise once other turns follow (some leave out old thoughts) is only read
             if whole.startswith(after) and after.startswith(before):
                 spans.append((len(before), len(after)))
+        self.unlearned += len(turns) - len(spans)
         if not spans:
             raise BadRow(f"{where}: the chat template does not begin an assistant's turn with its generation prompt")
         return whole[: spans[-1][1]], spans
@@ -562,7 +571,7 @@ class Conversations(Task):
             )
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # of the template, which is a program
             raise BadRow(f"{where}: the chat template refuses it: {first_line(error)}") from None
 
     def encode(self, items):
@@ -572,15 +581,18 @@ class Conversations(Task):
         return [next(chats if is_chat else texts) for *_, is_chat in items]
 
     def examples(self, item, encoding):
-        where, _, spans, is_chat = item
+        where, text, spans, _ = item
         ids, places = list(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         is_text = places[:, 1] > places[:, 0]
         inside = [is_text & (places[:, 1] > start) & (places[:, 0] < stop) for start, stop in spans]
         learned, end = np.logical_or.reduce(inside), end_of_document(self.tokenizer)[0]
-        ends_itself = any(ids[place] in self.specials for place in np.flatnonzero(inside[-1]))
+        said = [place for place in np.flatnonzero(inside[-1]) if text[slice(*places[place])].strip()]
+        ends_itself = bool(said) and ids[said[-1]] in self.closing
         while ids and ids[-1] == end and not learned[-1]:  # of a tokenizer that adds its own
             ids, learned = ids[:-1], learned[:-1]
-        if not ends_itself:
+        if ends_itself:
+            self.ends.add(ids[said[-1]])
+        else:
             ids, learned = [*ids, end], np.append(learned, True)
         if len(ids) - 1 > self.max_len:
             raise BadRow(f"{where} has {len(ids) - 1} tokens, and max_len is {self.max_len}")
@@ -804,6 +816,8 @@ class _Maker:
         account |= {"skipped": len(self.refused), "refused": self.refused[:3]}
         if isinstance(self.task, Questions):
             account["unanswerable"] = sum(not one["answers"] for one in self.records)
+        if isinstance(self.task, Conversations):
+            account |= {"ends": sorted(self.task.ends), "unlearned": self.task.unlearned}
         return arrays, account, self.records
 
 

@@ -81,7 +81,7 @@ def test_kinds_of_labels(tmp_path, wordpiece):
     assert hot.encode([0, 1.0, True], "row") == [0.0, 1.0, 1.0]
     with pytest.raises(InputError, match="row: the label .* is not a list of 3 numbers, 0 or 1 each"):
         hot.encode([0, 1], "row")
-    with pytest.raises(InputError, match="column 'p' has 2, and a class holds by 1"):
+    with pytest.raises(InputError, match="column 'p' has 2, where a class holds by 1"):
         flags.encode({"p": 2, "q": 0}, "row")
     with pytest.raises(InputError, match="names a column twice"):
         found([{"text": "x", "p": 1}], label_column=["p", "p"])
@@ -149,7 +149,7 @@ def test_words_and_their_first_tokens(tmp_path, wordpiece):
 def test_conll_files(tmp_path, wordpiece):
     (tmp_path / "a.conll").write_text(
         "-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\nrejects VBZ I-VP O\n\n\n"
-        "# a comment\n#tag NN I-NP O\n\ufeff\nLast NN O B-ORG"
+        "# text = a comment\n#tag NN I-NP O\n\ufeff\nLast NN O B-ORG"
     )
     source = sources.file_source(str(tmp_path / "a.conll"))
     task = tasks.Words(wordpiece, 20)
@@ -315,6 +315,33 @@ def test_a_turn_that_ends_itself_gets_no_other_end(tmp_path, bpe):
     task = tasks.Conversations(bpe, 64)
     examples, _ = tasks.load_examples(written(tmp_path, rows), task)
     assert learned(task, examples)[0][1] == "b<|im_end|>\n"
+
+
+def test_templates_that_write_a_turn_otherwise_later(tmp_path, bpe):
+    """One that closes the whole with the end of text, and one that leaves out old thoughts."""
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "t:b"), ("user", "c"), ("assistant", "t:d"))
+    ]
+    source = written(tmp_path, [{"messages": turns}, {"messages": turns[:3]}])
+    bpe.chat_template = CHAT.replace("<assistant>{% endif %}", "<assistant>{% else %}{{ eos_token }}{% endif %}")
+    end, task = bpe.eos_token, tasks.Conversations(bpe, 64)
+    found = learned(task, tasks.load_examples(source, task)[0])
+    assert [said for _, said in found] == [f"t:b\nt:d\n{end}", f"t:b\n{end}"]
+    bpe.chat_template = CHAT.replace("m['content']", "(m['content'] if loop.last else m['content'].split(':')[-1])")
+    task = tasks.Conversations(bpe, 64)
+    examples, _ = tasks.load_examples(written(tmp_path, [{"messages": turns}]), task)
+    assert [said for _, said in learned(task, examples)] == [f"t:d\n{end}"]
+    assert examples.account["unlearned"] == 1
+
+
+def test_only_a_closing_token_closes_a_turn(tmp_path, wordpiece):
+    """An unknown or an opening token at the end does not stand for the end."""
+    for text in ("text \u2603", "text [CLS]", "text [UNK] "):
+        task = tasks.Conversations(wordpiece, 64)
+        examples, _ = tasks.load_examples(written(tmp_path, [{"prompt": "number", "completion": text}]), task)
+        assert examples.read(0)[0][-1] == wordpiece.sep_token_id
+        assert examples.labels_of(0)[-1] == 1
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "pad"])
@@ -506,7 +533,14 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
         tasks.Conversations,
         skip_leaves=1,
     )
-    refused("line 1 has neither messages nor prompt", [{"text": "x"}], tasks.Conversations)
+    refused("line 2 has neither messages nor prompt", [told, {"prompt": "x"}], tasks.Conversations, skip_leaves=1)
+    turn = [{"role": "user", "content": "x"}]
+    refused(
+        "so must the completion be: 5", [told, {"prompt": turn, "completion": 5}], tasks.Conversations, skip_leaves=1
+    )
+    bpe.chat_template = "{{ 1 / 0 }}"
+    chat = {"messages": [{"role": "assistant", "content": "x"}]}
+    refused("the chat template refuses it: division", [told, chat], tasks.Conversations, skip_leaves=1)
     bpe.chat_template = "{{ raise_exception('roles must alternate') }}"
     refused(
         "the chat template refuses it: roles must alternate",
