@@ -715,8 +715,8 @@ def check_same_recipe(recipe, state, resume_from):
     then, now = state["recipe"], recipe.identity()
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
-    if {"r", "lora_alpha", "target_modules"} & set(keys):
-        raise InputError(f"{resume_from} has the matrices of its own lora: {'; '.join(changed)}. Give what it had")
+    if own := [one for one in changed if one.partition(" was ")[0] in ("r", "lora_alpha", "target_modules")]:
+        raise InputError(f"{resume_from} has the matrices of its own lora: {'; '.join(own)}. Give what it had")
     if "tokenizer" in keys:
         raise InputError(f"{resume_from} was trained with another tokenizer: {then['tokenizer']!r}; give that one")
     if changed and not recipe.run.allow_changed:
