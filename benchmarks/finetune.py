@@ -32,7 +32,7 @@ TASKS = {  # name -> (recipe, files, flags for both, the figure to compare)
         "f1",
     ),
     "entities": ("entities", ("tasks/wnut17/wnut17train.conll", "tasks/wnut17/emerging.dev.conll"), {}, "f1"),
-    "answers": ("answers", ("xquad.train.json", "xquad.test.json"), {"epochs": 4, "learning_rate": 3e-4}, "f1"),
+    "answers": ("answers", ("xquad.train.json", "xquad.test.json"), {"epochs": 3, "learning_rate": 3e-4}, "f1"),
 }
 
 

@@ -683,6 +683,8 @@ def plan(run, state, weights):
         tuple(parts),
         run.recipe.data.streaming,
         run.training.lengths,
+        # of fewer steps where length may say what the label is, and a batch should not have one kind alone
+        8 if isinstance(run.training, tasks.Examples) else 32,
     )
     if section.warmup_steps > run.total_steps:
         raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 _ROUNDS = 6
-_GROUPED = 32  # steps whose rows are sorted by length together
 
 
 def derive_seed(*parts):
@@ -77,6 +76,7 @@ class Order:
         is_fresh: whether each epoch has rows of its own, numbered on, as the windows of a stream have.
         lengths: called with row numbers, gives the length of each, where rows of like length are to come together;
             None where all are equal.
+        grouped: steps whose rows are sorted by length together.
     """
 
     num_rows: int
@@ -86,6 +86,7 @@ class Order:
     parts: tuple = ()
     is_fresh: bool = False
     lengths: object = None
+    grouped: int = 32
 
     def rows_of_step(self, step):
         """The rows that all processes together read at a step, counted from 0.
@@ -95,10 +96,10 @@ class Order:
         """
         if self.lengths is None:
             return self._rows_at(step * self.total_batch_size, (step + 1) * self.total_batch_size)
-        # rows of _GROUPED steps sorted by length, and dealt out to these steps in random order
-        group, place = divmod(step, _GROUPED)
-        first = group * _GROUPED * self.total_batch_size
-        rows = self._rows_at(first, first + _GROUPED * self.total_batch_size)
+        # rows of some steps sorted by length, and dealt out to these steps in random order
+        group, place = divmod(step, self.grouped)
+        first = group * self.grouped * self.total_batch_size
+        rows = self._rows_at(first, first + self.grouped * self.total_batch_size)
         rows = rows[np.argsort(self.lengths(rows), kind="stable")]
         steps = -(-len(rows) // self.total_batch_size)
         chunk = int(shuffle(np.array([place]), steps, self.seed, f"group {group}")[0])
