@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification as ForTexts
 from transformers import AutoModelForTokenClassification as ForWords
 
 from . import checkpoint, lora
-from .data import objectives, sources, tasks
+from .data import examples, objectives, sources, tasks
 from .errors import InputError, exit_on_input_error, first_line
 from .generate import Parser, find_model
 from .prepare import trained_labels
@@ -208,10 +208,10 @@ def main(argv):
     if name == "question_answering":
         objective.may_refuse, objective.longest = words.get("unanswerable"), words.get("max_answer_len") or 30
     refused, count = [], 0
-    items = tasks.items_of(source, task, args.skip_bad_rows, refused)
+    items = examples.items_of(source, task, args.skip_bad_rows, refused)
     with _opened(args.output) as file:
         while chunk := list(islice(items, _AT_ONCE)):
-            rows = tasks.make_examples(chunk, task, source.name, args.skip_bad_rows, refused)
+            rows = examples.make_examples(chunk, task, source.name, args.skip_bad_rows, refused)
             if rows is None:
                 continue
             for line in describe(objective, rows, predict(model, objective, rows, args.batch_size)):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint, lora
-from .data import corpus, objectives, order, sources, streaming, tasks
+from .data import corpus, examples, objectives, order, sources, streaming, tasks
 from .data import tokenizer as tokenizers
 from .data.tokenizer import end_of_document
 from .errors import InputError, exit_on_input_error, first_line
@@ -618,10 +618,10 @@ def load_examples(recipe, given, task, objective):
     task.max_len = data.max_len
     if given.training:
         fraction = 0.0 if given.validation else data.val_fraction
-        training, validation = tasks.load_examples(given.training[0], task, fraction, skip)
+        training, validation = examples.load_examples(given.training[0], task, fraction, skip)
         account["train"] = training.account
     if given.validation:
-        validation, _ = tasks.load_examples(given.validation, task, skip=skip)
+        validation, _ = examples.load_examples(given.validation, task, skip=skip)
         account["validation"] = validation.account
     if recipe.task == "question_answering":
         if data.unanswerable is None and training is not None:
@@ -684,7 +684,7 @@ def plan(run, state, weights):
         run.recipe.data.streaming,
         run.training.lengths,
         # of fewer steps where length may say what the label is, and a batch should not have one kind alone
-        8 if isinstance(run.training, tasks.Examples) else 32,
+        8 if isinstance(run.training, examples.Examples) else 32,
     )
     if section.warmup_steps > run.total_steps:
         raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")

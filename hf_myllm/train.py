@@ -20,7 +20,7 @@ from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
 from . import checkpoint, dry_run, lora
-from .data import objectives, order, tasks
+from .data import examples, objectives, order, tasks
 from .data import tokenizer as tokenizers
 from .errors import InputError, ProcessError, exit_on_input_error, first_line
 from .evaluation import evaluate, unigram_level
@@ -326,7 +326,7 @@ def has_lost_patience(run, step):
 def evaluate_rows(run, model, rows, count, first=0, is_judged=True):
     """The loss of `count` rows, evenly spread (None: all rows) from a first one on; of labelled data with all rows of
     each item."""
-    if isinstance(rows, tasks.Examples):
+    if isinstance(rows, examples.Examples):
         numbers = rows.rows_of(order.spread(count, rows.num_items))
     else:
         numbers = order.spread(count, len(rows)) + first
@@ -356,7 +356,7 @@ def report_evaluation(run, model, report, step, is_final=False):
     validation = {}
     if training is not None and run.validation:
         metric = recipe.evaluation.metric_for_best
-        is_labelled = isinstance(run.validation, tasks.Examples) and recipe.evaluation.eval_iter is None
+        is_labelled = isinstance(run.validation, examples.Examples) and recipe.evaluation.eval_iter is None
         validation = evaluate_rows(run, model, run.validation, None if is_final or metric or is_labelled else count)
     if training is None or validation is None:
         return None

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_myllm.data import objectives, sources, tasks, tokenizer
+from hf_myllm.data.examples import load_examples
 from hf_myllm.data.objectives import IGNORED
 from hf_myllm.errors import InputError
 from hf_myllm.models.bert import MyBertConfig
@@ -47,7 +48,7 @@ def whole_batch(task, examples):
 def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
     source, task = written(tmp_path, ROWS), tasks.Texts(wordpiece, 20, text_pair_column=pair)
     assert task.find_labels(source) == tasks.Labels("single_label_classification", ("0", "1", "2"))
-    training, held_out = tasks.load_examples(source, task, 0.1)
+    training, held_out = load_examples(source, task, 0.1)
     assert (len(training), len(held_out)) == (45, 5)
     kept = [row for number, row in enumerate(ROWS) if number % 10 != 4]
     batch = whole_batch(task, training)
@@ -126,7 +127,7 @@ def test_words_and_their_first_tokens(tmp_path, wordpiece):
     source, task = written(tmp_path, rows), tasks.Words(wordpiece, 16)
     names = task.find_labels(source).names
     assert names == ("B-x", "I-x", "O")
-    examples, _ = tasks.load_examples(source, task)
+    examples, _ = load_examples(source, task)
     assert examples.num_items == 2
     assert len(examples) > 2  # the second goes into several rows
     assert examples.account["cut"] == 1
@@ -182,7 +183,7 @@ def test_windows_are_those_of_the_stock_tokenizer(tmp_path, wordpiece, stride):
     answers = [{"answers": [{"text": "number", "answer_start": at}]}, {"is_impossible": True, "answers": []}]
     source = squad(tmp_path / "a.json", answers)
     task = tasks.Questions(wordpiece, 24, stride=stride)
-    examples, _ = tasks.load_examples(source, task)
+    examples, _ = load_examples(source, task)
     room = 24 - len(wordpiece("number pair?")["input_ids"]) - 1
     stock = wordpiece(
         "number pair?",
@@ -220,7 +221,7 @@ def test_answers_are_put_together_from_all_windows(tmp_path, wordpiece):
     at = CONTEXT.rindex("number")
     source = squad(tmp_path / "a.json", [{"answers": [{"text": "number text", "answer_start": at}]}] * 2)
     task = tasks.Questions(wordpiece, 24)
-    examples, _ = tasks.load_examples(source, task)
+    examples, _ = load_examples(source, task)
     objective = objectives.build_labelled(task, MyBertConfig())
     numbers = np.arange(len(examples))
     batch = objective.batch(examples, numbers)
@@ -255,7 +256,7 @@ def test_a_context_stays_on_one_side(tmp_path, wordpiece):
         for k in range(3)
         for n in range(10)
     ]
-    training, held_out = tasks.load_examples(written(tmp_path, rows), tasks.Questions(wordpiece, 24), 0.2)
+    training, held_out = load_examples(written(tmp_path, rows), tasks.Questions(wordpiece, 24), 0.2)
     sides = [{part.record(item)["context"] for item in range(part.num_items)} for part in (training, held_out)]
     assert [len(side) for side in sides] == [8, 2]
     assert not sides[0] & sides[1]
@@ -298,7 +299,7 @@ def test_only_what_is_to_be_said_is_learned(tmp_path, bpe):
     ]
     bpe.chat_template = CHAT
     task = tasks.Conversations(bpe, 64)
-    examples, _ = tasks.load_examples(written(tmp_path, rows), task)
+    examples, _ = load_examples(written(tmp_path, rows), task)
     end = bpe.eos_token
     assert learned(task, examples) == [
         (f"hello there{end}", f" there{end}"),
@@ -313,7 +314,7 @@ def test_a_turn_that_ends_itself_gets_no_other_end(tmp_path, bpe):
     bpe.chat_template = CHAT.replace("\\n", "\n").replace("{{ m['content'] }}\n", "{{ m['content'] }}<|im_end|>\n")
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     task = tasks.Conversations(bpe, 64)
-    examples, _ = tasks.load_examples(written(tmp_path, rows), task)
+    examples, _ = load_examples(written(tmp_path, rows), task)
     assert learned(task, examples)[0][1] == "b<|im_end|>\n"
 
 
@@ -326,11 +327,11 @@ def test_templates_that_write_a_turn_otherwise_later(tmp_path, bpe):
     source = written(tmp_path, [{"messages": turns}, {"messages": turns[:3]}])
     bpe.chat_template = CHAT.replace("<assistant>{% endif %}", "<assistant>{% else %}{{ eos_token }}{% endif %}")
     end, task = bpe.eos_token, tasks.Conversations(bpe, 64)
-    found = learned(task, tasks.load_examples(source, task)[0])
+    found = learned(task, load_examples(source, task)[0])
     assert [said for _, said in found] == [f"t:b\nt:d\n{end}", f"t:b\n{end}"]
     bpe.chat_template = CHAT.replace("m['content']", "(m['content'] if loop.last else m['content'].split(':')[-1])")
     task = tasks.Conversations(bpe, 64)
-    examples, _ = tasks.load_examples(written(tmp_path, [{"messages": turns}]), task)
+    examples, _ = load_examples(written(tmp_path, [{"messages": turns}]), task)
     assert [said for _, said in learned(task, examples)] == [f"t:d\n{end}"]
     assert examples.account["unlearned"] == 1
 
@@ -339,7 +340,7 @@ def test_only_a_closing_token_closes_a_turn(tmp_path, wordpiece):
     """An unknown or an opening token at the end does not stand for the end."""
     for text in ("text \u2603", "text [CLS]", "text [UNK] "):
         task = tasks.Conversations(wordpiece, 64)
-        examples, _ = tasks.load_examples(written(tmp_path, [{"prompt": "number", "completion": text}]), task)
+        examples, _ = load_examples(written(tmp_path, [{"prompt": "number", "completion": text}]), task)
         assert examples.read(0)[0][-1] == wordpiece.sep_token_id
         assert examples.labels_of(0)[-1] == 1
 
@@ -348,7 +349,7 @@ def test_only_a_closing_token_closes_a_turn(tmp_path, wordpiece):
 def test_conversations_share_rows_unseen(tmp_path, bpe, packing):
     rows = [{"prompt": "hello" * (n % 5 + 1), "completion": " there" * (n % 3 + 1)} for n in range(30)]
     task = tasks.Conversations(bpe, 40)
-    examples, _ = tasks.load_examples(written(tmp_path, rows), task)
+    examples, _ = load_examples(written(tmp_path, rows), task)
     objective = objectives.Instruction(bpe, packing)
     packed = objective.rows(examples, 40, None, "x")
     assert (len(packed) < len(examples)) == (packing == "best_fit")
@@ -367,7 +368,7 @@ def test_conversations_share_rows_unseen(tmp_path, bpe, packing):
 def test_a_stock_tokenizer_writes_the_same_prompt(tmp_path, assets):
     llama = AutoTokenizer.from_pretrained(assets / "weights" / "stories260K")
     task = tasks.Conversations(llama, 64)
-    examples, _ = tasks.load_examples(written(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
+    examples, _ = load_examples(written(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
     ids, learns = examples.read(0)[0].tolist(), examples.labels_of(0).tolist()
     prompt = llama("Once upon")["input_ids"]
     assert ids[: len(prompt)] == prompt
@@ -385,7 +386,7 @@ def test_too_few_to_hold_some_out(tmp_path, wordpiece):
     with pytest.raises(
         InputError, match=r"too few rows to hold out 0.05 of them: give --val_file FILE, or --val_fraction 0"
     ):
-        tasks.load_examples(source, task, 0.05)
+        load_examples(source, task, 0.05)
 
 
 def test_what_is_left_out_makes_no_class(tmp_path, wordpiece):
@@ -412,7 +413,7 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
         def load(skip=False):
             if hasattr(task, "find_labels"):
                 task.labels = known or task.find_labels(source, problem_type, skip)
-            return tasks.load_examples(source, task, skip=skip)[0]
+            return load_examples(source, task, skip=skip)[0]
 
         with pytest.raises(InputError, match=message):
             load()
