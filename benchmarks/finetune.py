@@ -51,7 +51,7 @@ def main():
             run = folder / f"{name}-{seed}"
             words = {"train_file": train, "val_file": test, "seed": seed, "final_model": "last"} | flags
             words |= {} if name == "spam_gpt" else {"init_from": encoder()}
-            # one evaluation at the end, as the Trainer makes
+            # an evaluation at the end, as the Trainer makes, and one before the first step, as it does not
             words |= {"save_model": run, "eval_freq": 1_000_000, "eval_iter": 1}
             argv = [text for key, value in words.items() for text in (f"--{key}", str(value))]
             ours = [sys.executable, "-m", "hf_myllm.train", ROOT / "recipes" / f"{recipe}.yaml", *argv]
@@ -160,7 +160,7 @@ def stock(name, run, result):
                     batch["context"],
                     truncation="only_second",
                     max_length=data["max_len"],
-                    stride=64,
+                    stride=80,
                     return_overflowing_tokens=True,
                     return_offsets_mapping=True,
                 )

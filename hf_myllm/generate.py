@@ -46,6 +46,8 @@ def generate_text(
     Raises:
         InputError: the prompt leaves no position to generate at.
     """
+    if lora.is_added(model):  # peft would write what is said here into the configuration that is saved
+        model = model.get_base_model()
     ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings, is_chat)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     is_sampled = temperature >= 1e-3  # colder is the likeliest token, and divides by nothing

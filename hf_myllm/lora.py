@@ -5,6 +5,7 @@ under another name than config.json: where there is one, transformers takes the 
 """
 
 import json
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -44,6 +45,7 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
         lora_dropout=dropout,
         target_modules="all-linear" if target_modules == ["all-linear"] else target_modules,
         modules_to_save=heads or None,
+        exclude_modules=sorted({*_OF_PEFT, *heads}),  # of the heads, all is trained
         task_type=_TYPES.get(task),
         fan_in_fan_out=model.config.model_type == "gpt2",  # whose Conv1D keeps its weight the other way round
     )
@@ -52,10 +54,11 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
     tied = [model.get_input_embeddings(), model.get_output_embeddings()] if model.config.tie_word_embeddings else []
     shared = {name for name, module in model.named_modules() if any(module is one for one in tied)}
     try:
-        added = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a model has none of the heads named above
+            added = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"lora: {first_line(error)[:300]}") from None
-    added.peft_config["default"].auto_mapping = None  # which would name our classes rather than the stock ones
     for name, _ in added.named_parameters():
         if ".lora_" in name and (whose := name.partition(".lora_")[0].removeprefix("base_model.model.")) in shared:
             raise InputError(f"lora: {whose} shares its weight with another: leave it out of target_modules")
@@ -97,6 +100,10 @@ def is_added(model):
 def save(model, folder):
     """Write the adapter, and the whole model's configuration."""
     model.save_pretrained(folder, save_embedding_layers=False)
+    path = Path(folder) / _CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_mapping"] = None  # which would name our classes rather than the stock ones
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
     (Path(folder) / "README.md").unlink(missing_ok=True)  # which names folders of this machine
     whole = model.get_base_model()
     whole.config.architectures = [type(whole).__name__]

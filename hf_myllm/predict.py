@@ -55,7 +55,10 @@ def load(run, device="cpu"):
     task, kind = found[0]
     base = lora.base_of(folder)
     try:
-        model = kind.from_pretrained(base or folder, config=config, dtype=torch.float32)
+        # of a model that LoRA adds to, the head may be another
+        model = kind.from_pretrained(
+            base or folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=base is not None
+        )
         model = lora.load(model, folder) if base else model
     except InputError:
         raise
@@ -194,7 +197,7 @@ def main(argv):
         raise InputError(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 4 <= max_len <= positions:
         raise InputError(f"--max_len must be from 4 to {positions}, what the model has, and not {max_len}")
-    if args.output and Path(args.output).exists() and os.path.samefile(args.input, args.output):
+    if args.output and Path(args.output).exists() and any(os.path.samefile(one, args.output) for one in source.files):
         raise InputError(f"--output {args.output} is the input: name another file")
     columns = {key: getattr(args, key) or words.get(key) for key in ("text_column", "text_pair_column")}
     if name == "question_answering":

@@ -27,10 +27,11 @@ from .evaluation import load_metric
 from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
 from .processes import quiet_the_libraries
-from .recipe import Recipe, parse
+from .recipe import WORDS, Recipe, parse
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 QUICK_LOOK = 4_000_000  # characters that a dry run reads of a large source
+LORA_WORDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
 
 
@@ -383,8 +384,7 @@ def build_config(recipe, tokenizer, pretrained, task=None):
             names = task.labels.names or ("LABEL_0",)
             settings |= {"id2label": dict(enumerate(names))}
             settings["label2id"] = {name: number for number, name in enumerate(names)}
-            if recipe.task == "classification":
-                settings["problem_type"] = task.labels.kind
+            settings["problem_type"] = task.labels.kind  # not that of the model which it starts from
         if task and recipe.task != "instruction":  # the last token of a row is the last that is not this one
             settings["pad_token_id"] = tokenizer.pad_token_id
         if pretrained:
@@ -470,28 +470,38 @@ def build_model(recipe, config, pretrained, is_trained, task=None):
             raise
         where = f"{pretrained}/adapter_config.json names it as base_model_name_or_path"
         raise InputError(f"{error}; {where}, and can be changed there") from None
-    if task and task.labels and pretrained and not is_trained and not fresh and not base:
-        stored = type(config).from_pretrained(str(pretrained))
-        known = {str(stored.id2label[number]) for number in range(stored.num_labels)}
-        if known not in (set(task.labels.names), {f"LABEL_{name}" for name in task.labels.names}):
-            fresh = start_head(model)
     if base:  # what it lacks, the adapter has
         model, fresh = lora.load(model, pretrained), []
         if is_trained:
             return model, fresh
         model = model.merge_and_unload().requires_grad_(True)
+    is_whole = not any(name.startswith(head) for name in fresh for head in heads_of(model))
+    if task and task.labels and pretrained and not is_trained and is_whole:
+        stored = trained_labels(type(config).from_pretrained(lora.config_of(pretrained)))
+        if not means_the_same(task.labels, stored):
+            fresh = [*fresh, *start_head(model)]
     if section.r and not recipe.evaluation.eval_only:
         settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
         model = lora.add(model, recipe.task, fresh, *settings)
     return model, fresh
 
 
+def means_the_same(labels, stored):
+    """Whether a head that was trained for some labels may go on with others."""
+    if tasks.REGRESSION in (labels.kind, stored.kind):
+        return labels.kind == stored.kind
+    return set(stored.names) in (set(labels.names), {f"LABEL_{name}" for name in labels.names})
+
+
+def heads_of(model):
+    """name -> module, of what stands on the body."""
+    return {name: head for name, head in model.named_children() if name != model.base_model_prefix}
+
+
 def start_head(model):
     """Draw the weights of a head anew, which was trained for other labels; their names."""
     fresh = []
-    for name, head in model.named_children():
-        if name == model.base_model_prefix:
-            continue
+    for name, head in heads_of(model).items():
         for part, parameter in head.named_parameters():
             parameter._is_hf_initialized = False  # or it would be taken for loaded
             fresh.append(f"{name}.{part}")
@@ -715,9 +725,10 @@ def fingerprints(run):
 def check_same_recipe(recipe, state, resume_from):
     """Refuse to go on from a checkpoint of another recipe: the run would be neither of the two."""
     then, now = state["recipe"], recipe.identity()
+    then = {key: word.default for key, (_, _, word) in WORDS.items() if key in now} | then  # words that came later
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
-    if own := [one for one in changed if one.partition(" was ")[0] in ("r", "lora_alpha", "target_modules")]:
+    if own := [one for one in changed if one.partition(" was ")[0] in LORA_WORDS]:
         raise InputError(f"{resume_from} has the matrices of its own lora: {'; '.join(own)}. Give what it had")
     if "tokenizer" in keys:
         raise InputError(f"{resume_from} was trained with another tokenizer: {then['tokenizer']!r}; give that one")

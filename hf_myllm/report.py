@@ -135,7 +135,7 @@ def best_evaluation(folder, metric, up_to, is_more=None):
         is_more = not re.search(r"loss|perplexity|bits_per_byte|error|(^|_)(rmse|mse|mae|wer|cer|ter)$", metric)
     best, since = None, 0
     for line in read_metrics(folder):
-        if "train_loss" in line and 0 < line["step"] <= up_to:
+        if "train_loss" in line and metric in line and 0 < line["step"] <= up_to:
             value, since = line.get(metric), since + 1
             if value is not None and (best is None or (value > best[1] if is_more else value < best[1])):
                 best, since = (line["step"], value), 0

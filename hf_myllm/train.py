@@ -630,6 +630,7 @@ def finish(run, model, report, last, unigram, validation=None):
         report.say(f'load        PeftModel.from_pretrained({whole}, "{folder}") in Python, with stock peft')
     elif base:
         more = f", num_labels={labels.count}" if labels else ""
+        more += f", pad_token_id={run.model.config.pad_token_id}" if labels and recipe.model != "bert" else ""
         report.say(f'load        AutoPeftModelFor{kind}.from_pretrained("{folder}"{more}) in Python, with stock peft')
     else:
         report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
@@ -669,9 +670,11 @@ def is_published(run, last):
     folder = Path(run.recipe.run.save_model)
     if lora.is_added(run.model) and run.recipe.lora.merge_lora:
         return False  # whose it is, a merged model does not say: it is made again
-    best = best_step(run, last) if run.recipe.evaluation.final_model == "best" else last
-    paths = [folder / f"checkpoint-{step}" for step in (best, last) if step is not None]
-    return any(path.exists() and checkpoint.is_published(path, folder) for path in paths)
+    best = best_step(run, last) if run.recipe.evaluation.final_model == "best" else None
+    path = folder / f"checkpoint-{last if best is None else best}"
+    if checkpoint.damage(path):
+        return best is not None and checkpoint.is_finished(folder)  # which then stays as it is
+    return checkpoint.is_published(path, folder)
 
 
 def evaluate_only(run):

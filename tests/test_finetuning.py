@@ -416,6 +416,10 @@ def test_the_best_is_kept_and_patience_ends(tmp_path, noise, capsys):
         last / f"checkpoint-{best + 16}" / "model.safetensors"
     ).read_bytes()
     assert (last / f"checkpoint-{best}").is_dir()
+    # another wish is followed, without training
+    assert train(last / "recipe.yaml", "--init_from", "resume", "--final_model", "best") == 0
+    assert (last / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert len(evaluations(last)) == len(evaluations(run))
 
 
 def test_a_signal_at_the_last_evaluation_of_patience_changes_nothing(tmp_path, noise):
@@ -486,7 +490,9 @@ def test_which_way_is_better(tmp_path):
     assert best_evaluation(tmp_path, "val_x", 9) == (4, 5, 1)
     assert best_evaluation(tmp_path, "val_wer", 9) == (2, 3, 2)
     assert best_evaluation(tmp_path, "val_x", 9, is_more=False) == (2, 3, 2)
-    assert best_evaluation(tmp_path, "val_y", 9) == (None, None, 3)
+    assert best_evaluation(tmp_path, "val_y", 9) == (None, None, 0)  # which no evaluation knew yet
+    write_lines(tmp_path / "metrics.jsonl", [{"step": n, "train_loss": 0, "val_x": None} for n in (2, 4)])
+    assert best_evaluation(tmp_path, "val_x", 9) == (None, None, 2)
 
 
 def test_other_metrics_of_the_library(tmp_path, noise):
@@ -534,6 +540,13 @@ def test_a_head_keeps_what_its_labels_mean(tmp_path, noise, capsys):
     for name in ("from_run", "from_turned"):
         assert evaluations(tmp_path / name)[-1]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
     assert AutoConfig.from_pretrained(tmp_path / "from_turned").id2label == {0: "b", 1: "a"}
+    numbers = [{"text": line["text"], "label": number} for number, line in enumerate(lines(noise["val_file"]))]
+    data = write_lines(tmp_path / "numbers.jsonl", numbers)
+    words = {"model": "gpt", "task": "classification", "problem_type": "regression", "train_file": data, "max_steps": 1}
+    assert train(*flags(**words, init_from=run, save_model=tmp_path / "first")) == 0
+    assert "starting fresh: score.weight" in capsys.readouterr().out
+    assert train(*flags(**words, init_from=tmp_path / "first", save_model=tmp_path / "second")) == 0
+    assert "fresh" not in capsys.readouterr().out
     other = [
         {"text": line["text"], "label": {"a": "cat", "b": "dog"}[line["label"]]} for line in lines(noise["val_file"])
     ]
@@ -720,6 +733,46 @@ def test_lora_on_questions_reads_both_texts_and_goes_on(tmp_path):
         by_peft = PeftModel.from_pretrained(base, run).eval()(**inputs)
         whole = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "merged").eval()(**inputs)
     torch.testing.assert_close(by_peft.start_logits, whole.start_logits, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_on_every_module_leaves_the_head_whole(tmp_path, words_run):
+    words = {
+        "model": "bert",
+        "task": "token_classification",
+        "init_from": words_run / "run",
+        "max_len": 16,
+        "max_steps": 3,
+    }
+    words |= {
+        "train_file": words_run / "train.conll",
+        "val_file": words_run / "val.conll",
+        "save_model": tmp_path / "run",
+    }
+    assert train(*flags(**words, r=2, target_modules="all-linear")) == 0
+    names = set(load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= names
+    assert not any("classifier.lora" in name for name in names)
+    assert predict(tmp_path / "run", "--input", words_run / "val.conll", "--output", tmp_path / "out.jsonl") == 0
+    # a head for other labels, in the adapter alone
+    (tmp_path / "other.conll").write_text("anna B-X\nrome B-Y\n\noslo O\nlima I-Y\n\n" * 9)
+    words |= {
+        "train_file": tmp_path / "other.conll",
+        "val_file": tmp_path / "other.conll",
+        "save_model": tmp_path / "other",
+    }
+    assert train(*flags(**words, r=2)) == 0
+    assert predict(tmp_path / "other", "--input", tmp_path / "other.conll", "--output", tmp_path / "out.jsonl") == 0
+    assert set(lines(tmp_path / "out.jsonl")[0]["labels"]) <= {"B-X", "B-Y", "I-Y", "O"}
+
+
+def test_a_sample_changes_nothing_that_is_saved(tmp_path, gpt):
+    words = flags(model="gpt", task="instruction", init_from=gpt, max_len=64, r=4, max_steps=3, max_new_tokens=3)
+    words += flags(train_file=instructions(tmp_path / "a.jsonl"), eval_freq=2, save_freq=1)
+    for name, more in (("sampled", flags(start_context="say")), ("silent", [])):
+        assert train(*words, *more, "--save_model", tmp_path / name) == 0
+    said = [(tmp_path / name / "generation_config.json").read_text() for name in ("sampled", "silent")]
+    assert said[0] == said[1]
+    assert json.loads(said[0])["eos_token_id"] is not None
 
 
 def test_a_merged_model_is_made_again_where_it_was_not(tmp_path, gpt):

@@ -68,7 +68,7 @@ def build_labelled(task, config, packing="best_fit"):
         return Instruction(task.tokenizer, packing)
     kind = {Texts: Classification, Words: TokenClassification, Questions: QuestionAnswering}
     kind = next(kind[one] for one in type(task).__mro__ if one in kind)
-    objective = kind(task.labels, config.pad_token_id, hasattr(config, "type_vocab_size"))
+    objective = kind(task.labels, config.pad_token_id, getattr(config, "type_vocab_size", 0) > 1)
     objective.specials = task.tokenizer.num_special_tokens_to_add(pair=task.is_pair)
     return objective
 

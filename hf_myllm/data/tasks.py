@@ -56,7 +56,7 @@ class Labels:
     @property
     def is_hot(self):
         """Whether several classes are told by a list of 0 and 1 rather than by their names."""
-        return self.kind == MULTI_LABEL and all(name.startswith("LABEL_") for name in self.names)
+        return self.kind == MULTI_LABEL and self.names == _unnamed(self.count)
 
     def number(self, value, where):
         """The number of a class.
@@ -83,7 +83,7 @@ class Labels:
         if self.kind == REGRESSION:
             return _number(value, where)
         chosen = value if isinstance(value, (list, dict)) else [value]
-        if self.is_hot:
+        if self.is_hot and not isinstance(value, dict) and not all(isinstance(one, str) for one in chosen):
             if not _is_hot(value) or len(value) != self.count:
                 raise BadRow(f"{where}: the label {value!r:.80} is not a list of {self.count} numbers, 0 or 1 each")
             return [float(held) for held in value]
@@ -121,7 +121,7 @@ class Task:
         """What examples depend on beside their source."""
         names = [getattr(self, name) for name, _ in self.columns]
         labels = (self.labels.kind, self.labels.names) if self.labels else None
-        specials = [end_of_document(self.tokenizer), self.tokenizer.unk_token_id]
+        specials = self.tokenizer.special_tokens_map
         return [type(self).__name__, tokenizer_fingerprint(self.tokenizer), specials, self.max_len, labels, names]
 
     def read(self, source):
@@ -150,14 +150,16 @@ class Task:
             try:
                 self.texts(row, where)
                 found = self._labels_at(row, where)
-                if isinstance(found, list) and kind in (None, MULTI_LABEL) and _is_hot([one for one, _ in found]):
-                    hot.add(len(found))
-                    continue
-                hot.add(None)
-                kind = kind or (MULTI_LABEL if isinstance(found, list) else CLASSIFICATION)
                 for one, place in found if isinstance(found, list) else [found]:
                     if one is None or one == "":
                         raise BadRow(f"{place} has no label")
+                kind = kind or (MULTI_LABEL if isinstance(found, list) else CLASSIFICATION)
+                is_hot = kind == MULTI_LABEL and _is_hot([one for one, _ in found])
+                if found or kind != MULTI_LABEL:  # an empty list is of either kind
+                    hot.add(len(found) if is_hot else None)
+                if is_hot:  # unless other rows say that these are numbers of classes
+                    found = [(int(one), place) for one, place in found]
+                for one, place in found if isinstance(found, list) else [found]:
                     first = first or (type(one), place)
                     if type(one) is not first[0]:
                         raise BadRow(
@@ -169,9 +171,7 @@ class Task:
                 if not skip:
                     raise
         if len(hot) == 1 and None not in hot:
-            return Labels(MULTI_LABEL, tuple(f"LABEL_{number}" for number in range(hot.pop())))
-        if len(hot) > 1 and hot - {None}:
-            raise InputError(f"{source.name} has lists of 0 and 1 as labels, and others: write all of them alike")
+            return Labels(MULTI_LABEL, _unnamed(hot.pop()))
         if len(names) < 2:
             count = f"{len(names)} label{'s' * (len(names) != 1)}"
             raise InputError(f"{source.name} has {count}: there is nothing to tell apart")
@@ -627,6 +627,11 @@ def _name(value, where):
     if isinstance(value, float) or not isinstance(value, (str, int)):
         raise BadRow(f"{where}: the label {value!r:.80} is not the name or number of a class; problem_type says more")
     return _checked(str(value), where)
+
+
+def _unnamed(count):
+    """What the classes are called that nobody has named."""
+    return tuple(f"LABEL_{number}" for number in range(count))
 
 
 def _is_hot(values):

@@ -80,6 +80,13 @@ def test_kinds_of_labels(tmp_path, wordpiece):
     hot = found([{"text": "x", "label": [0, 1, 0]}, {"text": "y", "label": [1, 1, 0]}])
     assert hot == tasks.Labels("multi_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
     assert hot.encode([0, 1.0, True], "row") == [0.0, 1.0, 1.0]
+    assert found([{"text": "x", "label": [0, 1]}, {"text": "y", "label": [3]}]).names == (
+        "0",
+        "1",
+        "3",
+    )  # their numbers
+    named = tasks.Labels("multi_label_classification", ("LABEL_x", "LABEL_y"))
+    assert named.encode(["LABEL_y"], "row") == [0.0, 1.0]
     with pytest.raises(InputError, match="row: the label .* is not a list of 3 numbers, 0 or 1 each"):
         hot.encode([0, 1], "row")
     with pytest.raises(InputError, match="column 'p' has 2, where a class holds by 1"):
@@ -390,6 +397,9 @@ def test_too_few_to_hold_some_out(tmp_path, wordpiece):
 
 
 def test_what_is_left_out_makes_no_class(tmp_path, wordpiece):
+    rows = [{"text": "x", "label": None}, {"text": "x", "label": ["a"]}, {"text": "y", "label": ["b"]}]
+    found = tasks.Texts(wordpiece, 20).find_labels(written(tmp_path, rows), skip=True)
+    assert found == tasks.Labels("multi_label_classification", ("a", "b"))
     rows = [*ROWS[:6], {"text": None, "label": 77}]
     assert tasks.Texts(wordpiece, 20).find_labels(written(tmp_path, rows), skip=True).names == ("0", "1", "2")
 
