@@ -68,7 +68,7 @@ def test_a_recipe_tells_spam_from_other_messages(tmp_path, assets):
     words = {"train_file": data / "train_data.csv", "val_file": data / "test_data.csv", "text_column": "message"}
     words |= {"max_steps": 120, "warmup_steps": 50, "eval_freq": 1000, "save_model": tmp_path / "run"}
     assert train(ROOT / "recipes" / "sms_spam_gpt.yaml", *flags(**words)) == 0
-    assert evaluations(tmp_path / "run")[-1]["val_f1"] > 0.85  # 0.97 and more after all of the recipe's epochs
+    assert evaluations(tmp_path / "run")[-1]["val_f1"] > 0.85  # 0.967 and more after all of the recipe's epochs
 
 
 # ---- words
