@@ -103,6 +103,7 @@ def save(model, folder):
     path = Path(folder) / _CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_mapping"] = None  # which would name our classes rather than the stock ones
+    config["exclude_modules"] = None  # said when they were added, and a warning to whoever loads it
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
     (Path(folder) / "README.md").unlink(missing_ok=True)  # which names folders of this machine
     whole = model.get_base_model()
