@@ -3,6 +3,7 @@
 A task is a class with
 
     read(source)           (where, row) of each row, in the columns that the task knows
+    texts(row, where)      what a row has of text, checked
     item(row, where)       the row, checked, as the task needs it
     unit(item)             what may not stand on both sides when a part is held out
     encode(items)          many items through the tokenizer at once, one result each
@@ -129,10 +130,6 @@ class Task:
 
     def unit(self, item):
         return None  # each of its own
-
-    def texts(self, row, where):
-        """What a row has of text, checked."""
-        raise NotImplementedError
 
     def record(self, item):
         """What is needed of an item beside its rows: to judge it, or to show what a prediction is of."""
