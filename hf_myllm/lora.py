@@ -2,13 +2,13 @@
 
 A folder that holds such an adapter names the model that it adds to, and has the whole model's configuration beside it,
 under another name than config.json: where there is one, transformers takes the folder for the whole model.
+
+`peft` takes longer to import than all the rest of a command together, so it is where it is needed.
 """
 
 import json
 import warnings
 from pathlib import Path
-
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
 from .errors import InputError, first_line
 
@@ -32,6 +32,8 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
     Raises:
         InputError: peft knows no such modules in the model, or what is asked for cannot be kept in an adapter.
     """
+    from peft import LoraConfig, get_peft_model
+
     if odd := [name for name in fresh if " " in name]:  # no name of a weight
         raise InputError(f"lora leaves the embeddings as they are, and the model lacks {odd[0]}: train without it")
     heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in fresh} - _OF_PEFT)
@@ -87,6 +89,8 @@ def config_of(folder):
 
 def load(model, folder):
     """The model with the adapter of a folder, to be trained on."""
+    from peft import PeftModel
+
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:
@@ -94,7 +98,8 @@ def load(model, folder):
 
 
 def is_added(model):
-    return isinstance(model, PeftModel)
+    """Whether it is peft's model around another."""
+    return hasattr(model, "get_base_model")
 
 
 def save(model, folder):
@@ -115,5 +120,7 @@ def save(model, folder):
 
 def merge(model, folder):
     """The whole model, with the adapter of a checkpoint added in; what was given is no longer of use."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     return model.merge_and_unload()

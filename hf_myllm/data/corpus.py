@@ -182,6 +182,11 @@ def _open_tokenized(source, tokenizer, val_fraction, show_progress):
     return streams["train"], streams.get("validation"), account
 
 
+def is_held_out(number, share):
+    """Whether the share held out so far reaches one more with this document: 0.05 holds out the 10th, 30th ..."""
+    return int((number + 1) * share + 0.5) > int(number * share + 0.5)
+
+
 def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     dtype, end = id_type(tokenizer), end_of_document(tokenizer)
     parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
@@ -190,9 +195,7 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
         for batch in encode(read_pieces(source, place_to_cut(tokenizer), progress.read), tokenizer):
             rows = {"train": [], "validation": []}
             for (text, is_end), ids in batch:
-                # the share of documents held out so far reaches one more: 0.05 holds out the 10th, 30th, 50th ...
-                is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
-                part = "validation" if is_held_out else "train"
+                part = "validation" if is_held_out(number, val_fraction) else "train"
                 rows[part].append(ids)
                 parts[part].bytes += len(text.encode())
                 parts[part].documents += is_end
@@ -393,7 +396,7 @@ def find_spans(tokens, marks, length, edges, is_fitted, ahead):
             order = np.argsort(row_of, kind="stable")
             spans[mine], rows[mine] = spans[mine[order]], row_of[order] + count
             count += int(row_of.max()) + 1
-        first = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(spans))
+        first = packing.first_of_each(rows)
         np.save(folder / "spans.npy", spans)
         np.save(folder / "first.npy", first)
         np.save(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from .corpus import Tokens, cached_folder
+from .corpus import Tokens, cached_folder, is_held_out
 from .sources import source_key
 
 _BATCH = 1000  # rows tokenized at once
@@ -152,8 +152,7 @@ def _write(source, task, val_fraction, skip, folder):
     for count, item in enumerate(items_of(source, task, skip, refused)):
         unit = task.unit(item)
         number = count if unit is None else units.setdefault(unit, len(units))
-        is_held_out = int((number + 1) * val_fraction + 0.5) > int(number * val_fraction + 0.5)
-        name = "validation" if is_held_out else "train"
+        name = "validation" if is_held_out(number, val_fraction) else "train"
         held[name].append(item)
         if len(held[name]) == _BATCH:
             parts[name].add(held[name])

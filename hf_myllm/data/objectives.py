@@ -19,14 +19,13 @@ import torch
 from ..errors import InputError
 from .corpus import find_documents, find_spans
 from .order import derive_seed, random_numbers
-from .packing import Passages, Rows, Spans, best_fit
+from .packing import Passages, Rows, Spans, best_fit, first_of_each
 from .streaming import StreamedRows, Windows
-from .tasks import CLASSIFICATION, REGRESSION, Conversations, Questions, Texts, Words
+from .tasks import CLASSIFICATION, IGNORED, REGRESSION, Conversations, Questions, Texts, Words
 from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
 _LONGEST_WORD = 12  # tokens by which a row's last whole word may go beyond the share
-IGNORED = -100  # what torch's cross-entropy, and with it transformers, leaves out of the loss
 
 
 def forward(model, inputs, counts):
@@ -66,9 +65,10 @@ def build_labelled(task, config, packing="best_fit"):
     """
     if isinstance(task, Conversations):
         return Instruction(task.tokenizer, packing)
-    kind = {Texts: Classification, Words: TokenClassification, Questions: QuestionAnswering}
-    kind = next(kind[one] for one in type(task).__mro__ if one in kind)
-    objective = kind(task.labels, config.pad_token_id, getattr(config, "type_vocab_size", 0) > 1)
+    kinds = (Texts, Classification), (Words, TokenClassification), (Questions, QuestionAnswering)
+    objective = next(kind for one, kind in kinds if isinstance(task, one))(
+        task.labels, config.pad_token_id, getattr(config, "type_vocab_size", 0) > 1
+    )
     objective.specials = task.tokenizer.num_special_tokens_to_add(pair=task.is_pair)
     return objective
 
@@ -539,7 +539,7 @@ class Instruction(Causal):
         if self.packing == "best_fit":
             row_of = best_fit(spans[:, 1] - spans[:, 0], max_len)
             order = np.argsort(row_of, kind="stable")
-            first = np.append(np.flatnonzero(np.diff(row_of[order], prepend=-1)), len(spans))
+            first = first_of_each(row_of[order])
         rows = Spans(examples.tokens, spans[order], first, 0, name)
         rows.is_learned = examples.labels
         return rows

@@ -116,6 +116,11 @@ def cut(spans, length):
     return np.stack([starts, np.minimum(starts + length, spans[owner, 1])], axis=1)
 
 
+def first_of_each(row_of):
+    """Where each row begins, and where the last ends, in a sorted array of row numbers."""
+    return np.append(np.flatnonzero(np.diff(row_of, prepend=-1)), len(row_of))
+
+
 def best_fit(lengths, room):
     """Which row each of some documents goes into: the longest first, each into the row that it fills best (best-fit
     decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling").

@@ -228,10 +228,15 @@ def _text_of(row, where, column):
         return ""
     if not isinstance(text, str):
         raise InputError(f"{where}: column '{column}' does not hold text: {text!r:.80}")
+    return check_text(text, where)
+
+
+def check_text(text, where, refuse=InputError):
+    """The text, which must be one that can be written."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
+        raise refuse(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
     return text
 
 

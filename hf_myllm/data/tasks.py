@@ -23,11 +23,11 @@ import numpy as np
 
 from ..errors import InputError, first_line
 from .examples import BadRow, Example
-from .sources import read_rows, read_sentences
+from .sources import check_text, read_rows, read_sentences
 from .tokenizer import end_of_document, special_ids
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-UNLABELLED = -100  # no label: what fills a batch, and what is not judged
+IGNORED = -100  # no label: what torch's cross-entropy, and with it transformers, leaves out of the loss
 CLASSIFICATION = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
@@ -339,7 +339,7 @@ class Words(Task):
     def _example(encoding, labels):
         said, before = [], None
         for word in encoding.word_ids:
-            said.append(UNLABELLED if word is None or word == before else labels[word])
+            said.append(IGNORED if word is None or word == before else labels[word])
             before = word
         return Example(encoding.ids, len(encoding.ids), said)
 
@@ -613,11 +613,7 @@ TASKS = {
 
 
 def _checked(text, where):
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
-    return text
+    return check_text(text, where, BadRow)
 
 
 def _name(value, where):
@@ -645,7 +641,7 @@ def _number(value, where):
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
-    if not abs(number) < 1e30 or number == UNLABELLED:
+    if not abs(number) < 1e30 or number == IGNORED:
         raise BadRow(f"{where}: the label {value!r:.80} is not a number to come close to")
     return number
 
