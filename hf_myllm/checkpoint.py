@@ -213,6 +213,27 @@ def sweep(run):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def stage(checkpoint):
+    """A folder beside a checkpoint with its model, which stays when the checkpoint goes; [`sweep`] knows its name."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.upload{_PARTIAL}")
+    unstage(aside)
+    aside.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file():
+            link_or_copy(path, aside / path.name)
+    return aside
+
+
+def unstage(aside):
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def link_or_copy(path, name):
+    """Give a file that is not written to any more another name, in another folder even."""
+    if not _link(path, name):
+        shutil.copyfile(path, name)
+
+
 def publish(checkpoint, run):
     """Make the model of a checkpoint the model at the run's root.
 

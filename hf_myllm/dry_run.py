@@ -95,7 +95,11 @@ def _show_tokens(run, about):
             continue
         scale = run.scale if name == "training" or "held_out" not in run.account else 1.0
         total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.accounted()) * scale)
-        is_whole = run.recipe.data.stride is None or run.recipe.data.stride >= getattr(rows, "length", 0)
+        is_whole = (
+            name == "validation"
+            or run.recipe.data.stride is None
+            or run.recipe.data.stride >= getattr(rows, "length", 0)
+        )
         verb, said = "trained on" if name == "training" else "validated on", about if scale > 1 else ""
         print(
             f"{name:<12}{said}{total:,} tokens = {total - dropped:,} {verb} + {dropped:,} dropped; "

@@ -1,5 +1,6 @@
 """One clear line for a user's mistake, instead of a traceback."""
 
+import argparse
 import os
 import signal
 import sys
@@ -14,6 +15,13 @@ class InputError(Exception):
 
 class ProcessError(InputError):
     """What befell one process of several, which therefore says it itself."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a small command: what it cannot make sense of is a user's mistake like any other."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the options")
 
 
 def first_line(error):

@@ -1,7 +1,6 @@
 """Text from a trained folder: `python -m hf_myllm.generate RUN --prompt "Once upon a time"`; a masked-LM model fills in
 what the prompt leaves open: `--prompt "Once upon a [MASK]"`."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from . import checkpoint, lora
-from .errors import InputError, exit_on_input_error, first_line
+from .errors import InputError, Parser, exit_on_input_error, first_line
 
 
 def generate_text(
@@ -204,11 +203,6 @@ class _Terminal(TextStreamer):
     def on_finalized_text(self, text, stream_end=False):
         sys.stdout.write(text + ("\n" if stream_end else ""))
         sys.stdout.flush()
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the options")
 
 
 @exit_on_input_error

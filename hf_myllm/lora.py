@@ -87,6 +87,26 @@ def config_of(folder):
     return str(whole if whole.is_file() else base_of(folder) or folder)
 
 
+def how_to_load(folder, name=None):
+    """The line of Python that loads the model of a folder with stock transformers, or its adapter with stock peft.
+
+    Args:
+        name: what the line calls the folder by; default: the folder.
+    """
+    name, base = name or folder, base_of(folder)
+    config = json.loads(Path(config_of(folder) if base else Path(folder) / "config.json").read_text(encoding="utf-8"))
+    kind = config["architectures"][0].partition("For")[2] or "CausalLM"  # of GPT2LMHeadModel
+    if base and kind in ("MaskedLM", "PreTraining", "QuestionAnswering"):
+        return f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), "{name}")'
+    if base:
+        more = ""
+        if kind.endswith("Classification"):  # of two labels, configurations say nothing
+            more = f", num_labels={len(config.get('id2label', (0, 1)))}"
+            more += f", pad_token_id={config.get('pad_token_id')}" * (config["model_type"] != "bert")
+        return f'AutoPeftModelFor{kind}.from_pretrained("{name}"{more})'
+    return f'AutoModelFor{kind}.from_pretrained("{name}")'
+
+
 def load(model, folder):
     """The model with the adapter of a folder, to be trained on."""
     from peft import PeftModel

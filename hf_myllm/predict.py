@@ -22,8 +22,8 @@ from transformers import AutoModelForTokenClassification as ForWords
 
 from . import checkpoint, lora
 from .data import examples, objectives, sources, tasks
-from .errors import InputError, exit_on_input_error, first_line
-from .generate import Parser, find_model
+from .errors import InputError, Parser, exit_on_input_error, first_line
+from .generate import find_model
 from .prepare import trained_labels
 from .processes import quiet_the_libraries
 

@@ -54,6 +54,7 @@ class Run:
     optimizer: object = None
     lock: object = None
     signals: list = ()  # received so far: see train
+    uploads: object = None  # to the Hub: see hub; of the first process
     skipped: int = 0  # steps in a row that were not finite
     doing: str = "its preparation"  # for messages
     start: int = 0
@@ -65,6 +66,15 @@ class Run:
     def scale(self):
         """How much more text there is than was read: above 1 in a dry run that has read only the beginning."""
         return 1 / max(1e-9, self.account.get("share", 1.0))
+
+    def close(self):
+        """Let go of what others may wait for."""
+        if self.recipe.data.streaming and self.training is not None:
+            self.training.windows.close()
+        if self.uploads is not None:
+            self.uploads.stop()
+        if self.lock is not None:
+            self.lock.release()
 
     def mixture(self):
         """A line for each of several sources: its share of the rows, and how often it is gone through."""

@@ -1,10 +1,13 @@
 """What a process owes to those around it: its launcher, the machine's cores, signals, and a quiet terminal."""
 
 import ctypes
+import importlib.util
 import logging
 import os
 import signal
+import sys
 import warnings
+from contextlib import redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,15 +16,45 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError, ProcessError, first_line
 
+try:
+    import resource
+except ImportError:  # of Windows
+    resource = None
 
-def quiet_the_libraries():
-    """Leave to the libraries only what a person must read."""
+
+# Dense 16-bit FLOP/s of a device, by its name, from NVIDIA's data sheets: A100 (2021), H100 (2023), H200 (2024), L4 and
+# L40S (2023), A10 (2021), B200 (2024), and the architecture papers of Ada (RTX 4090), Ampere (RTX 3090), Blackwell (RTX
+# 5090; fp32 accumulation). The first that a name contains.
+_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def quiet_the_libraries(log_level="info"):
+    """Leave to the libraries only what a person must read; with "debug", they say all that they have to."""
+    if log_level == "debug":
+        transformers.utils.logging.set_verbosity_info()
+        datasets.utils.logging.set_verbosity(logging.INFO)
+        return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -62,14 +95,26 @@ def use_all_cores():
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def make_accelerator(is_compiled):
+def make_accelerator(is_compiled, log_with=None, folder=None):
+    """The Accelerator of this process.
+
+    Args:
+        log_with: names of trackers, which write what they write to files under `folder`.
+    """
+    for name in log_with or ():
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"log_with {name} needs its package: pip install {name}")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    places = ProjectConfiguration(folder, logging_dir=folder and str(Path(folder) / "tensorboard"))
     # transformers would leave weights out on all but the first process, and expect accelerate to spread them
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "False"
     # who dies is seen at once; the time is for one process that works while the others wait, as on a large checkpoint
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     compiler = TorchDynamoPlugin(backend="inductor") if is_compiled else None
     try:
-        accelerator = Accelerator(dynamo_plugin=compiler, kwargs_handlers=[patience])
+        accelerator = Accelerator(
+            dynamo_plugin=compiler, kwargs_handlers=[patience], log_with=log_with, project_config=places
+        )
     except torch.distributed.DistError as error:
         who = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
         message = f"{who}: the others cannot be reached ({first_line(error)[:200]}); the first may have said why"
@@ -105,6 +150,50 @@ def shard(accelerator, model, is_compiled):
             layer.compile()
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
     fully_shard(model, **options)
+
+
+def end_training(accelerator):
+    """End the trackers and the process group."""
+    with redirect_stdout(None):
+        try:
+            accelerator.end_training()
+        except Exception as error:
+            if not accelerator.trackers:
+                raise
+            print(f"warning: a tracker did not end well: {first_line(error)[:200]}", file=sys.stderr)
+            accelerator.trackers.clear()
+            accelerator.end_training()
+        if "trackio" in sys.modules:  # which would end once more when Python does, and say so
+            with suppress(RuntimeError):  # it was never started
+                sys.modules["trackio"].finish()
+
+
+def is_first_to_fail():
+    """Whether no other process has said before why the run ends: when one has failed, the others fail to reach it, and
+    what they would say is no cause."""
+    if not torch.distributed.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("hf_myllm/failed", 1) == 1
+    except Exception:  # who keeps the store has ended: it was he
+        return os.environ.get("RANK", "0") == "0"
+
+
+def peak_flops(accelerator):
+    """16-bit floating-point operations that all devices can do in a second; 0 where that is not known."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
+        return 0.0
+    name = torch.cuda.get_device_name(accelerator.device)
+    return accelerator.num_processes * next((flops for part, flops in _FLOPS.items() if part in name), 0.0)
+
+
+def peak_memory(accelerator):
+    """The most bytes that this process has used so far: of its GPU, or else of the machine; None where not known."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device)
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def listen_for_signals():

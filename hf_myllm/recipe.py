@@ -255,7 +255,37 @@ class Run:
     save_freq: int | None = word(500, "steps between checkpoints; null: one at the end", minimum=1, on_resume="accept")
     save_total_limit: int = word(2, "newest checkpoints to keep", minimum=1, on_resume="accept")
     log_freq: int = word(1, "steps between lines of metrics.jsonl", minimum=1, on_resume="accept")
+    log_level: str = word(
+        "info",
+        "what is said in the terminal: info; warning: only what may be wrong; error: only why the run ends; debug: all "
+        "that the libraries say, too",
+        choices=("debug", "info", "warning", "error"),
+        on_resume="accept",
+    )
+    quiet: bool = word(False, "the same as --log_level warning", on_resume="accept")
+    log_with: list[str] | None = word(
+        None,
+        "trackers that get what metrics.jsonl gets; each is a package of its own",
+        choices=("tensorboard", "wandb", "trackio"),
+        on_resume="accept",
+    )
+    project_name: str = word("hf_myllm", "the project in the trackers", on_resume="accept")
     seed: int = word(1337, "seed of the initial weights, the order of rows, and dropout", minimum=0, maximum=1 << 62)
+
+
+@dataclass
+class Hub:
+    push_to_hub: str | None = word(
+        None,
+        "a repository of the Hugging Face Hub, as user/name, to which each checkpoint's model is uploaded while "
+        "training goes on, and the last with its model card",
+        on_resume="accept",
+    )
+    hub_private_repo: bool = word(False, "make it a private one, where it is new", on_resume="accept")
+    hub_revision: str | None = word(None, "its branch; default: main", on_resume="accept")
+    license: str | None = word(
+        None, "the model's licence for its model card, as the Hub calls it: mit, apache-2.0 ...", on_resume="accept"
+    )
 
 
 @dataclass
@@ -268,6 +298,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     lora: Lora = field(default_factory=Lora)
     run: Run = field(default_factory=Run)
+    hub: Hub = field(default_factory=Hub)
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -289,7 +320,7 @@ class Recipe:
         return keys
 
 
-SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "lora": Lora, "run": Run}
+SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "lora": Lora, "run": Run, "hub": Hub}
 TOP = {"model": str, "task": str | None}  # the keys outside sections
 COMMAND_LINE = "the command line"
 ALIASES = {
@@ -515,8 +546,9 @@ def _limit(value, limits, key, where):
     for name, (holds, phrase) in checks.items():
         if name in limits and not holds(limits[name]):
             raise InputError(f"{where}: '{key}' must be {phrase} {limits[name]}, not {value}")
-    if "choices" in limits and value not in limits["choices"]:
-        raise InputError(f"{where}: '{key}' must be one of {', '.join(limits['choices'])}, not '{value}'")
+    for one in value if isinstance(value, list) else [value]:
+        if "choices" in limits and one not in limits["choices"]:
+            raise InputError(f"{where}: '{key}' must be one of {', '.join(limits['choices'])}, not '{one}'")
 
 
 def _check(recipe, families, given):
@@ -582,6 +614,8 @@ def _check(recipe, families, given):
             raise InputError(f"streaming does not go with {impossible[0]}: leave one of them out")
         if training.max_steps is None:
             raise InputError("streaming needs to know when to stop: give --max_steps N")
+    if recipe.run.quiet:
+        recipe.run.log_level = "warning"
     if recipe.run.resume and recipe.run.init_from == "resume":
         recipe.run.init_from = "scratch"
     if not evaluation.eval_only and not (data.train_file or data.dataset or data.datasets):

@@ -1,45 +1,66 @@
-"""What a person sees of a run: the progress line, metrics.jsonl, and loss.png."""
+"""What is said while a run goes on: the progress line, metrics.jsonl, the trackers."""
 
-import itertools
 import json
 import math
 import os
 import re
+import secrets
+import shutil
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import InputError
+from .errors import InputError, first_line
+
+UNTRACKED = ("step", "rows", "time")  # of a line of metrics.jsonl: a number that is no measure
 
 
 class Report:
-    """The terminal and the metrics file of a run. Only the main process's speaks.
+    """The terminal, the metrics file and the trackers of a run. Only the main process's speaks.
 
     Args:
         folder: the run's folder; None writes no file.
         start, total_steps: where the run begins and ends.
         is_main: whether this process speaks.
+        log_level: what it says: "debug" and "info" all, "warning" what may be wrong, "error" nothing.
+        track: called with the numbers of each line of metrics.jsonl and its step.
+        flops: floating-point operations per token over what all devices can do in a second, from which follows what
+            share of that is used (MFU; Chowdhery et al. 2022, "PaLM"); 0: not known.
+        memory: gives the most bytes that this process has used so far, or None.
     """
 
-    def __init__(self, folder, start, total_steps, is_main=True):
-        self.is_main = is_main
-        self.file = None
+    def __init__(
+        self,
+        folder,
+        start,
+        total_steps,
+        is_main=True,
+        log_level="info",
+        track=None,
+        flops=0.0,
+        memory=lambda: None,
+    ):
+        self.is_main, self.is_quiet, self.warns = is_main, log_level in ("warning", "error"), log_level != "error"
+        self.file, self.track, self.flops, self.memory = None, track, flops, memory
         self.lines_seconds = 10  # between progress lines where there is no terminal to redraw
         self.is_terminal = sys.stderr.isatty()
         self.bar = None
         self.last_line = time.monotonic()
-        self.clock, self.clock_tokens = time.monotonic(), 0
+        self.clock, self.tokens, self.seconds_before = time.monotonic(), 0, 0.0
+        self.recent = deque([(0.0, 0)], maxlen=51)  # seconds and tokens after each of the last 50 steps
         self.start, self.total_steps = start, total_steps
         if is_main and folder is not None:
             path = Path(folder) / "metrics.jsonl"
             try:
-                _forget_after(path, start, total_steps)
+                kept = _forget_after(path, start, total_steps)
+                self.seconds_before = max((line.get("train_seconds", 0.0) for line in kept), default=0.0)
                 self.file = open(path, "a", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"cannot write {path}: {error}") from None
-        if is_main and self.is_terminal and total_steps > start:
+        if is_main and self.is_terminal and total_steps > start and not self.is_quiet:
             self.bar = tqdm(
                 total=total_steps,
                 initial=start,
@@ -50,31 +71,59 @@ class Report:
 
     def say(self, text=""):
         """A line for the reader, above the progress bar."""
-        if self.is_main:
-            if self.bar is not None:
-                tqdm.write(text)
-            else:
-                print(text, flush=True)
+        if self.is_main and not self.is_quiet:
+            self._print(text)
+
+    def warn(self, text):
+        """A line that a reader must see: something may be wrong."""
+        if self.is_main and self.warns:
+            self._print(text)
+
+    def show(self, sample):
+        """A text of the model's, each line marked as such and no wider than the terminal."""
+        room = shutil.get_terminal_size().columns - 5 if self.is_terminal else 1 << 20
+        for line in sample.splitlines():
+            line = printable(line)
+            for place in range(0, max(1, len(line)), max(1, room)):
+                self.say(f"  | {line[place : place + room]}".rstrip())
+
+    def _print(self, text):
+        if self.bar is not None:
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
 
     def step(self, step, loss, learning_rate, tokens, grad_norm, rows, write=True):
         """A training step done: `step` counts from 1; `tokens` and the digest of the `rows` are over all processes."""
         if not self.is_main:
             return
-        self.clock_tokens += tokens
+        self.tokens += tokens
         elapsed = time.monotonic() - self.clock
-        speed = self.clock_tokens / elapsed if elapsed else 0.0
-        status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
+        self.recent.append((elapsed, self.tokens))
+        (then, tokens_then), _ = self.recent[0], self.recent[-1]
+        speed = (self.tokens - tokens_then) / (elapsed - then) if elapsed > then else 0.0
+        used = f", {speed * self.flops:.0%} MFU" if self.flops else ""
+        status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {_short(speed)} tokens/s{used}"
         if self.bar is not None:
             self.bar.set_description_str(status, refresh=False)
             self.bar.update()
-        elif time.monotonic() - self.last_line > self.lines_seconds:
+        elif not self.is_quiet and time.monotonic() - self.last_line > self.lines_seconds:
             self.last_line = time.monotonic()
             left = elapsed / max(1, step - self.start) * (self.total_steps - step)
-            print(f"step {step}/{self.total_steps}, {status}, {tqdm.format_interval(left)} left", flush=True)
+            print(
+                f"step {step:{len(str(self.total_steps))}}/{self.total_steps}, {status}, "
+                f"{tqdm.format_interval(left)} left",
+                flush=True,
+            )
         if write:
             line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
             line |= {"grad_norm": grad_norm, "rows": rows}
-            self.write(line | {"tokens_per_second": round(speed, 1), "time": round(time.time(), 3)})
+            line |= {"tokens_per_second": round(speed, 1), "train_seconds": round(self.seconds_before + elapsed, 3)}
+            if self.flops:
+                line["mfu"] = round(speed * self.flops, 4)
+            if (memory := self.memory()) is not None:
+                line["peak_memory_gb"] = round(memory / 1e9, 3)
+            self.write(line | {"time": round(time.time(), 3)})
 
     def has_evaluation(self, step):
         """Whether metrics.jsonl holds the evaluation after this step."""
@@ -89,15 +138,22 @@ class Report:
         self.clock += time.monotonic() - self._paused
 
     def write(self, line):
-        """A line of metrics.jsonl."""
+        """A line of metrics.jsonl, and of the trackers."""
+        # JSON has no NaN
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if self.file is not None:
-            # JSON has no NaN
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             try:
                 self.file.write(json.dumps(line) + "\n")
                 self.file.flush()
             except OSError as error:
                 raise InputError(f"cannot write {self.file.name}: {error}; --init_from resume goes on") from None
+        if self.track is not None:
+            values = {key: value for key, value in line.items() if value is not None and key not in UNTRACKED}
+            try:
+                self.track(values, step=line["step"])
+            except Exception as error:  # whatever befalls a tracker, the run goes on
+                self.warn(f"warning: a tracker failed, and gets nothing more: {first_line(error)[:200]}")
+                self.track = None
 
     def close(self):
         if self.bar is not None:
@@ -106,6 +162,19 @@ class Report:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def printable(text):
+    """What an untrained model says may move a terminal's cursor: show such characters instead of sending them."""
+    return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
+
+
+def _short(number):
+    """Three digits that matter, and k or M: so that a line keeps its width."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
+    return f"{number:.0f}"
 
 
 def read_metrics(folder):
@@ -144,61 +213,35 @@ def best_evaluation(folder, metric, up_to, is_more=None):
 
 def _forget_after(path, step, total_steps):
     """Drop what a killed run logged beyond the checkpoint that is being resumed: those steps are run again, and at the
-    last step so is the evaluation, which follows its checkpoint."""
+    last step so is the evaluation, which follows its checkpoint. Returns the lines that stay."""
     lines = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
     if step == total_steps:
         lines = [line for line in lines if line["step"] < step or "train_loss" not in line]
     aside = path.with_name(path.name + ".partial")
     aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(aside, path)
+    return lines
 
 
-def plot(folder, unigram=None, unit="nats per token"):
-    """Draw RUN/loss.png from RUN/metrics.jsonl: the training loss of each step, smoothed, and both evaluated losses.
+def read_run(folder):
+    """What RUN/run.json says of a run: what it trains on what, and each of its launches; {} where there is none."""
+    try:
+        found = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
-    Args:
-        unigram: a loss to draw as a level to compare with, in nats per token.
-        unit: of the loss.
+
+def write_run(folder, facts, launch, goes_on):
+    """Write RUN/run.json; a run that goes on keeps its earlier launches and its id in the trackers.
+
+    Returns:
+        the run's id.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(folder)
-    steps = [line for line in lines if line.get("loss") is not None]  # None: a step that was left out
-    evaluations = [line for line in lines if "val_loss" in line]
-    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
-    if steps:
-        x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
-        axes.plot(x, y, color="#9ecae1", linewidth=0.7, label="training, each step")
-        if len(y) >= 20:
-            axes.plot(x, _smooth(y, reach=len(y) // 40), color="#08519c", linewidth=1.4, label="training, smoothed")
-    for key, color, label in (("train_loss", "#6baed6", "training, evaluated"), ("val_loss", "#d94801", "validation")):
-        points = [(line["step"], line[key]) for line in evaluations if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3.5, linewidth=1.2, label=label)
-    if unigram is not None:
-        axes.axhline(unigram, color="#737373", linestyle="--", linewidth=1, label="unigram level (validation)")
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"loss ({unit})")
-    axes.set_title(Path(folder).resolve().name)
-    axes.grid(color="#e5e5e5", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    aside = Path(folder) / "loss.png.partial"
-    figure.savefig(aside, format="png")
-    plt.close(figure)
-    os.replace(aside, Path(folder) / "loss.png")
-
-
-def _smooth(values, reach):
-    """The mean over `reach` values on either side, and over fewer near the ends: without the lag of a running mean."""
-    sums = [0.0, *itertools.accumulate(values)]
-    smoothed = []
-    for place in range(len(values)):
-        side = min(reach, place, len(values) - 1 - place)
-        smoothed.append((sums[place + side + 1] - sums[place - side]) / (2 * side + 1))
-    return smoothed
+    before = read_run(folder) if goes_on else {}
+    launches = [one for one in before.get("launches", []) if one["step"] <= launch["step"]]
+    found = facts | {"id": before.get("id") or secrets.token_hex(4), "launches": [*launches, launch]}
+    aside = Path(folder) / "run.json.partial"
+    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, Path(folder) / "run.json")
+    return found["id"]

@@ -7,50 +7,55 @@ optimizer's moments, so that a run that was killed goes on bit for bit.
 
 import gc
 import math
-import shlex
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
-from . import checkpoint, dry_run, lora
-from .data import examples, objectives, order, tasks
+from . import checkpoint, console, dry_run, hub, lora, page, plot
+from .data import examples, objectives, order
 from .data import tokenizer as tokenizers
 from .errors import InputError, ProcessError, exit_on_input_error, first_line
-from .evaluation import evaluate, unigram_level
+from .evaluation import evaluate
 from .generate import fill_in, generate_text
 from .models import FAMILIES
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, local, optimizer_tensors, whole
 from .prepare import check_folder, fingerprints, prepare
 from .processes import (
+    end_training,
     end_with_the_launcher,
+    is_first_to_fail,
     listen_for_signals,
     make_accelerator,
+    peak_flops,
+    peak_memory,
     quiet_the_libraries,
     shard,
     use_all_cores,
 )
 from .recipe import parse
-from .report import Report, best_evaluation, plot
+from .report import Report, best_evaluation, write_run
 
 
 @exit_on_input_error
 def main(argv):
     recipe = parse(argv, FAMILIES)
-    quiet_the_libraries()
+    quiet_the_libraries(recipe.run.log_level)
     end_with_the_launcher()
     before = checkpoint.listing(recipe.run.save_model)
     resume_from = check_folder(recipe)
+    if recipe.hub.push_to_hub:
+        hub.check_target(recipe.hub.push_to_hub)
     use_all_cores()
-    accelerator = make_accelerator(recipe.training.compile)
-    run = prepare(recipe, accelerator, from_the_first_process(resume_from, recipe.run.save_model, accelerator))
+    accelerator = make_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
+    run = None
     try:
+        run = prepare(recipe, accelerator, from_the_first_process(resume_from, recipe.run.save_model, accelerator))
         if recipe.run.dry_run:
             if accelerator.is_main_process:
                 dry_run.show(run, argv)
@@ -59,27 +64,26 @@ def main(argv):
         # a sharded model knows of the process group, which must end before Python does
         run.model = run.optimizer = None
         gc.collect()
-        accelerator.end_training()
+        end_training(accelerator)
         return code
-    except InputError:
-        raise
-    except torch.OutOfMemoryError as error:
-        problem = (
-            f"out of memory: lower batch_size, which leaves a step as it is when total_batch_size is set ({error})"
-        )
     except Exception as error:
-        if accelerator.num_processes == 1:
+        if not is_first_to_fail():
+            sys.exit(2)  # the cause has been said
+        if isinstance(error, InputError):
+            raise ProcessError(str(error)) from None  # whichever process was the first
+        if isinstance(error, torch.OutOfMemoryError):
+            problem = "out of memory: lower batch_size, which leaves a step as it is when total_batch_size is set"
+            problem = f"{problem} ({error})"
+        elif accelerator.num_processes == 1:
             raise
-        goes_on = "; --init_from resume goes on from the newest checkpoint" * checkpoint.has_checkpoints(
-            recipe.run.save_model
-        )
-        problem = f"{first_line(error)[:300]}{goes_on}"
+        else:
+            goes_on = checkpoint.has_checkpoints(recipe.run.save_model)
+            problem = first_line(error)[:300] + "; --init_from resume goes on from the newest checkpoint" * goes_on
+        who = f"process {accelerator.process_index} of {accelerator.num_processes}"
+        raise ProcessError(f"{who}, in {run.doing if run else 'its preparation'}: {problem}") from None
     finally:
-        if recipe.data.streaming and run.training is not None:
-            run.training.windows.close()
-        if run.lock is not None:
-            run.lock.release()
-    raise ProcessError(f"process {accelerator.process_index} of {accelerator.num_processes}, in {run.doing}: {problem}")
+        if run is not None:
+            run.close()
 
 
 def from_the_first_process(resume_from, folder, accelerator):
@@ -151,10 +155,19 @@ def train(run, before):
     if accelerator.is_main_process:
         open_folder(run, folder)
     accelerator.wait_for_everyone()
-    report = Report(folder, run.start, ends, accelerator.is_main_process)
-    unigram = introduce(run, report)
+    report = open_report(run, ends)
+    unigram = console.introduce(run, report)
+    if is_main:
+        identity = write_run(
+            folder, console.facts(run, unigram), console.launch(run), run.start > 0 or recipe.run.resume
+        )
+        start_trackers(run, report, identity)
+        if (shared := recipe.hub).push_to_hub:
+            run.uploads = hub.Uploads(folder, shared.push_to_hub, shared.hub_private_repo, shared.hub_revision)
     if run.resume_from is not None and precision != accelerator.mixed_precision:
-        report.say(f"            until now in precision {precision}: from here on it is another run than that would be")
+        report.warn(
+            f"            until now in precision {precision}: from here on it is another run than that would be"
+        )
 
     validation = None
     report.pause()
@@ -199,6 +212,8 @@ def train(run, before):
                 ends, is_last = done, True
         if must_stop or is_last or is_best or (recipe.run.save_freq and done % recipe.run.save_freq == 0):
             save_checkpoint(run, done)
+            if run.uploads is not None and not must_stop and not is_last:
+                run.uploads.begin(done)
         report.resume()
         if ends == done:
             break
@@ -274,7 +289,7 @@ def report_skipped(run, report, step, loss, norm):
             "or set grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such steps be "
             "left out by max_skipped_steps"
         )
-    report.say(f"left out: {what}")
+    report.warn(f"left out: {what}")
 
 
 def is_evaluation_due(run, report):
@@ -294,6 +309,8 @@ def holds_for_any(run, condition):
 
 def leave(run, report):
     """The exit code of a run that a signal has stopped: 128 and the signal's number, the same of all processes."""
+    if run.uploads is not None and (line := run.uploads.stop()):
+        report.warn(line)
     report.close()
     received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
     return 128 + int(run.accelerator.gather(received).max())
@@ -361,11 +378,11 @@ def report_evaluation(run, model, report, step, is_final=False):
     if training is None or validation is None:
         return None
     line = {"step": step, "train_loss": training["loss"]}
-    shown = f"step {step}: training loss {training['loss']:.4f}"
+    shown = f"step {step:{len(str(run.total_steps))}}: training loss {training['loss']:7.4f}"
     if validation:
         flat = {key: value for key, value in validation.items() if key not in ("metrics", "tokens")}
         line |= {f"val_{key}": value for key, value in (flat | validation.get("metrics", {})).items()}
-        shown += f", validation loss {describe(validation)}"
+        shown += f", validation {console.describe(validation, width=7)}"
         if metric and metric not in line:
             known = ", ".join(key for key in line if key.startswith("val_"))
             raise InputError(f"metric_for_best {metric} is no figure of task {recipe.task}, which has {known}")
@@ -373,24 +390,9 @@ def report_evaluation(run, model, report, step, is_final=False):
     speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and speaks:
         line["sample"] = sample(run, step)
-        report.say("\n".join(f"  | {printable(text)}" for text in line["sample"].splitlines()))
+        report.show(line["sample"])
     report.write(line)
     return validation
-
-
-def describe(figures):
-    more = "" if figures.get("bits_per_byte") is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
-    if "nsp_loss" in figures:
-        pair_loss, right = figures["nsp_loss"], figures["nsp_accuracy"]
-        more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
-    if "metrics" in figures:
-        more = f" ({', '.join(f'{name} {value:.4f}' for name, value in figures['metrics'].items())})"
-    return f"{figures['loss']:.4f}{more}"
-
-
-def printable(text):
-    """What an untrained model says may move a terminal's cursor: show such characters instead of sending them."""
-    return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
 
 
 def sample(run, step):
@@ -409,91 +411,45 @@ def sample(run, step):
     )
 
 
-def introduce(run, report):
-    """Say what is about to be trained on what; returns the unigram level that it must beat, or None."""
-    recipe, section = run.recipe, run.recipe.training
-    model = run.model
-    report.say(
-        f"model       {recipe.model}, {model.num_parameters():,} parameters, {run.accelerator.num_processes} x "
-        f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, task {recipe.task}"
+def open_report(run, ends):
+    """The report of a run that goes to step `ends`."""
+    recipe, accelerator, model = run.recipe, run.accelerator, run.model
+    peak, flops = peak_flops(accelerator), 0.0
+    if peak:  # a token's share: Chowdhery et al. 2022, appendix B; of what is frozen, no gradient is computed
+        config, trained = model.config, model.num_parameters(only_trainable=True)
+        flops = 4 * model.num_parameters() + 2 * trained
+        flops += 12 * config.num_hidden_layers * config.hidden_size * recipe.data.max_len
+    return Report(
+        recipe.run.save_model,
+        run.start,
+        ends,
+        accelerator.is_main_process,
+        recipe.run.log_level,
+        flops=flops / peak if peak else 0.0,
+        memory=lambda: peak_memory(accelerator),
     )
-    if lora.is_added(model):
-        count = model.num_parameters(only_trainable=True)
-        report.say(f"            LoRA of rank {recipe.lora.r}: {count:,} of the parameters are trained")
-    if run.fresh:
-        report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
-    is_padded = recipe.task in ("mlm_nsp", *tasks.TASKS) or recipe.data.packing in ("pad", "best_fit")
-    up_to = "up to " * is_padded
-    tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {up_to}{recipe.data.max_len}"
-    if recipe.data.streaming:
-        tokens = f"{run.given.name}, {run.training.windows.size:,} tokens at a time, {len(run.training):,} rows"
-    report.say(f"training    {tokens}")
-    if repeated := sum(source.repeated for source in run.given.all):
-        report.say(f"            named more than once, and read once: {repeated} files")
-    for line in run.mixture():
-        report.say(f"            {line}")
-    unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"].get("tokens", 0))
-    if unknown > 0.001:
-        name = run.tokenizer.unk_token
-        report.say(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
-    unigram = None
-    for line in left_out(run):
-        report.say(f"            {line}")
-    if recipe.task in tasks.TASKS:
-        introduce_labels(run, report)
-    elif run.validation is not None:
-        part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
-        report.say(f"validation  {len(run.validation.tokens):,} tokens{part}")
-        never = [] if recipe.task == "causal" else tokenizers.special_ids(run.tokenizer)
-        sizes = model.config.vocab_size, run.token_bytes
-        level = unigram_level(run.training.tokens, run.validation.tokens, *sizes, never)
-        if recipe.task == "mlm_nsp":
-            level["loss"] += math.log(2)  # of a guess whether a sentence follows
-        unigram = level["loss"]
-        report.say(f"            {describe(level)}: unigram level, the loss of knowing only how often tokens occur")
-    if recipe.run.resume and run.resume_from is None:
-        report.say(f"resume      {recipe.run.save_model} has no checkpoint yet: starting from the beginning")
-    at = f"from step {run.start} " if run.start else ""
-    report.say(
-        f"steps       {at}to {run.total_steps:,}, each of {section.total_batch_size} rows "
-        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * is_padded}), "
-        f"{section.lr_schedule} learning rate"
-    )
-    report.say(f"run folder  {recipe.run.save_model}")
-    return unigram
 
 
-def left_out(run):
-    """A line for the training and the validation data, where they have rows that cannot be used."""
-    for part, account in run.account.items():
-        if isinstance(account, dict) and account.get("skipped"):
-            name = {"train": "training"}.get(part, part)
-            yield f"left out of {name}: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}"
-
-
-def introduce_labels(run, report):
-    """Say what is to be learned from labelled rows, and the level of saying always the same."""
-    labels, account = getattr(run.objective, "labels", None), run.account["train"]
-    if run.validation is not None:
-        report.say(f"validation  {len(run.validation):,} rows")
-    for rows in (run.training, run.validation):
-        if rows is not None and labels and labels.kind == tasks.CLASSIFICATION:
-            counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
-            name, shares = "training" if rows is run.training else "validation", counts / counts.sum()
-            often = np.argsort(-shares, kind="stable")
-            said = ", ".join(f"{labels.names[number]} {shares[number]:.1%}" for number in often[:8])
-            more = f" and {len(often) - 8} more" * (len(often) > 8)
-            report.say(f"{'':<12}labels of the {name}: {said}{more}")
-    if cut := account.get("cut"):
-        does = "were cut" if run.recipe.task == "classification" else "make several rows"
-        report.say(f"            {cut:,} texts are longer than max_len and {does}")
-    if account.get("unlearned"):
-        report.say(
-            f"            {account['unlearned']:,} of the assistant's turns are read, and not learned: the chat "
-            "template writes them otherwise when others follow"
-        )
-    if account.get("unanswerable"):
-        report.say(f"            {account['unanswerable']:,} questions have no answer")
+def start_trackers(run, report, identity):
+    """Let the recipe's trackers have what is logged; a run that goes on goes on in them too."""
+    recipe, folder = run.recipe, Path(run.recipe.run.save_model).absolute()
+    if not recipe.run.log_with:
+        return
+    settings = {
+        "tensorboard": {"purge_step": run.start + 1} if run.start else {},
+        "wandb": {"id": identity, "name": folder.name, "resume": "allow", "dir": str(folder)},
+        "trackio": {"name": f"{folder.name}-{identity}", "resume": "allow", "embed": False},
+    }
+    flat = {key: str(value) for key, value in recipe.identity().items() if value is not None}
+    try:
+        with redirect_stdout(None):  # trackio's introduction
+            run.accelerator.init_trackers(recipe.run.project_name, flat, settings)
+    except Exception as error:
+        report.warn(f"warning: {' and '.join(recipe.run.log_with)} cannot be used: {first_line(error)[:200]}")
+        run.accelerator.trackers.clear()
+        return
+    report.track = run.accelerator.log
+    report.say(f"tracked     by {', '.join(recipe.run.log_with)}, as {identity} of {recipe.run.project_name}")
 
 
 def lock_folder(folder):
@@ -581,7 +537,7 @@ def finish(run, model, report, last, unigram, validation=None):
         last: the step after which training has ended.
         validation: its figures, where it has been evaluated on all rows.
     """
-    recipe, folder = run.recipe, Path(run.recipe.run.save_model)
+    folder = Path(run.recipe.run.save_model)
     if validation is None:
         validation = report_evaluation(run, model, report, last, is_final=True)
     if validation is None:
@@ -591,49 +547,15 @@ def finish(run, model, report, last, unigram, validation=None):
     report.close()
     if not run.accelerator.is_main_process:
         return True
-    rows = tasks.TASKS.get(recipe.task) and recipe.task != "instruction"
-    try:
-        plot(folder, unigram, unit="nats per label" if rows else "nats per token")
-    except OSError as error:
-        report.say(f"loss.png could not be drawn: {error}")
-    if validation and rows:
-        report.say(f"done        validation loss {describe(validation)} on all {len(run.validation):,} rows")
-    elif validation:
-        what = {"mlm": "masked ", "mlm_nsp": "masked ", "instruction": "learned "}.get(recipe.task, "")
-        level = "" if unigram is None else f"; unigram level {unigram:.4f}"
-        report.say(
-            f"done        validation loss {describe(validation)} on all {validation['tokens']:,} {what}tokens{level}"
-        )
-    name, prompt = shlex.quote(str(folder)), recipe.evaluation.start_context
-    if rows:
-        report.say(f"predict     python -m hf_myllm.predict {name} --input FILE")
-    elif run.tokenizer is not None:
-        is_masked = recipe.task in ("mlm", "mlm_nsp")
-        prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if is_masked else "Once upon a time")
-        does = "fill in " if is_masked else "generate"
-        report.say(f"{does}    python -m hf_myllm.generate {name} --prompt {shlex.quote(prompt)}")
-    longer = f"--max_steps {2 * run.total_steps} --init_from resume --allow_changed"
-    if last < run.total_steps:
-        longer = f"--patience {2 * recipe.evaluation.patience} --init_from resume"
-    recipe_file = shlex.quote(str(folder / "recipe.yaml"))
-    report.say(f"resume      accelerate launch -m hf_myllm.train {recipe_file} {longer}")
-    kind = {
-        "mlm": "MaskedLM",
-        "mlm_nsp": "PreTraining",
-        "classification": "SequenceClassification",
-        "token_classification": "TokenClassification",
-        "question_answering": "QuestionAnswering",
-    }.get(recipe.task, "CausalLM")
-    labels = getattr(run.objective, "labels", None)
-    if (base := lora.base_of(folder)) and kind in ("MaskedLM", "PreTraining", "QuestionAnswering"):
-        whole = f'AutoModelFor{kind}.from_pretrained("{base}")'
-        report.say(f'load        PeftModel.from_pretrained({whole}, "{folder}") in Python, with stock peft')
-    elif base:
-        more = f", num_labels={labels.count}" if labels else ""
-        more += f", pad_token_id={run.model.config.pad_token_id}" if labels and recipe.model != "bert" else ""
-        report.say(f'load        AutoPeftModelFor{kind}.from_pretrained("{folder}"{more}) in Python, with stock peft')
-    else:
-        report.say(f'load        AutoModelFor{kind}.from_pretrained("{folder}") in Python, with stock transformers')
+    for name, make in (("loss.png", plot.make), ("report.html", page.make), ("README.md", hub.write_card)):
+        try:
+            make(folder)
+        except Exception as error:  # the model is there, and that is what counts
+            report.warn(f"warning: {name} could not be written: {first_line(error)}")
+    console.conclude(run, report, last, validation, unigram)
+    if run.uploads is not None:
+        report.say(f"push        to {run.uploads.repo} ...")
+        report.warn(run.uploads.finish(lambda: bool(run.signals)))
     return True
 
 
@@ -686,11 +608,14 @@ def evaluate_only(run):
         run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     figures = evaluate_rows(run, run.model, run.validation, None)
     if run.accelerator.is_main_process:
-        print("".join(f"{line}\n" for line in left_out(run)), end="")
+        print("".join(f"{line}\n" for line in console.left_out(run)), end="")
     if run.accelerator.is_main_process and "metrics" in figures:
-        print(f"validation loss {describe(figures)}\nover all {len(run.validation):,} rows of {run.validation.name}")
+        print(
+            f"validation loss {console.describe(figures)}\nover all {len(run.validation):,} rows of "
+            f"{run.validation.name}"
+        )
     elif run.accelerator.is_main_process:
-        print(f"validation loss {describe(figures)}, perplexity {figures['perplexity']:.3f}")
+        print(f"validation loss {console.describe(figures)}, perplexity {figures['perplexity']:.3f}")
         print(f"over all {figures['tokens']:,} tokens of {run.validation.name}")
     return 0
 

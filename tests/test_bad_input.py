@@ -310,7 +310,7 @@ def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):
     """A disk of its own, large enough for one checkpoint and not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a small disk")
     try:

@@ -2,10 +2,9 @@
 
 import json
 
-import pytest
 from conftest import train
 
-from hf_myllm.report import Report, plot, read_metrics
+from hf_myllm.report import Report, read_metrics
 
 
 def write(folder, lines, tail=""):
@@ -40,14 +39,6 @@ def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     report.step(2, 1.0, 1e-3, 100, 0.5, 7)
     report.close()
     assert [line["tokens_per_second"] for line in read_metrics(tmp_path)] == [50.0, 50.0]
-
-
-@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 3.0}], [{"step": 0, "train_loss": 3.0, "val_loss": 3.1}]])
-def test_a_plot_of_little_is_a_picture_too(tmp_path, lines):
-    write(tmp_path, lines)
-    plot(tmp_path, unigram=4.0)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_a_recipe_dump_and_a_log_hold_no_secret(tiny, tmp_path, monkeypatch):

@@ -59,7 +59,10 @@ def test_the_run_folder_is_as_promised(finished):
     run, _, _ = finished
     names = {path.name for path in run.iterdir()}
     expected = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert names == expected | {".lock", "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoint-50", "checkpoint-52"}
+    assert names == expected | {
+        *(".lock", "recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "report.html", "README.md"),
+        *("checkpoint-50", "checkpoint-52"),
+    }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     state = {path.name for path in (run / "checkpoint-52" / "trainer_state").iterdir()}
     assert state == {"optimizer.safetensors", "state.json", "complete.json"}
@@ -74,11 +77,11 @@ def test_the_run_folder_is_as_promised(finished):
 def test_what_is_printed(finished):
     _, result, _ = finished
     out = result.stdout
-    for text in ("unigram level", "bits per byte", "step 0: training loss", "step 20: training loss", "step 52:"):
+    for text in ("unigram level", "bits per byte", "step  0: training loss", "step 20: training loss", "step 52:"):
         assert text in out
     assert out.count("  | ") >= 4  # a sample at each evaluation
-    last = out.strip().splitlines()[-3:]
-    assert [line.split()[0] for line in last] == ["generate", "resume", "load"]
+    last = out.strip().splitlines()[-4:]
+    assert [line[:12].strip() for line in last] == ["look at", "generate", "go on", "load"]
     assert "Traceback" not in result.stderr
 
 

@@ -1,0 +1,221 @@
+"""What a run says of itself in the terminal before its first step and after its last; it is handed a prepared run.
+
+The same facts go into RUN/run.json, for whoever looks at the folder later: its report and its model card.
+"""
+
+import math
+import platform
+import shlex
+import time
+from pathlib import Path
+
+import accelerate
+import datasets
+import numpy as np
+import torch
+import transformers
+
+from . import __version__, lora
+from .data import objectives, tasks
+from .data import tokenizer as tokenizers
+from .evaluation import unigram_level
+
+MASKED = ("mlm", "mlm_nsp")
+
+
+def describe(figures, width=0):
+    """A loss and what else an evaluation found, in a few words."""
+    more = "" if figures.get("bits_per_byte") is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
+    if "nsp_loss" in figures:
+        pair_loss, right = figures["nsp_loss"], figures["nsp_accuracy"]
+        more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
+    if "metrics" in figures:
+        more = f" ({', '.join(f'{name} {value:.4f}' for name, value in figures['metrics'].items())})"
+    return f"{figures['loss']:{width}.4f}{more}"
+
+
+def introduce(run, report):
+    """Say what is about to be trained on what; returns the figures of the unigram level, which it must beat, or
+    None."""
+    recipe, section = run.recipe, run.recipe.training
+    model = run.model
+    report.say(
+        f"model       {recipe.model}, {model.num_parameters():,} parameters, {run.accelerator.num_processes} x "
+        f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, task {recipe.task}"
+    )
+    if lora.is_added(model):
+        count = model.num_parameters(only_trainable=True)
+        report.say(f"            LoRA of rank {recipe.lora.r}: {count:,} of the parameters are trained")
+    if run.fresh:
+        report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
+    is_padded = recipe.task in ("mlm_nsp", *tasks.TASKS) or recipe.data.packing in ("pad", "best_fit")
+    up_to = "up to " * is_padded
+    tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {up_to}{recipe.data.max_len}"
+    if recipe.data.streaming:
+        tokens = f"{run.given.name}, {run.training.windows.size:,} tokens at a time, {len(run.training):,} rows"
+    report.say(f"training    {tokens}")
+    if repeated := sum(source.repeated for source in run.given.all):
+        report.warn(f"            named more than once, and read once: {repeated} files")
+    for line in run.mixture():
+        report.say(f"            {line}")
+    unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"].get("tokens", 0))
+    if unknown > 0.001:
+        name = run.tokenizer.unk_token
+        report.warn(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
+    unigram = None
+    for line in left_out(run):
+        report.warn(f"            {line}")
+    if recipe.task in tasks.TASKS:
+        introduce_labels(run, report)
+    elif run.validation is not None:
+        part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
+        report.say(f"validation  {len(run.validation.tokens):,} tokens{part}")
+        never = [] if recipe.task == "causal" else tokenizers.special_ids(run.tokenizer)
+        sizes = model.config.vocab_size, run.token_bytes
+        unigram = unigram_level(run.training.tokens, run.validation.tokens, *sizes, never)
+        if recipe.task == "mlm_nsp":
+            unigram["loss"] += math.log(2)  # of a guess whether a sentence follows
+        report.say(f"unigram     {describe(unigram)}: knowing only how often tokens occur")
+    if recipe.run.resume and run.resume_from is None:
+        report.warn(f"resume      {recipe.run.save_model} has no checkpoint yet: starting from the beginning")
+    at = f"from step {run.start} " if run.start else ""
+    report.say(
+        f"steps       {at}to {run.total_steps:,}, each of {section.total_batch_size} rows "
+        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * is_padded}), "
+        f"{section.lr_schedule} learning rate"
+    )
+    report.say(f"run folder  {recipe.run.save_model}")
+    return unigram
+
+
+def left_out(run):
+    """A line for the training and the validation data, where they have rows that cannot be used."""
+    for part, account in run.account.items():
+        if isinstance(account, dict) and account.get("skipped"):
+            name = {"train": "training"}.get(part, part)
+            yield f"left out of {name}: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}"
+
+
+def introduce_labels(run, report):
+    """Say what is to be learned from labelled rows, and the level of saying always the same."""
+    labels, account = getattr(run.objective, "labels", None), run.account["train"]
+    if run.validation is not None:
+        report.say(f"validation  {len(run.validation):,} rows")
+    for rows in (run.training, run.validation):
+        if rows is not None and labels and labels.kind == tasks.CLASSIFICATION:
+            counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
+            name, shares = "training" if rows is run.training else "validation", counts / counts.sum()
+            often = np.argsort(-shares, kind="stable")
+            said = ", ".join(f"{labels.names[number]} {shares[number]:.1%}" for number in often[:8])
+            more = f" and {len(often) - 8} more" * (len(often) > 8)
+            report.say(f"{'':<12}labels of the {name}: {said}{more}")
+    if cut := account.get("cut"):
+        does = "were cut" if run.recipe.task == "classification" else "make several rows"
+        report.say(f"            {cut:,} texts are longer than max_len and {does}")
+    if account.get("unlearned"):
+        report.say(
+            f"            {account['unlearned']:,} of the assistant's turns are read, and not learned: the chat "
+            "template writes them otherwise when others follow"
+        )
+    if account.get("unanswerable"):
+        report.say(f"            {account['unanswerable']:,} questions have no answer")
+
+
+def conclude(run, report, last, figures, unigram):
+    """Say how the run ended, and what can be done with it now.
+
+    Args:
+        last: the step after which training has ended.
+        figures: of the last evaluation, of all validation rows; {} when there are none.
+        unigram: of the unigram level, or None.
+    """
+    recipe, folder = run.recipe, run.recipe.run.save_model
+    is_labelled = recipe.task in tasks.TASKS and recipe.task != "instruction"
+    if figures and is_labelled:
+        report.say(f"done        validation loss {describe(figures)} on all {len(run.validation):,} rows")
+    elif figures:
+        what = {"instruction": "learned "}.get(recipe.task, "masked " * (recipe.task in MASKED))
+        report.say(f"done        validation loss {describe(figures)}")
+        level = "" if unigram is None else f"; the unigram level is {unigram['loss']:.4f}"
+        report.say(f"            on all {figures['tokens']:,} {what}tokens{level}")
+    report.say(f"look at     {folder}/report.html")
+    name, prompt = shlex.quote(str(folder)), recipe.evaluation.start_context
+    if is_labelled:
+        report.say(f"predict     python -m hf_myllm.predict {name} --input FILE")
+    elif run.tokenizer is not None:
+        prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if recipe.task in MASKED else "Once upon a time")
+        does = "fill in " if recipe.task in MASKED else "generate"
+        report.say(f"{does}    python -m hf_myllm.generate {name} --prompt {shlex.quote(prompt)}")
+    longer = f"--max_steps {2 * run.total_steps} --resume --allow_changed"
+    if last < run.total_steps:
+        longer = f"--patience {2 * recipe.evaluation.patience} --resume"
+    report.say(f"go on       accelerate launch -m hf_myllm.train {name}/recipe.yaml {longer}")
+    report.say(f"load        {lora.how_to_load(folder)}")
+
+
+def facts(run, unigram):
+    """What RUN/run.json says of the run, but for its launches: see [`launch`]."""
+    recipe, model = run.recipe, run.model
+    whole = model.get_base_model() if lora.is_added(model) else model
+    parts = {"training": run.account.get("train", {}), "validation": run.account.get("validation", {})}
+    is_local, data = _is_folder(recipe.run.init_from), {}
+    for part, rows in (("training", run.training), ("validation", run.validation)):
+        if rows is None:
+            continue
+        is_streamed = recipe.data.streaming and part == "training"
+        counts = {name: value for name, value in parts[part].items() if isinstance(value, int) and name != "max_id"}
+        given = run.given.training if part == "training" or run.given.validation is None else [run.given.validation]
+        data[part] = counts | {
+            "tokens": recipe.data.streaming_window if is_streamed else len(rows.tokens),
+            "rows": len(rows),
+            "sources": [{"name": source.name, "is_hub": source.kind == "hub"} for source in given],
+        }
+    if run.validation is not None and run.given.validation is None:
+        data["validation"]["held_out"] = run.account.get("held_out", f"{recipe.data.val_fraction:.1%} of the documents")
+    return {
+        "model": recipe.model,
+        "task": recipe.task,
+        "class": whole._get_name(),
+        "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "init_from": recipe.run.init_from,
+        "base_model": None if is_local or recipe.run.init_from == "scratch" else recipe.run.init_from,
+        "local": [name for name in (recipe.run.init_from, recipe.data.tokenizer) if _is_folder(name)],
+        "license": recipe.hub.license,
+        "total_steps": run.total_steps,
+        "tokens_per_step": recipe.training.total_batch_size * recipe.data.max_len,
+        "unit": "nats per label" if recipe.task in tasks.TASKS and recipe.task != "instruction" else "nats per token",
+        "unigram_loss": None if unigram is None else unigram["loss"],
+        "labels": list(getattr(getattr(run.objective, "labels", None), "names", None) or []),
+        "data": data,
+    }
+
+
+def _is_folder(name):
+    return isinstance(name, str) and name != "scratch" and Path(name).exists()
+
+
+def launch(run):
+    """What RUN/run.json says of this start of the run: where it runs, and on what."""
+    accelerator = run.accelerator
+    device = accelerator.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    elif device == "cpu":
+        device = f"{torch.get_num_threads()} cores of {platform.processor() or platform.machine()}"
+    return {
+        "step": run.start,
+        "time": round(time.time()),
+        "processes": accelerator.num_processes,
+        "device": device,
+        "precision": accelerator.mixed_precision,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "hf_myllm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__,
+        },
+    }

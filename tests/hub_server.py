@@ -1,0 +1,222 @@
+"""A small stand-in for the Hugging Face Hub, for the real `huggingface_hub` to talk to: repositories, branches,
+commits, LFS uploads and downloads, all in memory; and failures at any stage.
+
+Its successor Xet has a protocol of its own, which this does not speak: HF_HUB_DISABLE_XET=1.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_" + "t" * 34  # no real one
+STAGES = {  # the first that a request fits
+    "create": r"POST /api/repos/create",
+    "validate": r"POST /api/validate-yaml",
+    "branch": r"POST /api/models/[^/]+/[^/]+/branch/",
+    "preupload": r"POST /api/models/[^/]+/[^/]+/preupload/",
+    "batch": r"POST /[^/]+/[^/]+\.git/info/lfs/objects/batch",
+    "upload": r"PUT /lfs/",
+    "commit": r"POST /api/models/[^/]+/[^/]+/commit/",
+    "download": r"(GET|HEAD) /[^/]+/[^/]+/resolve/",
+    "info": r"GET /api/",
+}
+
+
+class Hub:
+    """What the server knows: `repos[name]["branches"][branch]` maps a path to its bytes.
+
+    `failures[stage]` is a list of what the next requests of a stage meet: a status, or "drop": the connection ends.
+    """
+
+    def __init__(self):
+        self.repos, self.objects, self.failures, self.requests = {}, {}, {}, []
+        self.slowly = 0.0  # seconds that an upload takes
+
+    def files(self, name, branch="main"):
+        return self.repos[name]["branches"][branch]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub = None
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, status, content=b"", **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def handle_request(self):
+        path = unquote(urlsplit(self.path).path)
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b"".join(self._chunks())
+        line = f"{self.command} {path}"
+        stage = next((name for name, pattern in STAGES.items() if re.match(pattern, line)), "other")
+        self.hub.requests.append((stage, line))
+        waiting = self.hub.failures.get(stage)
+        if waiting:
+            failure = waiting.pop(0)
+            if failure == "drop":
+                self.close_connection = True
+                self.connection.close()
+                return
+            self.answer(failure, {"error": f"told to fail at {stage}"})
+            return
+        if stage != "upload" and self.command != "HEAD" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid username or password."})
+            return
+        getattr(self, f"do_{stage}", self.do_other)(path, body)
+
+    do_GET = do_POST = do_PUT = do_HEAD = handle_request
+
+    def _chunks(self):
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+
+    def do_other(self, path, body):
+        self.answer(404, {"error": f"this server does not know {path}"})
+
+    def do_create(self, path, body):
+        asked = json.loads(body)
+        name = f"{asked['organization']}/{asked['name']}"
+        if name in self.hub.repos:
+            self.answer(409, {"error": "You already created this model repo", "url": f"{self.root}/{name}"})
+            return
+        private = asked.get("private") or asked.get("visibility") == "private"
+        self.hub.repos[name] = {"private": bool(private), "branches": {"main": {}}, "commits": []}
+        self.answer(200, {"url": f"{self.root}/{name}", "name": name, "id": name})
+
+    @property
+    def root(self):
+        return f"http://{self.headers['Host']}"
+
+    def do_validate(self, path, body):
+        self.answer(200, {"errors": [], "warnings": []})
+
+    def _repo(self, path):
+        found = re.match(r"/api/models/([^/]+/[^/]+)/?([^/]*)/?(.*)", path)
+        return (found[1], self.hub.repos.get(found[1]), found[3]) if found else (None, None, "")
+
+    def do_branch(self, path, body):
+        _, repo, branch = self._repo(path)
+        if branch in repo["branches"]:
+            self.answer(409, {"error": "Reference already exists"})
+            return
+        repo["branches"][branch] = dict(repo["branches"]["main"])
+        self.answer(200, {})
+
+    def do_preupload(self, path, body):
+        said = [
+            {
+                "path": file["path"],
+                "shouldIgnore": False,
+                "uploadMode": "lfs" if "safetensors" in file["path"] else "regular",
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self.answer(200, {"files": said})
+
+    def do_batch(self, path, body):
+        objects = []
+        for one in json.loads(body)["objects"]:
+            action = {"upload": {"href": f"{self.root}/lfs/{one['oid']}?signature=secret"}}
+            objects.append(one | ({} if one["oid"] in self.hub.objects else {"actions": action}))
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def do_upload(self, path, body):
+        time.sleep(self.hub.slowly)
+        oid = path.rpartition("/")[2]
+        if hashlib.sha256(body).hexdigest() != oid:
+            self.answer(400, {"error": "other bytes than were announced"})
+            return
+        self.hub.objects[oid] = body
+        self.answer(200)
+
+    def do_commit(self, path, body):
+        name, repo, branch = self._repo(path)
+        files = repo["branches"][branch]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                repo["commits"].append((branch, value["summary"]))
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        oid = hashlib.sha1(str(len(repo["commits"])).encode()).hexdigest()
+        self.answer(200, {"commitUrl": f"{self.root}/{name}/commit/{oid}", "commitOid": oid})
+
+    def do_info(self, path, body):
+        if path == "/api/whoami-v2":
+            self.answer(200, {"name": "user", "type": "user", "orgs": []})
+            return
+        name, repo, rest = self._repo(path)
+        if repo is None:
+            self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+            return
+        branch = rest.split("/")[0] or "main"
+        if branch not in repo["branches"]:
+            self.answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
+            return
+        files = repo["branches"][branch]
+        if "/tree/" in path:
+            listed = [
+                {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for file, data in files.items()
+            ]
+            self.answer(200, listed)
+            return
+        siblings = [{"rfilename": file} for file in files]
+        self.answer(
+            200, {"id": name, "sha": self._commit_of(repo, branch), "private": repo["private"], "siblings": siblings}
+        )
+
+    def _commit_of(self, repo, branch):
+        made = sum(where == branch for where, _ in repo["commits"])
+        return hashlib.sha1(f"{branch} {made}".encode()).hexdigest()
+
+    def do_download(self, path, body):
+        found = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        repo = self.hub.repos.get(found[1])
+        branches = {} if repo is None else repo["branches"]
+        # a branch, or the commit that it stands at
+        branch = next((one for one in branches if found[2] in (one, self._commit_of(repo, one))), None)
+        if branch is None or found[3] not in branches[branch]:
+            code = "EntryNotFound" if branch else "RevisionNotFound" if repo else "RepoNotFound"
+            self.answer(404, {"error": "not found"}, X_Error_Code=code)
+            return
+        data = branches[branch][found[3]]
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        self.answer(200, data, ETag=etag, X_Repo_Commit=self._commit_of(repo, branch))
+
+
+@contextmanager
+def serve():
+    """A Hub and its address, while the context lasts."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield hub, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
