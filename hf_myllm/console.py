@@ -145,7 +145,8 @@ def conclude(run, report, last, figures, unigram):
     elif run.tokenizer is not None:
         prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if recipe.task in MASKED else "Once upon a time")
         does = "fill in " if recipe.task in MASKED else "generate"
-        report.say(f"{does}    python -m hf_myllm.generate {name} --prompt {shlex.quote(prompt)}")
+        chat = " --chat" * (recipe.task == "instruction" and bool(run.tokenizer.chat_template))
+        report.say(f"{does}    python -m hf_myllm.generate {name}{chat} --prompt {shlex.quote(prompt)}")
     longer = f"--max_steps {2 * run.total_steps} --resume --allow_changed"
     if last < run.total_steps:
         longer = f"--patience {2 * recipe.evaluation.patience} --resume"

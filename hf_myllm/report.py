@@ -64,6 +64,7 @@ class Report:
             self.bar = tqdm(
                 total=total_steps,
                 initial=start,
+                desc="starting",
                 bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left",
                 dynamic_ncols=True,
                 leave=False,

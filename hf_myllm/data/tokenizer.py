@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -125,6 +126,17 @@ def save(tokenizer, folder):
         raise
     except Exception as error:
         raise OSError(first_line(error)) from None
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):  # how it was found here
+        config.pop(name, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if config.get("tokenizer_class") == "LlamaTokenizer":  # else transformers 4 and llama.cpp add a BOS of their own
+        ids = tokenizer("a")["input_ids"]
+        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
+        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def fingerprint(tokenizer):

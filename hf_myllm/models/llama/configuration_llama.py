@@ -50,4 +50,10 @@ class MyLlamaConfig(LlamaConfig):
         written = super().to_dict()
         names = written.get("architectures") or []
         written["architectures"] = [self._stock_architectures.get(name, name) for name in names] or None
+        # as transformers 4 calls it, which would take 10000 and no scaling for granted; 5 reads rope_parameters
+        rope = dict(written.get("rope_parameters") or {})
+        if "rope_theta" in rope:
+            written["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            written["rope_scaling"] = rope
         return written
