@@ -75,3 +75,18 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
     for name in (str(tmp_path), "no-such-tokenizer", str(tmp_path / "missing")):
         with pytest.raises(InputError, match="cannot be found"):
             tokenizer.load(name)
+
+
+def test_what_is_written_is_what_transformers_4_and_llama_cpp_read(tmp_path, assets):
+    for name, expected in (
+        ("tokenizers/llama2", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False}),
+        ("weights/stories260K", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    ):
+        known = AutoTokenizer.from_pretrained(assets / name)
+        tokenizer.save(known, tmp_path)
+        written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert {key: written[key] for key in expected} == expected
+        assert not {"is_local", "local_files_only"} & set(written)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert loaded(TEXT)["input_ids"] == known(TEXT)["input_ids"]
+        assert tokenizer.fingerprint(loaded) == tokenizer.fingerprint(known)

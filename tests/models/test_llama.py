@@ -1,9 +1,11 @@
 """What is Llama's own; what it shares with the other causal families is in test_causal.py."""
 
+import json
+
 import pytest
 import torch
 from test_causal import FAMILY
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_myllm.models.llama import MyLlamaConfig, MyLlamaForCausalLM
@@ -51,3 +53,21 @@ def test_a_real_trained_llama_says_its_known_words(assets):
     assert tokenizer.decode(said[0], skip_special_tokens=True).strip() == expected.strip()
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert torch.equal(said, stock.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False))
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_the_rope_is_written_as_transformers_4_reads_it_too(tmp_path, kind):
+    rope = {"rope_type": kind, "rope_theta": 500000.0}
+    if kind == "llama3":
+        rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"original_max_position_embeddings": 32}
+    config = MyLlamaConfig(**SIZES, rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == 500000.0
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert written.get("rope_scaling") == (scaling if kind == "llama3" else None)
+    for read in (MyLlamaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert read.rope_parameters == config.rope_parameters
+    config.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
