@@ -151,6 +151,22 @@ def find(run, warn=lambda message: None):
     return None
 
 
+def find_model(run):
+    """The folder with a run's model: its root or, while there is none yet, its newest checkpoint.
+
+    Raises:
+        InputError: there is neither, or no checkpoint is whole.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
+    if not is_finished(folder):
+        folder = find(folder)
+        if folder is None:
+            raise InputError(f"{run} holds no trained model: no model.safetensors and no checkpoint")
+    return folder
+
+
 def damage(path):
     """What is wrong with a checkpoint, in a few words, or None when every file is as it was written."""
     try:

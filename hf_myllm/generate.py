@@ -2,7 +2,6 @@
 what the prompt leaves open: `--prompt "Once upon a [MASK]"`."""
 
 import sys
-from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -163,13 +162,7 @@ def encode_masked(tokenizer, text, positions):
 
 def find_model(run):
     """The folder of a run's model, its root or, while there is none yet, its newest checkpoint; and the tokenizer."""
-    folder = Path(run)
-    if not folder.is_dir():
-        raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
-    if not checkpoint.is_finished(folder):
-        folder = checkpoint.find(folder)
-        if folder is None:
-            raise InputError(f"{run} holds no trained model: no model.safetensors and no checkpoint")
+    folder = checkpoint.find_model(run)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception:

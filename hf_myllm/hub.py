@@ -93,7 +93,7 @@ def push(run, repo, private=False, revision=None):
         InputError: there is no model, it is not what stock transformers makes of it, or the Hub does not take it.
     """
     check_target(repo)
-    folder = find_model(run)
+    folder = checkpoint.find_model(run)
     check(folder)
     api = HfApi()
     with tempfile.TemporaryDirectory() as aside:
@@ -124,18 +124,6 @@ def push(run, repo, private=False, revision=None):
             )
 
         return _with_retries(upload, repo).commit_url
-
-
-def find_model(run):
-    """The folder with a run's model: its root or, while there is none yet, its newest checkpoint."""
-    folder = Path(run)
-    if not folder.is_dir():
-        raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
-    if not checkpoint.is_finished(folder):
-        folder = checkpoint.find(folder)
-        if folder is None:
-            raise InputError(f"{run} holds no trained model: no model.safetensors and no checkpoint")
-    return folder
 
 
 def home_of(folder):

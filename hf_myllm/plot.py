@@ -107,8 +107,9 @@ def draw(runs, files, by="step", is_dark=False):
     style |= {"axes.edgecolor": color["text"], "grid.color": color["grid"], "svg.fonttype": "none"}
     style |= {"svg.hashsalt": "hf_myllm", "font.family": ["DejaVu Sans", "sans-serif"]}
     with matplotlib.rc_context(style):
+        below = 0.2 * len(runs) if len(runs) > 1 else 0  # inches for the names of several
         figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(8, 5.8), dpi=150, layout="constrained", sharex=True, height_ratios=(4, 1)
+            2, 1, figsize=(8, 5.8 + below), dpi=150, layout="constrained", sharex=True, height_ratios=(4, 1)
         )
         scale, label = _scale(runs, by)
         for number, run in enumerate(runs):
@@ -131,7 +132,9 @@ def draw(runs, files, by="step", is_dark=False):
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_facecolor("none")
-        if top.get_legend_handles_labels()[0]:
+        if len(runs) > 1:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        elif top.get_legend_handles_labels()[0]:
             top.legend(frameon=False, fontsize=9)
         try:
             for path in map(Path, files):

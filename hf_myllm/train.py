@@ -156,6 +156,7 @@ def train(run, before):
         open_folder(run, folder)
     accelerator.wait_for_everyone()
     report = open_report(run, ends)
+    report.pause()
     unigram = console.introduce(run, report)
     if is_main:
         identity = write_run(
@@ -170,7 +171,6 @@ def train(run, before):
         )
 
     validation = None
-    report.pause()
     if is_evaluation_due(run, report):
         validation = report_evaluation(run, model, report, run.start)
         if validation is None:
