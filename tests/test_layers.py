@@ -17,6 +17,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "report": {"errors"},
     "plot": {"errors", "report"},
     "page": {"plot", "report"},
+    "reference": {"errors", "models", "recipe"},
     "hub": {"errors", "models", "checkpoint", "lora", "report"},
     "lora": {"errors"},
     "generate": {"errors", "models", "checkpoint", "lora"},
