@@ -4,7 +4,9 @@ The same facts go into RUN/run.json, for whoever looks at the folder later: its 
 """
 
 import math
+import os
 import platform
+import re
 import shlex
 import time
 from pathlib import Path
@@ -18,7 +20,10 @@ import transformers
 from . import __version__, lora
 from .data import objectives, tasks
 from .data import tokenizer as tokenizers
+from .errors import printable
 from .evaluation import unigram_level
+from .recipe import Recipe
+from .report import figure
 
 MASKED = ("mlm", "mlm_nsp")
 
@@ -31,7 +36,7 @@ def describe(figures, width=0):
         more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
     if "metrics" in figures:
         more = f" ({', '.join(f'{name} {value:.4f}' for name, value in figures['metrics'].items())})"
-    return f"{figures['loss']:{width}.4f}{more}"
+    return f"{figure(figures['loss'], width)}{more}"
 
 
 def introduce(run, report):
@@ -106,7 +111,7 @@ def introduce_labels(run, report):
             counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
             name, shares = "training" if rows is run.training else "validation", counts / counts.sum()
             often = np.argsort(-shares, kind="stable")
-            said = ", ".join(f"{labels.names[number]} {shares[number]:.1%}" for number in often[:8])
+            said = ", ".join(f"{printable(labels.names[number])} {shares[number]:.1%}" for number in often[:8])
             more = f" and {len(often) - 8} more" * (len(often) > 8)
             report.say(f"{'':<12}labels of the {name}: {said}{more}")
     if cut := account.get("cut"):
@@ -138,7 +143,8 @@ def conclude(run, report, last, figures, unigram):
         report.say(f"done        validation loss {describe(figures)}")
         level = "" if unigram is None else f"; the unigram level is {unigram['loss']:.4f}"
         report.say(f"            on all {figures['tokens']:,} {what}tokens{level}")
-    report.say(f"look at     {folder}/report.html")
+    if (Path(folder) / "report.html").is_file():
+        report.say(f"look at     {folder}/report.html")
     name, prompt = shlex.quote(str(folder)), recipe.evaluation.start_context
     if is_labelled:
         report.say(f"predict     python -m hf_myllm.predict {name} --input FILE")
@@ -159,17 +165,21 @@ def facts(run, unigram):
     recipe, model = run.recipe, run.model
     whole = model.get_base_model() if lora.is_added(model) else model
     parts = {"training": run.account.get("train", {}), "validation": run.account.get("validation", {})}
-    is_local, data = _is_folder(recipe.run.init_from), {}
+    is_local, is_merged, data = _is_path(recipe.run.init_from), recipe.lora.merge_lora, {}
     for part, rows in (("training", run.training), ("validation", run.validation)):
         if rows is None:
             continue
         is_streamed = recipe.data.streaming and part == "training"
-        counts = {name: value for name, value in parts[part].items() if isinstance(value, int) and name != "max_id"}
+        counts = {name: value for name, value in parts[part].items() if isinstance(value, int) and value}
+        for name in ("max_id", *(("documents", "bytes", "unknown") if "held_out" in run.account else ())):
+            counts.pop(name, None)  # of a text that was divided, they are of the whole
+        if "unknown" in counts:
+            counts["unknown_tokens"] = counts.pop("unknown")
         given = run.given.training if part == "training" or run.given.validation is None else [run.given.validation]
         data[part] = counts | {
             "tokens": recipe.data.streaming_window if is_streamed else len(rows.tokens),
             "rows": len(rows),
-            "sources": [{"name": source.name, "is_hub": source.kind == "hub"} for source in given],
+            "sources": [source for one in given for source in _sources(one)],
         }
     if run.validation is not None and run.given.validation is None:
         data["validation"]["held_out"] = run.account.get("held_out", f"{recipe.data.val_fraction:.1%} of the documents")
@@ -177,12 +187,14 @@ def facts(run, unigram):
         "model": recipe.model,
         "task": recipe.task,
         "class": whole._get_name(),
-        "parameters": model.num_parameters(),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if not (is_merged and ".lora_" in name)),
         "trained_parameters": model.num_parameters(only_trainable=True),
+        "lora_r": None if is_merged else recipe.lora.r,
         "init_from": recipe.run.init_from,
         "base_model": None if is_local or recipe.run.init_from == "scratch" else recipe.run.init_from,
-        "local": [name for name in (recipe.run.init_from, recipe.data.tokenizer) if _is_folder(name)],
         "license": recipe.hub.license,
+        "language": recipe.hub.language,
+        "recipe": _given(recipe),
         "total_steps": run.total_steps,
         "tokens_per_step": recipe.training.total_batch_size * recipe.data.max_len,
         "unit": "nats per label" if recipe.task in tasks.TASKS and recipe.task != "instruction" else "nats per token",
@@ -192,7 +204,48 @@ def facts(run, unigram):
     }
 
 
-def _is_folder(name):
+def _sources(source):
+    """A source by names that tell nobody where it lies: of files their own, where they are few."""
+    if source.kind == "hub":
+        return [{"name": source.name.split(" ")[0], "is_hub": True}]
+    if "{stdlib}" in source.name:
+        return [{"name": source.name, "is_hub": False}]
+    names = [Path(file).name for file in source.files]
+    if len(names) > 4:
+        names = [f"{len(names)} files in {Path(os.path.commonpath(source.files)).name}"]
+    return [{"name": name, "is_hub": False} for name in names]
+
+
+def _given(recipe):
+    """What a recipe says that is not so anyway, for others to read: files and folders by their names."""
+    plain, shown = Recipe().to_dict(), {}
+    for section, words in recipe.to_dict().items():
+        if not isinstance(words, dict):
+            shown[section] = words
+        elif section != "hub":
+            usual = plain[section]
+            words = {key: value for key, value in words.items() if key not in usual or value != usual[key]}
+            words = {
+                key: _named(value, key) for key, value in words.items() if key not in ("save_model", "project_name")
+            }
+            shown |= {section: words} if words else {}
+    return shown
+
+
+def _named(value, key=""):
+    if isinstance(value, list):
+        return [_named(one, key) for one in value]
+    if isinstance(value, dict):
+        return {name: _named(one, name) for name, one in value.items()}
+    if not isinstance(value, str) or key == "start_context" or value.startswith("{stdlib}"):
+        return value
+    is_path = key in ("train_file", "val_file", "chat_template") or _is_path(value)
+    if is_path or value.startswith(("/", "~", ".")) or "\\" in value or ":/" in value:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def _is_path(name):
     return isinstance(name, str) and name != "scratch" and Path(name).exists()
 
 

@@ -29,6 +29,12 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text):
+    """A line in which nothing moves a terminal's cursor or turns its colours: what a model, a file or a library says
+    may hold anything."""
+    return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
+
+
 def exit_on_input_error(main):
     """Wrap a command's `main`: an InputError becomes one line on stderr and exit code 2.
 
@@ -40,13 +46,14 @@ def exit_on_input_error(main):
             return main(sys.argv[1:] if argv is None else argv)
         except InputError as error:
             if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+                print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            code = 2
         except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
+            code = 128 + signal.SIGINT
         except BrokenPipeError:  # whoever read our output has enough of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
+            code = 128 + signal.SIGPIPE
+        sys.exit(code)  # here, where a notebook shows it without the traceback of what came before
 
     run.__doc__ = main.__doc__
     return run

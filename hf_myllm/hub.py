@@ -29,18 +29,23 @@ from safetensors.torch import load_file, save_file
 from . import checkpoint, lora
 from .errors import InputError, Parser, exit_on_input_error, first_line
 from .models import FAMILIES
-from .report import best_evaluation, read_metrics, read_run
+from .processes import end_with, quiet_the_libraries
+from .report import read_metrics, read_run
 
-# What is shared of a folder: a model and its tokenizer, and nothing else that may lie there.
-SHARED = [
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json"),
-    *("model_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("chat_template.jinja", "README.md", "loss.png"),
-]
+# What is shared of a folder: the files of a model and its tokenizer, and nothing else that may lie there.
+SHARED = {
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "model_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "README.md", "loss.png"),
+}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 WAITS = (1, 4, 15)  # seconds before another try
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may answer otherwise later
 _OURS = "<!-- written by hf_myllm: without this line, what you write here stays -->"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_PATIENCE, _SLOWEST = 900, 5e5  # an upload is given up after so many seconds, and one for so many bytes
+_PARENT = "HF_MYLLM_PARENT"  # in the environment of an upload: the process of the run
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 # Run by itself, so that nothing of this package is there: the model as anybody loads it.
@@ -52,13 +57,21 @@ transformers.utils.logging.set_verbosity_error()
 model_class = getattr(transformers, architecture)
 if base:
     from peft import PeftModel
-    config = transformers.AutoConfig.from_pretrained(config)
+    config = transformers.AutoConfig.from_pretrained(config, trust_remote_code=False)
     model = PeftModel.from_pretrained(model_class.from_pretrained(base, config=config, dtype=torch.float32), folder)
 else:
-    model = model_class.from_pretrained(folder, dtype=torch.float32)
+    model, found = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if lacking := sorted(found["missing_keys"]) + sorted(found["mismatched_keys"]):
+        sys.exit(f"the file has no {lacking[0]}" + f" and lacks {len(lacking) - 1} more" * (len(lacking) > 1))
 with torch.no_grad():
     found = model.eval()(**load_file(inputs)).to_tuple()
 save_file({str(n): one.contiguous() for n, one in enumerate(found) if isinstance(one, torch.Tensor)}, outputs)
+import os
+if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids, room = tokenizer("Once upon a time, 1 + 1 = 2.")["input_ids"], model.config.vocab_size
+    if not ids or len(tokenizer) > room:
+        sys.exit(f"its tokenizer has {len(tokenizer)} tokens, and the model embeddings for {room}")
 assert not any(name.split(".")[0] == "hf_myllm" for name in sys.modules)
 """
 
@@ -94,36 +107,59 @@ def push(run, repo, private=False, revision=None):
     """
     check_target(repo)
     folder = checkpoint.find_model(run)
+    if (folder / "trainer_state").is_dir() and (problem := checkpoint.damage(folder)):
+        raise InputError(f"{folder} is damaged, and was not pushed: {problem}")
     check(folder)
     api = HfApi()
     with tempfile.TemporaryDirectory() as aside:
         aside = Path(aside)
-        for path in folder.iterdir():
-            if path.is_file() and any(path.match(pattern) for pattern in SHARED):
-                checkpoint.link_or_copy(path, aside / path.name)
-        if (curves := home_of(folder) / "loss.png").is_file():
-            (aside / "loss.png").unlink(missing_ok=True)
-            checkpoint.link_or_copy(curves, aside / "loss.png")
-        if not is_edited(folder / "README.md"):
-            (aside / "README.md").unlink(missing_ok=True)
-            (aside / "README.md").write_text(card(folder, repo, has_curves=curves.is_file()), encoding="utf-8")
-        for path in aside.iterdir():
-            if path.suffix != ".safetensors" and _TOKEN.search(path.read_text(encoding="utf-8", errors="ignore")):
-                raise InputError(f"{path.name} of {run} holds what looks like a token of the Hub: nothing was pushed")
+        _gather(folder, aside, repo, revision)
 
         def upload():
             api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.repo_info(repo).private:
+                raise InputError(f"{repo} is there already, and public: make it private on the Hub, or push without")
             if revision:
                 api.create_branch(repo, branch=revision, exist_ok=True)
+            there = [name for name in api.list_repo_files(repo, revision=revision) if _is_shared(name)]
+            if "README.md" in there:  # somebody may have edited it there
+                path = api.hf_hub_download(repo, "README.md", revision=revision, local_dir=aside / "theirs")
+                if is_edited(Path(path)):
+                    there.remove("README.md")
+                    (aside / "README.md").unlink(missing_ok=True)
             return api.upload_folder(
                 repo_id=repo,
                 folder_path=aside,
                 revision=revision,
                 commit_message=f"Model of {_named(folder)}",
-                delete_patterns=SHARED,  # of another model that was there: more shards, or an adapter
+                allow_patterns=[path.name for path in aside.iterdir() if path.is_file()],
+                delete_patterns=there,  # of another model that was there: more shards, or an adapter
             )
 
         return _with_retries(upload, repo).commit_url
+
+
+def _is_shared(name):
+    return name in SHARED or _SHARD.fullmatch(name) is not None
+
+
+def _gather(folder, aside, repo, revision):
+    """Put what is shared of a folder into another."""
+    home = home_of(folder)
+    for path in folder.iterdir():
+        if _is_shared(path.name) and path.is_file() and not path.is_symlink():
+            checkpoint.link_or_copy(path, aside / path.name)
+    readme, curves = aside / "README.md", aside / "loss.png"
+    for name in ("README.md", "loss.png"):  # the run's, of a checkpoint too
+        if folder != home and (home / name).is_file():
+            (aside / name).unlink(missing_ok=True)
+            checkpoint.link_or_copy(home / name, aside / name)
+    if not is_edited(readme):
+        readme.unlink(missing_ok=True)
+        readme.write_text(card(folder, repo, revision, has_curves=curves.is_file()), encoding="utf-8")
+    for path in aside.iterdir():
+        if path.suffix != ".safetensors" and _TOKEN.search(path.read_text(encoding="utf-8", errors="ignore")):
+            raise InputError(f"{path.name} of {folder} holds what looks like a token of the Hub: nothing was pushed")
 
 
 def home_of(folder):
@@ -155,12 +191,14 @@ def check(folder):
             "model of the Hub"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(where)
-        architecture = config.architectures[0]
-        family = next(one for one in FAMILIES.values() if one.config.model_type == config.model_type)
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+        architecture = (config.architectures or ["none"])[0]
+        family = next((one for one in FAMILIES.values() if one.config.model_type == config.model_type), None)
+        if family is None:
+            raise ValueError(f"it is a {config.model_type}, and not one of {', '.join(FAMILIES)}")
         ours = {family.config._stock_architectures[one.__name__]: one for one in family.tasks.values()}[architecture]
-    except (StopIteration, KeyError, TypeError, OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no model of ours: {first_line(error)[:200]}") from None
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no model that can be pushed: {first_line(error)[:200]}") from None
     draw = torch.Generator().manual_seed(0)
     shape = (2, min(64, config.max_position_embeddings))
     inputs = {"input_ids": torch.randint(config.vocab_size, shape, generator=draw)}
@@ -203,6 +241,8 @@ def _with_retries(work, repo):
                 causes.append(causes[-1].__cause__)
             answers = [one.response for one in causes if isinstance(one, HfHubHTTPError) and one.response is not None]
             is_final = any(one.status_code not in _PASSING for one in answers) or isinstance(error, ValueError)
+            if isinstance(error, InputError):
+                raise
             if wait is None or is_final:
                 said = ": ".join(dict.fromkeys(first_line(one)[:200] for one in (error, causes[-1])))
                 said = _TOKEN.sub("hf_...", re.sub(r"\?\S+", "", said))  # addresses may be signed
@@ -239,114 +279,143 @@ _FAMILY_NAMES = {"gpt2": "GPT-2", "llama": "Llama", "bert": "BERT"}
 _METRICS = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits_per_byte"}
 
 
-def card(folder, repo=None, has_curves=False):
+def card(folder, repo=None, revision=None, has_curves=False):
     """The model card of a run's folder, or of a checkpoint: what it is, on which data, how, with which result.
 
     Args:
-        repo: what the card calls the model by; default: the run's name.
+        repo, revision: what the card calls the model by; default: the run's name.
+    Raises:
+        InputError: run.json is not as this package writes it.
     """
     folder, home = Path(folder), home_of(folder)
-    about, recipe = read_run(home), _recipe(home)
     config = json.loads(Path(lora.config_of(folder) if lora.base_of(folder) else folder / "config.json").read_text())
+    about = read_run(home)
+    try:
+        return _TOKEN.sub("hf_...", _card(folder, home, config, about, repo or home.name, revision, has_curves))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(f"no card can be made of {home}/run.json: {error!r:.200}") from None
+
+
+def _card(folder, home, config, about, name, revision, has_curves):
     kind = config["architectures"][0].partition("For")[2] or "CausalLM"
-    name, task = repo or home.name, _PIPELINES.get(kind)
-    figures, step = _figures(home, recipe, _step_of(folder))
-    hub_data = [s["name"] for part in about.get("data", {}).values() for s in part.get("sources", []) if s["is_hub"]]
+    task, step = _PIPELINES.get(kind), _step_of(folder) or about.get("published_step")
+    figures, judged = _figures(home, step)
     base, length = about.get("base_model"), config.get("n_positions") or config.get("max_position_embeddings")
+    sources = [source for part in about.get("data", {}).values() for source in part["sources"]]
+    licence = about.get("license")
+    is_known = licence is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence)
     data = ModelCardData(
         model_name=name.rpartition("/")[2],
-        license=about.get("license"),
+        license=licence if is_known else "other",
+        license_name=None if is_known else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
+        language=about.get("language"),
         base_model=base,
-        datasets=sorted({one.split(" ")[0] for one in hub_data}) or None,
+        datasets=sorted({source["name"] for source in sources if source["is_hub"]}) or None,
         library_name="peft" if lora.base_of(folder) else "transformers",
         pipeline_tag=task,
-        tags=["hf_myllm", config["model_type"]],
-        eval_results=_results(figures, task, about),
+        tags=["hf_myllm" if about else "safetensors", config["model_type"]],
+        eval_results=_results(figures, task, about) if judged == step else None,  # what is of this very model
     )
-    family = _FAMILY_NAMES.get(config["model_type"], config["model_type"])
-    size = f" of {about['parameters']:,} parameters" if "parameters" in about else ""
-    came = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from nothing"
-    if not base and about.get("init_from", "scratch") != "scratch":
-        came = "trained from another model"
-    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {name.rpartition('/')[2]}\n"]
-    parts.append(f"A {family} ({config['architectures'][0]}){size}, {came} with hf_myllm.\n")
-    parts.append(f"## Use\n\n```python\n{_usage(folder, kind, name, length)}\n```\n")
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {name.rpartition('/')[2]}\n", _opening(config, about, base, step)]
+    parts.append(f"## Use\n\n```python\n{_usage(folder, kind, name, revision, length)}\n```\n")
     if figures:
-        rows = [f"| {key.removeprefix('val_').replace('_', ' ')} | {value:.4f} |" for key, value in figures.items()]
-        level = about.get("unigram_loss")
-        if level is not None:
-            rows.append(f"| loss of knowing only how often tokens occur | {level:.4f} |")
+        rows = [f"| {_plain(key)} | {_figure(value)} |" for key, value in figures.items()]
+        if about.get("unigram_loss") is not None:
+            rows.append(f"| loss of knowing only how often tokens occur | {about['unigram_loss']:.4f} |")
         loss = f"The loss is in {about['unit']}. " if "unit" in about else ""
-        parts.append(f"## Results\n\n{loss}On the validation data below, after step {step:,}:\n")
+        if "val_nsp_loss" in figures:
+            loss += "It is that of both questions together; the perplexity is of the masked tokens alone. "
+        other = "" if judged == step or step is None else f", which is not quite this model's step {step:,}"
+        parts.append(f"## Results\n\n{loss}On the validation data below, after step {judged:,}{other}:\n")
         parts.append("| | |\n|---|---|\n" + "\n".join(rows) + "\n")
     if has_curves:
         parts.append("![training and validation loss over the steps](loss.png)\n")
     if about.get("data"):
         parts.append(f"## Data\n\n{_data_table(about)}\n")
-    if recipe:
-        parts.append(f"## Training\n\n{_training(about, step)}\n\n```yaml\n{_public(recipe, about)}```\n")
-    parts.append(f"## Limits\n\n{_limits(about, task, length)}\n\n{_OURS}\n")
-    return _TOKEN.sub("hf_...", "\n".join(parts))
+    if about.get("launches"):
+        recipe = yaml.safe_dump(about.get("recipe", {}), sort_keys=False, allow_unicode=True)
+        parts.append(f"## Training\n\n{_training(about, step)}\n\n```yaml\n{recipe}```\n")
+    parts.append(f"## Limits\n\n{_limits(about, task, step, length, bool(figures))}\n\n{_OURS}\n")
+    return "\n".join(parts)
 
 
-def _recipe(home):
-    try:
-        found = yaml.safe_load((home / "recipe.yaml").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, yaml.YAMLError):
-        return {}
+def _opening(config, about, base, step):
+    """What it is, in a sentence or two."""
+    family = f"{_FAMILY_NAMES.get(config['model_type'], config['model_type'])} ({config['architectures'][0]})"
+    if not about:
+        return f"A {family}.\n"
+    came = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from nothing"
+    if not base and about["init_from"] != "scratch":
+        came = "trained from another model"
+    after = f"; this is the model after step {step:,}" if step else ""
+    what = f"A {family} of {about['parameters']:,} parameters"
+    if about.get("lora_r"):
+        what = f"An adapter (LoRA of rank {about['lora_r']}, {about['trained_parameters']:,} parameters) to a {family}"
+    said = f"{what}, {came} with hf_myllm{after}.\n"
+    if labels := about.get("labels"):
+        said += f"\nIt tells apart: {', '.join(f'`{label}`' for label in labels)}.\n"
+    return said
 
 
-def _figures(home, recipe, step):
-    """What the validation found of this model, and after which step: of a checkpoint the last evaluation before it, of
-    the run's own model the last, or the best where that is kept."""
-    evaluation = recipe.get("evaluation") or {}
-    if step is None and evaluation.get("final_model") == "best" and evaluation.get("metric_for_best"):
-        step = best_evaluation(home, evaluation["metric_for_best"], 1 << 62, evaluation.get("greater_is_better"))[0]
+def _figures(home, step):
+    """What the last evaluation up to a step has found, and after which step; None: up to the last."""
     lines = [line for line in read_metrics(home) if "train_loss" in line and (step is None or line["step"] <= step)]
     if not lines:
-        return {}, 0
-    found = {
-        key: value for key, value in lines[-1].items() if key.startswith("val_") and isinstance(value, (int, float))
-    }
-    return found, lines[-1]["step"]
+        return {}, None
+    last = lines[-1]
+    found = {key: value for key, value in last.items() if key.startswith("val_") and isinstance(value, (int, float))}
+    return found, last["step"]
+
+
+def _plain(key):
+    return key.removeprefix("val_").replace("_", " ")
+
+
+def _figure(value):
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _results(figures, task, about):
     """The figures as the Hub reads them (model-index)."""
-    data = about.get("data", {}).get("validation", {})
-    names = ", ".join(_short(one["name"], about) for one in data.get("sources", [])) or "validation data"
+    sources = about.get("data", {}).get("validation", {}).get("sources", [])
+    ids = [source["name"] for source in sources if source["is_hub"]]
     return [
         EvalResult(
             task_type=task or "other",
-            dataset_type=names if any(one["is_hub"] for one in data.get("sources", [])) else "own",
-            dataset_name=names,
+            dataset_type=ids[0] if ids else "own",
+            dataset_name=", ".join(source["name"] for source in sources) or "validation data",
             metric_type=_METRICS.get(key, key.removeprefix("val_")),
             metric_value=round(value, 6),
         )
         for key, value in figures.items()
+        if key != "val_tokens"
     ] or None
 
 
-def _usage(folder, kind, name, length):
+def _usage(folder, kind, name, revision, length):
     """Four lines of Python, or fewer."""
-    task = _PIPELINES.get(kind)
-    if lora.base_of(folder) or not any(Path(folder).glob("tokenizer*.json")):
+    task, more = _PIPELINES.get(kind), f', revision="{revision}"' if revision else ""
+    has_tokenizer = any(Path(folder).glob("tokenizer*.json"))
+    if lora.base_of(folder) or not has_tokenizer:
         line = lora.how_to_load(folder, name)
-        package = "peft" if lora.base_of(folder) else "transformers"
+        line = line[:-1] + more + ")"
         classes = sorted(set(re.findall(r"(?:Auto)?[A-Z]\w+(?=\.from_pretrained)", line)))
         imports = [f"from {'peft' if 'Peft' in one else 'transformers'} import {one}" for one in classes]
-        return "\n".join([*imports, f"model = {line}"]) if package == "peft" else f"{imports[0]}\nmodel = {line}"
+        return "\n".join([*imports, f"model = {line}"])
     if task == "question-answering":  # transformers 5 has no pipeline for it
         return (
             "from transformers import AutoModelForQuestionAnswering, AutoTokenizer\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-            f'model = AutoModelForQuestionAnswering.from_pretrained("{name}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{more})\n'
+            f'model = AutoModelForQuestionAnswering.from_pretrained("{name}"{more})\n'
             'output = model(**tokenizer("A question?", "The text that may answer it.", return_tensors="pt"))'
         )
-    lines = ["from transformers import pipeline", f'model = pipeline("{task}", model="{name}")']
+    lines = ["from transformers import pipeline", f'model = pipeline("{task}", model="{name}"{more})']
     if task == "text-generation":  # stock GPT-2 fails beyond its positions
         some = min(50, length // 2) if length else 50
+        has_chats = "chat_template" in (Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")
+        if has_chats or (Path(folder) / "chat_template.jinja").is_file():
+            lines.append('chat = [{"role": "user", "content": "What is a cat?"}]')
+            return "\n".join([*lines, f'print(model(chat, max_new_tokens={some})[0]["generated_text"][-1]["content"])'])
         return "\n".join([*lines, f'print(model("Once upon a time", max_new_tokens={some})[0]["generated_text"])'])
     if task == "fill-mask":
         return "\n".join([*lines, 'print(model("Once upon a [MASK].")[0]["token_str"])'])
@@ -356,66 +425,41 @@ def _usage(folder, kind, name, length):
 def _data_table(about):
     rows = ["| | from | documents | tokens | rows |", "|---|---|---|---|---|"]
     for part, counts in about["data"].items():
-        names = ", ".join(_short(source["name"], about) for source in counts["sources"])
-        held_out = f"held out of it: {counts['held_out']}" if "held_out" in counts else names
-        documents = f"{counts['documents']:,}" if "documents" in counts else ""
-        rows.append(f"| {part} | {held_out} | {documents} | {counts['tokens']:,} | {counts['rows']:,} |")
+        links = [
+            f"[{one['name']}](https://huggingface.co/datasets/{one['name']})" if one["is_hub"] else one["name"]
+            for one in counts["sources"]
+        ]
+        came = f"held out of it: {counts['held_out']}" if "held_out" in counts else ", ".join(links)
+        documents = f"{counts['documents']:,}" if counts.get("documents") else ""
+        rows.append(f"| {part} | {came} | {documents} | {counts['tokens']:,} | {counts['rows']:,} |")
     return "\n".join(rows)
 
 
 def _training(about, step):
-    if not about.get("launches"):
-        return f"{step:,} steps."
     last = about["launches"][-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     return (
-        f"{about['total_steps']:,} steps of up to {about['tokens_per_step']:,} tokens on {last['processes']} x "
-        f"{last['device']}, precision {last['precision']}, with {versions}."
+        f"{step or about['total_steps']:,} steps of at most {about['tokens_per_step']:,} tokens on {last['processes']} "
+        f"x {last['device']}, precision {last['precision']}, with {versions}."
     )
 
 
-def _limits(about, task, length):
-    counts = about.get("data", {}).get("training", {})
+def _limits(about, task, step, length, is_judged):
     said = [f"- It reads at most {length:,} tokens."] if length else []
-    if counts.get("tokens"):
+    if (tokens := about.get("data", {}).get("training", {}).get("tokens")) and step:
+        read = step * about["tokens_per_step"]
+        before = " beside what the model that it started from had learned" * (about["init_from"] != "scratch")
         said.append(
-            f"- It has learned from the {counts['tokens']:,} tokens named above, and has their language, subjects, "
-            "errors and prejudices."
+            f"- In {step:,} steps it has read at most {read:,} tokens of the training data above ({read / tokens:.2f} "
+            f"times all of it){before}, and has their language, subjects, errors and prejudices."
         )
     if task in ("text-generation", "fill-mask"):
         said.append("- What it says may be false or offensive; nothing was done to make it otherwise.")
-    said.append("- It was judged on the validation data above, and on nothing else.")
+    if is_judged:
+        said.append("- It was judged on the validation data above, and on nothing else.")
     if not about.get("license"):
         said.append("- No licence was given: ask whoever shares it before you use it.")
     return "\n".join(said)
-
-
-def _public(recipe, about):
-    """A recipe without what is unset or of this machine only: of files and folders, their names."""
-    shown = {}
-    for key, value in recipe.items():
-        if key == "hub":
-            continue
-        if isinstance(value, dict):
-            value = {name: _short(one, about, name) for name, one in value.items() if one not in (None, False)}
-        if value not in (None, {}):
-            shown[key] = value
-    shown.get("run", {}).pop("save_model", None)
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
-
-
-def _short(value, about, key=""):
-    """A word of a recipe without the way to it on this machine."""
-    if isinstance(value, list):
-        return [_short(one, about, key) for one in value]
-    if isinstance(value, dict):
-        return {name: _short(one, about, name) for name, one in value.items()}
-    if not isinstance(value, str) or value.startswith("{stdlib}"):
-        return value
-    is_path = key in ("train_file", "val_file", "chat_template") or value in about.get("local", [])
-    if is_path or value.startswith(("/", "~", ".", "\\")) or ":\\" in value:
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return value
 
 
 # ---- while training goes on
@@ -440,22 +484,33 @@ class Uploads:
         if self.process is not None and self.process.poll() is None:
             return
         self._end()
-        self.aside = checkpoint.stage(self.folder / f"checkpoint-{step}")
-        self._start(self.aside)
+        try:
+            self.aside = checkpoint.stage(self.folder / f"checkpoint-{step}")
+            self._start(self.aside)
+        except OSError as error:
+            self.problem = f"the upload could not be started: {error}"
 
     def finish(self, must_stop=lambda: False):
-        """Wait for what is on its way, push the run's own model, and say what has become of it all."""
-        for folder in (None, self.folder):
-            if folder is not None:
-                self._start(folder)
-            while self.process is not None and self.process.poll() is None:
-                if must_stop():
-                    return self.stop()
-                time.sleep(0.1)
-            self._end()
+        """Push the run's own model, whatever of before is still on its way.
+
+        Returns:
+            what has become of it, and whether it is there.
+        """
+        self.stop()
+        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        limit = time.monotonic() + _PATIENCE + size / _SLOWEST
+        try:
+            self._start(self.folder)
+        except OSError as error:
+            return f"not pushed  {error}; {self._later()}", False
+        while self.process.poll() is None:
+            if must_stop() or time.monotonic() > limit:
+                return self.stop(), False
+            time.sleep(0.1)
+        self._end()
         if self.problem:
-            return f"not pushed  {self.problem}; {self._later()}"
-        return f"pushed      {self.folder} to {self.repo}, as stock transformers loads it"
+            return f"not pushed  {self.problem}; {self._later()}", False
+        return f"pushed      {self.folder} to {self.repo}, as stock transformers loads it", True
 
     def stop(self):
         """End what is on its way, and say what is to be done about it; None where nothing was."""
@@ -478,7 +533,7 @@ class Uploads:
         # of a session of its own: the terminal's Ctrl-C is for the run, which then ends it
         self.process = subprocess.Popen(
             command,
-            env=_environment(),
+            env=_environment() | {_PARENT: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -508,10 +563,11 @@ def main(argv):
     one.add_argument("--private", action="store_true", help="make it a private one, where it is new")
     one.add_argument("--revision", help="branch to push to (default: main)")
     args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_the_libraries()
     huggingface_hub.utils.disable_progress_bars()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    # of a run that is killed, nothing is pushed any more: one that goes on may have pushed what is newer
+    if (parent := os.environ.get(_PARENT)) and not end_with(int(parent)):
+        raise InputError("the run has ended")
     print(f"pushed: {push(args.run, args.repo, args.private, args.revision)}")
 
 

@@ -93,18 +93,19 @@ def how_to_load(folder, name=None):
     Args:
         name: what the line calls the folder by; default: the folder.
     """
-    name, base = name or folder, base_of(folder)
+    base, called = base_of(folder), name or folder
+    name = json.dumps(str(called), ensure_ascii=False)  # as Python reads it too
     config = json.loads(Path(config_of(folder) if base else Path(folder) / "config.json").read_text(encoding="utf-8"))
     kind = config["architectures"][0].partition("For")[2] or "CausalLM"  # of GPT2LMHeadModel
     if base and kind in ("MaskedLM", "PreTraining", "QuestionAnswering"):
-        return f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), "{name}")'
+        return f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), {name})'
     if base:
         more = ""
         if kind.endswith("Classification"):  # of two labels, configurations say nothing
             more = f", num_labels={len(config.get('id2label', (0, 1)))}"
             more += f", pad_token_id={config.get('pad_token_id')}" * (config["model_type"] != "bert")
-        return f'AutoPeftModelFor{kind}.from_pretrained("{name}"{more})'
-    return f'AutoModelFor{kind}.from_pretrained("{name}")'
+        return f"AutoPeftModelFor{kind}.from_pretrained({name}{more})"
+    return f"AutoModelFor{kind}.from_pretrained({name})"
 
 
 def load(model, folder):

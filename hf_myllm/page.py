@@ -1,5 +1,6 @@
 """RUN/report.html: the whole of a run on one page, in one file that needs no network and no script.
 
+A run makes it at its end; `python -m hf_myllm.page RUN` makes it at any time.
 All of it is read from the run's folder: recipe.yaml, run.json, metrics.jsonl.
 """
 
@@ -7,11 +8,13 @@ import base64
 import html
 import os
 import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from . import plot
+from .errors import InputError, Parser, exit_on_input_error, printable
 from .report import read_metrics, read_run
 
 _SAMPLES = 12  # shown at most, evenly spread
@@ -31,9 +34,9 @@ table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: var(--box); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .3rem 0;
-  overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+  overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30rem;
   font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-img { width: 100%; max-width: 52rem; }
+figure.curves { margin: 0; overflow-x: auto; } img { width: 100%; min-width: 36rem; max-width: 52rem; }
 """
 
 
@@ -77,7 +80,7 @@ def _section(title, content):
 
 
 def _code(text):
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{html.escape(chr(10).join(map(printable, text.splitlines())))}</pre>"
 
 
 def _table(rows, head=None):
@@ -101,6 +104,9 @@ def _summary(about, steps, evaluations):
     last = evaluations[-1] if evaluations else {}
     if last.get("val_loss") is not None:
         boxes[f"validation loss ({about.get('unit', 'nats per token')})"] = f"{last['val_loss']:.4f}"
+    for key in ("val_accuracy", "val_f1", "val_exact_match", "val_pearson", "val_matthews_correlation"):
+        if isinstance(last.get(key), float):
+            boxes[key.removeprefix("val_").replace("_", " ")] = f"{last[key]:.4f}"
     if last.get("val_bits_per_byte") is not None:
         boxes["bits per byte"] = f"{last['val_bits_per_byte']:.3f}"
     if about.get("parameters"):
@@ -111,6 +117,7 @@ def _summary(about, steps, evaluations):
         boxes["steps"] = f"{steps[-1]['step']:,}"
     if steps and "train_seconds" in steps[-1]:
         boxes["training time"] = duration(steps[-1]["train_seconds"])
+    if steps and "tokens_per_second" in steps[-1]:
         boxes["tokens a second"] = f"{steps[-1]['tokens_per_second']:,.0f}"
     if memory := max((line.get("peak_memory_gb", 0) for line in steps), default=0):
         boxes["peak memory"] = f"{memory:.2f} GB"
@@ -136,8 +143,8 @@ def _curves(run):
             plot.draw([run], [path], is_dark=name == "dark")
             pictures[name] = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{pictures["dark"]}">'
-        f'<img alt="loss and learning rate over the steps" src="{pictures["light"]}"></picture>'
+        f'<figure class="curves"><picture><source media="(prefers-color-scheme: dark)" srcset="{pictures["dark"]}">'
+        f'<img alt="loss and learning rate over the steps" src="{pictures["light"]}"></picture></figure>'
     )
 
 
@@ -177,6 +184,8 @@ def _data(about):
     }
     keys = dict.fromkeys(key for counts in named.values() for key in ("sources", *counts))
     rows = [(key.replace("_", " "), *(counts.get(key, "") for counts in named.values())) for key in keys]
+    if about.get("labels"):
+        rows.append(("labels", ", ".join(map(printable, about["labels"]))))
     return _table(rows, ("", *named))
 
 
@@ -197,3 +206,20 @@ def _commands(folder):
         f"python -m hf_myllm.plot {name}\n"
         f"python -m hf_myllm.hub push {name} USER/NAME"
     )
+
+
+@exit_on_input_error
+def main(argv):
+    parser = Parser(prog="python -m hf_myllm.page", description="make a run's report.html and loss.png")
+    parser.add_argument("run", help="folder of a run")
+    folder = Path(parser.parse_args(argv).run)
+    try:
+        plot.make(folder)
+        make(folder)
+    except OSError as error:
+        raise InputError(f"{folder}/report.html cannot be written: {error}") from None
+    print(folder / "report.html")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,8 +6,10 @@ and the hours between a stop and what went on from it.
 """
 
 import itertools
+import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from .report import read_metrics, read_run
 
 AXES = {"step": "step", "tokens": "tokens", "time": "training time"}
 _POINTS = 4000  # of a line: more than these cannot be told apart, and make a slow picture
+_LOGGED = ("loss", "learning_rate", "tokens")
+_DASHES = ("-", "--", "-.")
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6d31")  # Okabe & Ito: for all eyes
 _LIGHT = {
     "text": "#24292f",
@@ -63,23 +67,32 @@ def read(folder):
     logged = [line for line in lines if "learning_rate" in line]
     steps = np.array([line["step"] for line in logged], dtype=float)
     since = np.diff(steps, prepend=0)  # with log_freq, a line stands for the steps since the one before
-    tokens = np.cumsum([line.get("tokens", 0) for line in logged] * since) if logged else steps
-    start = lines[0].get("time", 0)
-    seconds = np.array([line.get("train_seconds", line.get("time", 0) - start) for line in logged], dtype=float)
+    numbers = {key: np.array([_number(line.get(key)) for line in logged]) for key in (*_LOGGED, "train_seconds")}
+    tokens = np.cumsum(np.nan_to_num(numbers["tokens"]) * since)
     evaluations = {}
     for key in ("train_loss", "val_loss"):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        points = [(line["step"], _number(line[key])) for line in lines if key in line]
+        points = [point for point in points if np.isfinite(point[1])]
         if points:
             evaluations[key] = np.array(points, dtype=float).T
     return Curves(
         Path(folder).resolve().name,
-        {"step": steps, "tokens": tokens, "time": seconds},
-        np.array([np.nan if line["loss"] is None else line["loss"] for line in logged], dtype=float),  # one left out
-        np.array([line["learning_rate"] for line in logged], dtype=float),
+        {
+            "step": steps,
+            "tokens": tokens,
+            "time": numbers["train_seconds"],
+        },
+        numbers["loss"],
+        numbers["learning_rate"],
         evaluations,
         about.get("unigram_loss"),
-        about.get("unit", "nats per token"),
+        str(about.get("unit", "nats per token")),
     )
+
+
+def _number(value):
+    """A number of metrics.jsonl; of a step that was left out, and of what is none, not a number."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
 
 def make(folder):
@@ -97,27 +110,25 @@ def draw(runs, files, by="step", is_dark=False):
         by: what the runs lie over: "step", "tokens" or "time".
         is_dark: whether for a dark page; the background is then that of the page.
     """
-    import matplotlib
+    matplotlib = _matplotlib()
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    if by == "time" and (old := [run.name for run in runs if np.isnan(run.axes["time"]).any()]):
+        raise InputError(f"{old[0]} has no training times: an earlier version has logged none; lay it over steps")
     color = _DARK if is_dark else _LIGHT
     style = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), color["text"])
     style |= {"axes.edgecolor": color["text"], "grid.color": color["grid"], "svg.fonttype": "none"}
     style |= {"svg.hashsalt": "hf_myllm", "font.family": ["DejaVu Sans", "sans-serif"]}
     with matplotlib.rc_context(style):
-        below = 0.2 * len(runs) if len(runs) > 1 else 0  # inches for the names of several
-        figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(8, 5.8 + below), dpi=150, layout="constrained", sharex=True, height_ratios=(4, 1)
-        )
+        below = 0.17 * sum(2 if "val_loss" in run.evaluations else 1 for run in runs) if len(runs) > 1 else 0
+        figure = Figure(figsize=(8, 5.8 + below), dpi=150, layout="constrained")  # the names of several are below
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         scale, label = _scale(runs, by)
         for number, run in enumerate(runs):
-            _draw_loss(top, run, by, scale, color, None if len(runs) == 1 else _COLORS[number % len(_COLORS)])
-            x, rates = _thin(run.axes[by] / scale, run.rate)
-            bottom.plot(
-                x, rates, color=color["line"] if len(runs) == 1 else _COLORS[number % len(_COLORS)], linewidth=1.2
-            )
+            shade, dashes = _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
+            own = (shade, dashes) if len(runs) > 1 else None
+            _draw_loss(top, run, by, scale, color, own)
+            bottom.plot(*_thin(run.axes[by] / scale, run.rate), **_look(own, color["line"]), linewidth=1.2)
         if len(runs) == 1 and by == "step":
             _tokens_above(top, runs[0])
         bottom.set_xlabel(label)
@@ -126,57 +137,84 @@ def draw(runs, files, by="step", is_dark=False):
         bottom.set_ylim(bottom=0)
         units = sorted({run.unit for run in runs})
         top.set_ylabel(f"loss ({' or '.join(units)})")
-        figure.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", fontsize=11)
+        figure.suptitle(_label(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs", fontsize=11)
         for axes in (top, bottom):
             axes.grid(linewidth=0.6)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_facecolor("none")
         if len(runs) > 1:
-            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+            figure.legend(loc="outside lower center", frameon=False, fontsize=8)
         elif top.get_legend_handles_labels()[0]:
             top.legend(frameon=False, fontsize=9)
         try:
             for path in map(Path, files):
                 aside = path.with_name(path.name + ".partial")
-                metadata = {"Date": None} if path.suffix == ".svg" else None  # the same run, the same file
-                ground = "none" if is_dark else "white"
-                figure.savefig(aside, format=path.suffix[1:], metadata=metadata, facecolor=ground)
+                kind = path.suffix[1:].lower()
+                metadata = {"Date": None} if kind == "svg" else None  # the same run, the same file
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of characters that no font here has
+                    figure.savefig(aside, format=kind, metadata=metadata, facecolor="none" if is_dark else "white")
                 os.replace(aside, path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from None
-        finally:
-            plt.close(figure)
+
+
+def _matplotlib():
+    """The library, without the backend that a notebook asks of all that it starts, and may not have for them."""
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    return matplotlib
+
+
+def _label(name):
+    """A run's name as it stands: not as markup, not left out for its first character, and not too long."""
+    name = name if len(name) <= 60 else f"{name[:28]} ... {name[-28:]}"
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
+def _look(own, color):
+    """The colour and dashes of one of several runs, or of the only one."""
+    return {"color": color} if own is None else {"color": own[0], "linestyle": own[1]}
 
 
 def _draw_loss(axes, run, by, scale, color, own):
-    """The losses of a run; with a colour of its own, as one of several."""
+    """The losses of a run; with a look of its own, as one of several."""
     x, finite = run.axes[by] / scale, np.isfinite(run.loss)
+    name = "" if own is None else f"{_label(run.name)}: "
     if own is None and finite.any():
-        axes.plot(*_thin(x[finite], run.loss[finite]), color=color["raw"], linewidth=0.7, label="training, each step")
+        each = "each step" if run.axes["step"][-1] == len(x) else "logged steps"
+        marker = "." if finite.sum() < 3 else None
+        how = {"color": color["raw"], "linewidth": 0.7, "marker": marker, "label": f"training, {each}"}
+        axes.plot(*_thin(x, run.loss), **how)
     if finite.sum() >= 20:
-        smooth = np.array(_smooth(run.loss[finite].tolist(), reach=int(finite.sum()) // 40))
-        how = {"color": color["line"], "linewidth": 1.4, "label": "training, smoothed"}
-        if own is not None:
-            how = {
-                "color": own,
-                "linewidth": 0.9,
-                "alpha": 0.7,
-                "linestyle": ":" if "val_loss" in run.evaluations else "-",
-            }
-            how["label"] = f"{run.name}: training, smoothed"
-        axes.plot(*_thin(x[finite], smooth), **how)
+        smooth = np.full(len(x), np.nan)
+        smooth[finite] = _smooth(run.loss[finite], reach=max(3, int(finite.sum()) // 40))
+        how = {"linewidth": 1.4} if own is None else {"linewidth": 1.0, "alpha": 0.5}
+        axes.plot(*_thin(x, smooth), **_look(own, color["line"]), **how, label=f"{name}training, smoothed")
     for key, label in (("train_loss", "training, evaluated"), ("val_loss", "validation")):
         if key not in run.evaluations or (own is not None and key == "train_loss"):
             continue
         steps, values = run.evaluations[key]
-        shade = own or color["val" if key == "val_loss" else "eval"]
-        label = label if own is None else f"{run.name}: {label}"
-        axes.plot(
-            run.at(steps, by) / scale, values, color=shade, marker="o", markersize=3.5, linewidth=1.2, label=label
-        )
-    if own is None and run.unigram is not None:
+        how = _look(own, color["val" if key == "val_loss" else "eval"])
+        how |= {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "label": name + label}
+        axes.plot(run.at(steps, by) / scale, values, **how)
+    if own is not None:
+        return
+    if run.unigram is not None:
         axes.axhline(run.unigram, color="#737373", linestyle="--", linewidth=1, label="unigram level (validation)")
+    if (~finite).any():  # on the lower edge
+        edge = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "marker": "x", "color": "#cf222e"}
+        axes.plot(x[~finite], np.full((~finite).sum(), 0.02), **edge, label="left out: not finite")
+    usual = 3 * np.quantile(run.loss[finite], 0.99) if finite.any() else 0
+    if usual > 0 and (above := int((run.loss[finite] > usual).sum())):
+        top = max(usual, *(values.max() * 1.05 for _, values in run.evaluations.values()), run.unigram or 0)
+        axes.set_ylim(top=top)
+        axes.plot([], [], linestyle="none", label=f"{above} steps are higher, up to {np.nanmax(run.loss):.3g}")
 
 
 def _tokens_above(axes, run):
@@ -221,13 +259,11 @@ def _unit_of_count(most):
 
 
 def _smooth(values, reach):
-    """The mean over `reach` values on either side, and over fewer near the ends: without the lag of a running mean."""
-    sums = [0.0, *itertools.accumulate(values)]
-    smoothed = []
-    for place in range(len(values)):
-        side = min(reach, place, len(values) - 1 - place)
-        smoothed.append((sums[place + side + 1] - sums[place - side]) / (2 * side + 1))
-    return smoothed
+    """The mean over `reach` values on either side, and near the ends over those that there are."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low, high = np.maximum(0, places - reach), np.minimum(len(values), places + reach + 1)
+    return (sums[high] - sums[low]) / (high - low)
 
 
 def _thin(x, y):
@@ -237,7 +273,10 @@ def _thin(x, y):
     edges = np.linspace(0, len(y), _POINTS // 2 + 1).astype(int)
     kept = {0, len(y) - 1}
     for low, high in itertools.pairwise(edges):
-        kept |= {low + int(np.argmin(y[low:high])), low + int(np.argmax(y[low:high]))}
+        piece = y[low:high]
+        kept |= {low + int(np.argmin(piece)), low + int(np.argmax(piece))}  # of a gap, a place in it
+        if np.isfinite(piece).any():
+            kept |= {low + int(np.nanargmin(piece)), low + int(np.nanargmax(piece))}
     kept = sorted(kept)
     return x[kept], y[kept]
 
@@ -256,11 +295,12 @@ def main(argv):
     args = parser.parse_args(argv)
     stem = Path(args.runs[0]) / "loss" if len(args.runs) == 1 else Path("curves")
     files = args.output or [f"{stem}.png", f"{stem}.svg"]
-    if odd := [file for file in files if Path(file).suffix not in (".png", ".svg")]:
+    if odd := [file for file in files if Path(file).suffix.lower() not in (".png", ".svg")]:
         raise InputError(f"--output {odd[0]}: give a file that ends in .png or .svg")
-    runs = [read(folder) for folder in dict.fromkeys(args.runs)]
+    folders = {Path(folder).resolve(): folder for folder in reversed(args.runs)}  # each once
+    runs = [read(folder) for folder in reversed(folders.values())]
     names = [run.name for run in runs]
-    for run, folder in zip(runs, dict.fromkeys(args.runs), strict=True):
+    for run, folder in zip(runs, reversed(folders.values()), strict=True):
         if names.count(run.name) > 1:  # a/run and b/run
             run.name = folder
     draw(runs, files, args.by)

@@ -54,6 +54,7 @@ class Run:
     optimizer: object = None
     lock: object = None
     signals: list = ()  # received so far: see train
+    restore_signals: object = None  # to what they did before
     uploads: object = None  # to the Hub: see hub; of the first process
     skipped: int = 0  # steps in a row that were not finite
     doing: str = "its preparation"  # for messages
@@ -75,6 +76,8 @@ class Run:
             self.uploads.stop()
         if self.lock is not None:
             self.lock.release()
+        if self.restore_signals is not None:
+            self.restore_signals()
 
     def mixture(self):
         """A line for each of several sources: its share of the rows, and how often it is gone through."""

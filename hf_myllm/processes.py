@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -64,6 +65,13 @@ def quiet_the_libraries(log_level="info"):
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of peft's calls
 
 
+def end_with(parent, number=signal.SIGKILL):
+    """On Linux, let this process get a signal when the one that has started it ends, however; False when it has."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, number)  # 1: PR_SET_PDEATHSIG
+    return os.getppid() == parent
+
+
 def end_with_the_launcher():
     """On Linux, take the death of a launcher for a SIGTERM: save and leave, rather than train on unseen.
 
@@ -78,7 +86,7 @@ def end_with_the_launcher():
     launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
     is_launcher = bool(launchers & {Path(argument).name for argument in started_by[:4]})
     if is_launcher:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        end_with(parent, signal.SIGTERM)
     is_orphan = os.getppid() != parent or (parent == 1 and not is_launcher and "TORCHELASTIC_RUN_ID" in os.environ)
     if is_orphan:
         raise InputError("the launcher has ended before its processes had begun")
@@ -179,6 +187,12 @@ def is_first_to_fail():
         return os.environ.get("RANK", "0") == "0"
 
 
+def is_of_another(error):
+    """Whether an error says that other processes cannot be reached, and so that they have failed before."""
+    said = r"closed by peer|connection reset|broken pipe|read error|remote worker|nccl .*(error|abort)|recvvalue"
+    return isinstance(error, torch.distributed.DistError) or bool(re.search(said, str(error), re.IGNORECASE))
+
+
 def peak_flops(accelerator):
     """16-bit floating-point operations that all devices can do in a second; 0 where that is not known."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
@@ -197,9 +211,10 @@ def peak_memory(accelerator):
 
 
 def listen_for_signals():
-    """A list that SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) put their numbers into. A second Ctrl-C stops at once;
-    a second SIGTERM does not, for one may come from whoever ends the launcher, and one from its end."""
-    received = []
+    """A list that SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) put their numbers into, and a function that ends that.
+    A second Ctrl-C stops at once; a second SIGTERM does not, for one may come from whoever ends the launcher, and one
+    from its end."""
+    received, before = [], {}
 
     def receive(number, frame):
         received.append(number)
@@ -208,5 +223,10 @@ def listen_for_signals():
 
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), receive)
-    return received
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), receive)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return received, restore

@@ -283,6 +283,9 @@ class Hub:
     )
     hub_private_repo: bool = word(False, "make it a private one, where it is new", on_resume="accept")
     hub_revision: str | None = word(None, "its branch; default: main", on_resume="accept")
+    language: str | None = word(
+        None, "the language of its text for its model card, as the Hub calls it: en, de ...", on_resume="accept"
+    )
     license: str | None = word(
         None, "the model's licence for its model card, as the Hub calls it: mit, apache-2.0 ...", on_resume="accept"
     )

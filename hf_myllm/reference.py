@@ -15,6 +15,17 @@ from .errors import Parser, exit_on_input_error
 from .models import FAMILIES
 from .recipe import ALIASES, MANY, SECTIONS, WORDS, config_types
 
+_MAPPINGS = {
+    "tokenizer": {
+        "type": "object",
+        "properties": {
+            "train": {"enum": ["bpe", "unigram", "wordpiece"]},
+            "vocab_size": {"type": "integer", "minimum": 100},
+        },
+        "required": ["train", "vocab_size"],
+        "additionalProperties": False,
+    }
+}
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping"}
 _LIMITS = {"minimum": "at least", "above": "above", "maximum": "at most", "below": "below"}
 _INTRODUCTION = """# What a recipe may say
@@ -79,7 +90,7 @@ def schema():
     by_family = []
     for name, family in FAMILIES.items():
         config = {"type": "object", "additionalProperties": False}
-        config["properties"] = {key: {} for key in config_types(family.config)}
+        config["properties"] = {key: _of_config(hint) for key, hint in config_types(family.config).items()}
         condition = {"properties": {"model": {"const": name}}} | ({} if name == "gpt" else {"required": ["model"]})
         then = {"config": config, "task": {"enum": [*family.tasks, None]}}
         by_family.append({"if": condition, "then": {"properties": then}})
@@ -98,12 +109,33 @@ def schema():
     }
 
 
+def _of_config(hint):
+    """The schema of a key of the architecture, where its type is a plain one."""
+    options = _options(hint)
+    plain = all(option in (str, int, float, bool, type(None)) for option in options)
+    return {"anyOf": [_kind(option, {}) for option in options]} if plain else {}
+
+
 def _key_schema(key):
     limits, kinds = key.metadata, []
     for option in _options(WORDS[key.name][1]):
         kinds.append(_kind(option, limits))
+        if typing.get_origin(option) is list and typing.get_args(option)[0] is str and {"type": "string"} not in kinds:
+            kinds.append(_kind(str, limits))  # one is as good as a list of one
+    if key.name in _MAPPINGS:
+        kinds = [_MAPPINGS[key.name] if kind == {"type": "object"} else kind for kind in kinds]
+    if key.name == "datasets":
+        kinds = [{"type": "array", "items": _source_schema()} if kind["type"] == "array" else kind for kind in kinds]
     found = {"description": limits["help"], **({} if key.default is None else {"default": key.default})}
     return found | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
+
+
+def _source_schema():
+    """One of several sources."""
+    names = ("train_file", "dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column", "document")
+    keys = {name: _key_schema(WORDS[name][2]) for name in names}
+    keys["weight"] = {"type": "number", "exclusiveMinimum": 0}
+    return {"type": "object", "properties": keys, "additionalProperties": False}
 
 
 def _kind(option, limits):

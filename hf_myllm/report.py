@@ -8,12 +8,13 @@ import secrets
 import shutil
 import sys
 import time
+import unicodedata
 from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import InputError, first_line
+from .errors import InputError, first_line, printable
 
 UNTRACKED = ("step", "rows", "time")  # of a line of metrics.jsonl: a number that is no measure
 
@@ -26,7 +27,6 @@ class Report:
         start, total_steps: where the run begins and ends.
         is_main: whether this process speaks.
         log_level: what it says: "debug" and "info" all, "warning" what may be wrong, "error" nothing.
-        track: called with the numbers of each line of metrics.jsonl and its step.
         flops: floating-point operations per token over what all devices can do in a second, from which follows what
             share of that is used (MFU; Chowdhery et al. 2022, "PaLM"); 0: not known.
         memory: gives the most bytes that this process has used so far, or None.
@@ -39,12 +39,12 @@ class Report:
         total_steps,
         is_main=True,
         log_level="info",
-        track=None,
         flops=0.0,
         memory=lambda: None,
     ):
         self.is_main, self.is_quiet, self.warns = is_main, log_level in ("warning", "error"), log_level != "error"
-        self.file, self.track, self.flops, self.memory = None, track, flops, memory
+        self.file, self.flops, self.memory = None, flops, memory
+        self.trackers = {}  # name -> what is called with the numbers of each line of metrics.jsonl, and its step
         self.lines_seconds = 10  # between progress lines where there is no terminal to redraw
         self.is_terminal = sys.stderr.isatty()
         self.bar = None
@@ -65,7 +65,7 @@ class Report:
                 total=total_steps,
                 initial=start,
                 desc="starting",
-                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left",
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
                 dynamic_ncols=True,
                 leave=False,
             )
@@ -80,15 +80,20 @@ class Report:
         if self.is_main and self.warns:
             self._print(text)
 
+    def fail(self, text):
+        """A line on stderr: what was asked for was not done, although the run has ended well."""
+        if self.is_main:
+            print(printable(text), file=sys.stderr, flush=True)
+
     def show(self, sample):
         """A text of the model's, each line marked as such and no wider than the terminal."""
-        room = shutil.get_terminal_size().columns - 5 if self.is_terminal else 1 << 20
+        room = max(8, shutil.get_terminal_size().columns - 5) if self.is_terminal else 1 << 30
         for line in sample.splitlines():
-            line = printable(line)
-            for place in range(0, max(1, len(line)), max(1, room)):
-                self.say(f"  | {line[place : place + room]}".rstrip())
+            for piece in _pieces(printable(line), room):
+                self.say(f"  | {piece}".rstrip())
 
     def _print(self, text):
+        text = printable(text)
         if self.bar is not None:
             tqdm.write(text)
         else:
@@ -104,18 +109,14 @@ class Report:
         (then, tokens_then), _ = self.recent[0], self.recent[-1]
         speed = (self.tokens - tokens_then) / (elapsed - then) if elapsed > then else 0.0
         used = f", {speed * self.flops:.0%} MFU" if self.flops else ""
-        status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {_short(speed)} tokens/s{used}"
+        left = tqdm.format_interval(elapsed / max(1, step - self.start) * (self.total_steps - step))
+        status = f"{left} left, loss {figure(loss)}, lr {learning_rate:.2e}, {_short(speed)} tokens/s{used}"
         if self.bar is not None:
             self.bar.set_description_str(status, refresh=False)
             self.bar.update()
         elif not self.is_quiet and time.monotonic() - self.last_line > self.lines_seconds:
             self.last_line = time.monotonic()
-            left = elapsed / max(1, step - self.start) * (self.total_steps - step)
-            print(
-                f"step {step:{len(str(self.total_steps))}}/{self.total_steps}, {status}, "
-                f"{tqdm.format_interval(left)} left",
-                flush=True,
-            )
+            print(f"step {step:{len(str(self.total_steps))}}/{self.total_steps}, {status}", flush=True)
         if write:
             line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
             line |= {"grad_norm": grad_norm, "rows": rows}
@@ -148,13 +149,13 @@ class Report:
                 self.file.flush()
             except OSError as error:
                 raise InputError(f"cannot write {self.file.name}: {error}; --init_from resume goes on") from None
-        if self.track is not None:
-            values = {key: value for key, value in line.items() if value is not None and key not in UNTRACKED}
+        values = {key: value for key, value in line.items() if value is not None and key not in UNTRACKED}
+        for name, track in list(self.trackers.items()):
             try:
-                self.track(values, step=line["step"])
+                track(values, step=line["step"])
             except Exception as error:  # whatever befalls a tracker, the run goes on
-                self.warn(f"warning: a tracker failed, and gets nothing more: {first_line(error)[:200]}")
-                self.track = None
+                self.warn(f"warning: {name} failed, and gets nothing more: {first_line(error)[:200]}")
+                del self.trackers[name]
 
     def close(self):
         if self.bar is not None:
@@ -165,9 +166,21 @@ class Report:
             self.file = None
 
 
-def printable(text):
-    """What an untrained model says may move a terminal's cursor: show such characters instead of sending them."""
-    return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
+def figure(value, width=0):
+    """A loss as people read it, whatever its size."""
+    return f"{value:{width}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:{width}.2e}"
+
+
+def _pieces(line, room):
+    """A line in pieces of so many columns; characters of East Asia take two (Unicode annex 11)."""
+    piece, used = "", 0
+    for character in line:
+        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used + columns > room:
+            yield piece
+            piece, used = "", 0
+        piece, used = piece + character, used + columns
+    yield piece
 
 
 def _short(number):
@@ -187,7 +200,7 @@ def read_metrics(folder):
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and 0 <= line["step"] < 1 << 53:
             lines.append(line)
     return lines
 
@@ -241,8 +254,17 @@ def write_run(folder, facts, launch, goes_on):
     """
     before = read_run(folder) if goes_on else {}
     launches = [one for one in before.get("launches", []) if one["step"] <= launch["step"]]
-    found = facts | {"id": before.get("id") or secrets.token_hex(4), "launches": [*launches, launch]}
+    kept = {"id": before.get("id") or secrets.token_hex(4), "published_step": before.get("published_step")}
+    _replace_run(folder, facts | kept | {"launches": [*launches, launch]})
+    return kept["id"]
+
+
+def amend_run(folder, **facts):
+    """Write more into RUN/run.json."""
+    _replace_run(folder, read_run(folder) | facts)
+
+
+def _replace_run(folder, found):
     aside = Path(folder) / "run.json.partial"
     aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, Path(folder) / "run.json")
-    return found["id"]

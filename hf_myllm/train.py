@@ -8,12 +8,14 @@ optimizer's moments, so that a run that was killed goes on bit for bit.
 import gc
 import math
 import sys
+import traceback
 from collections import Counter
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
@@ -25,11 +27,12 @@ from .evaluation import evaluate
 from .generate import fill_in, generate_text
 from .models import FAMILIES
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, local, optimizer_tensors, whole
-from .prepare import check_folder, fingerprints, prepare
+from .prepare import check_folder, fingerprints, is_first_process, prepare
 from .processes import (
     end_training,
     end_with_the_launcher,
     is_first_to_fail,
+    is_of_another,
     listen_for_signals,
     make_accelerator,
     peak_flops,
@@ -39,7 +42,7 @@ from .processes import (
     use_all_cores,
 )
 from .recipe import parse
-from .report import Report, best_evaluation, write_run
+from .report import Report, amend_run, best_evaluation, figure, write_run
 
 
 @exit_on_input_error
@@ -49,7 +52,7 @@ def main(argv):
     end_with_the_launcher()
     before = checkpoint.listing(recipe.run.save_model)
     resume_from = check_folder(recipe)
-    if recipe.hub.push_to_hub:
+    if recipe.hub.push_to_hub and is_first_process() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
         hub.check_target(recipe.hub.push_to_hub)
     use_all_cores()
     accelerator = make_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
@@ -71,6 +74,9 @@ def main(argv):
             sys.exit(2)  # the cause has been said
         if isinstance(error, InputError):
             raise ProcessError(str(error)) from None  # whichever process was the first
+        if run is not None and accelerator.is_main_process and not recipe.run.dry_run:
+            with suppress(Exception):  # to see how it came to this
+                plot.make(recipe.run.save_model)
         if isinstance(error, torch.OutOfMemoryError):
             problem = "out of memory: lower batch_size, which leaves a step as it is when total_batch_size is set"
             problem = f"{problem} ({error})"
@@ -78,7 +84,12 @@ def main(argv):
             raise
         else:
             goes_on = checkpoint.has_checkpoints(recipe.run.save_model)
-            problem = first_line(error)[:300] + "; --init_from resume goes on from the newest checkpoint" * goes_on
+            problem = first_line(error)[:300]
+            if is_of_another(error):
+                problem = "another process has ended without saying why: killed, or out of memory?"
+            else:
+                traceback.print_exc()
+            problem += "; --init_from resume goes on from the newest checkpoint" * goes_on
         who = f"process {accelerator.process_index} of {accelerator.num_processes}"
         raise ProcessError(f"{who}, in {run.doing if run else 'its preparation'}: {problem}") from None
     finally:
@@ -115,9 +126,11 @@ def train(run, before):
     if run.resume_from and run.start == ends and holds_for_any(run, is_main and is_published(run, ends)):
         if accelerator.is_main_process:
             more = "max_steps or epochs" if ends == run.total_steps else "patience"
+            if not (folder / "report.html").exists():
+                show(folder, lambda line: print(line, file=sys.stderr))
             print(f"{folder} is finished, after {ends} steps; raise {more} to go further")
         return 0
-    run.signals = listen_for_signals()
+    run.signals, run.restore_signals = listen_for_signals()
     problem = None
     if is_main:
         try:
@@ -310,7 +323,7 @@ def holds_for_any(run, condition):
 def leave(run, report):
     """The exit code of a run that a signal has stopped: 128 and the signal's number, the same of all processes."""
     if run.uploads is not None and (line := run.uploads.stop()):
-        report.warn(line)
+        report.fail(line)
     report.close()
     received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
     return 128 + int(run.accelerator.gather(received).max())
@@ -378,9 +391,11 @@ def report_evaluation(run, model, report, step, is_final=False):
     if training is None or validation is None:
         return None
     line = {"step": step, "train_loss": training["loss"]}
-    shown = f"step {step:{len(str(run.total_steps))}}: training loss {training['loss']:7.4f}"
+    shown = f"step {step:{len(str(run.total_steps))}}: training loss {figure(training['loss'], 7)}"
     if validation:
-        flat = {key: value for key, value in validation.items() if key not in ("metrics", "tokens")}
+        flat = {key: value for key, value in validation.items() if key != "metrics"}
+        if "metrics" in validation:  # whose tokens are labels
+            del flat["tokens"]
         line |= {f"val_{key}": value for key, value in (flat | validation.get("metrics", {})).items()}
         shown += f", validation {console.describe(validation, width=7)}"
         if metric and metric not in line:
@@ -441,15 +456,21 @@ def start_trackers(run, report, identity):
         "trackio": {"name": f"{folder.name}-{identity}", "resume": "allow", "embed": False},
     }
     flat = {key: str(value) for key, value in recipe.identity().items() if value is not None}
-    try:
-        with redirect_stdout(None):  # trackio's introduction
-            run.accelerator.init_trackers(recipe.run.project_name, flat, settings)
-    except Exception as error:
-        report.warn(f"warning: {' and '.join(recipe.run.log_with)} cannot be used: {first_line(error)[:200]}")
-        run.accelerator.trackers.clear()
-        return
-    report.track = run.accelerator.log
-    report.say(f"tracked     by {', '.join(recipe.run.log_with)}, as {identity} of {recipe.run.project_name}")
+    for name in recipe.run.log_with:  # one by one, so that one that fails takes no other with it
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        place = [run.accelerator.logging_dir] if kind.requires_logging_directory else []
+        try:
+            with redirect_stdout(None):  # trackio's introduction
+                tracker = kind(recipe.run.project_name, *place, **settings[name])
+                tracker.start()
+                tracker.store_init_configuration(flat)
+        except Exception as error:
+            report.warn(f"warning: {name} cannot be used: {first_line(error)[:200]}")
+            continue
+        run.accelerator.trackers.append(tracker)
+        report.trackers[name] = tracker.log
+    if report.trackers:
+        report.say(f"tracked     by {', '.join(report.trackers)}, as {identity} of {recipe.run.project_name}")
 
 
 def lock_folder(folder):
@@ -543,24 +564,31 @@ def finish(run, model, report, last, unigram, validation=None):
     if validation is None:
         return False
     if run.accelerator.is_main_process:
-        publish(run, report, last)
+        amend_run(folder, published_step=publish(run, report, last))
     report.close()
     if not run.accelerator.is_main_process:
         return True
+    show(folder, report.warn)
+    console.conclude(run, report, last, validation, unigram)
+    if run.uploads is not None:
+        report.say(f"push        to {run.uploads.repo} ... (Ctrl-C leaves it)")
+        said, is_there = run.uploads.finish(lambda: bool(run.signals))
+        (report.say if is_there else report.fail)(said)
+    return True
+
+
+def show(folder, warn):
+    """Draw the curves, and write the report and the model card."""
     for name, make in (("loss.png", plot.make), ("report.html", page.make), ("README.md", hub.write_card)):
         try:
             make(folder)
         except Exception as error:  # the model is there, and that is what counts
-            report.warn(f"warning: {name} could not be written: {first_line(error)}")
-    console.conclude(run, report, last, validation, unigram)
-    if run.uploads is not None:
-        report.say(f"push        to {run.uploads.repo} ...")
-        report.warn(run.uploads.finish(lambda: bool(run.signals)))
-    return True
+            warn(f"warning: {name} could not be written: {first_line(error)[:200]}")
 
 
 def publish(run, report, last):
-    """The last model, or the best, at the run's root; LoRA's merged into it where the recipe says so."""
+    """The last model, or the best, at the run's root; LoRA's merged into it where the recipe says so. Returns the step
+    that it is of."""
     recipe, folder = run.recipe, Path(run.recipe.run.save_model)
     chosen, best = folder / f"checkpoint-{last}", best_step(run, last)
     if best is not None:
@@ -569,15 +597,15 @@ def publish(run, report, last):
         holds = recipe.evaluation.final_model if best != last else "last, which is the best"
         if recipe.evaluation.final_model == "best" and checkpoint.damage(folder / f"checkpoint-{best}"):
             if checkpoint.is_finished(folder):
-                report.say(f"best        {folder}/checkpoint-{best} is gone or damaged, and {folder} stays as it is")
-                return
+                report.warn(f"best        {folder}/checkpoint-{best} is gone or damaged, and {folder} stays as it is")
+                return best
             holds = f"last, for {folder}/checkpoint-{best} is gone or damaged"
         elif recipe.evaluation.final_model == "best":
             chosen = folder / f"checkpoint-{best}"
         report.say(f"best        {metric} {value:.4f} after step {best}; {folder} holds the {holds}")
     if not (lora.is_added(run.model) and recipe.lora.merge_lora):
         checkpoint.publish(chosen, folder)
-        return
+        return checkpoint.step_of(chosen)
     merged = lora.merge(run.accelerator.unwrap_model(run.model), chosen)
 
     def write_model(aside):
@@ -585,6 +613,7 @@ def publish(run, report, last):
         tokenizers.save(run.tokenizer, aside)
 
     checkpoint.publish_made(write_model, folder)
+    return checkpoint.step_of(chosen)
 
 
 def is_published(run, last):

@@ -11,11 +11,14 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, command, run_command, train
+from conftest import ROOT, command, run_command, train, write_story
 from hub_server import STAGES, TOKEN, serve
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from hf_myllm import hub
+from hf_myllm import console, hub
 from hf_myllm.errors import InputError
+from hf_myllm.recipe import Recipe
 
 NAME = "user/a-model"
 
@@ -94,14 +97,41 @@ def test_from_pretrained_gives_the_same_bytes_back(run, server, tmp_path):
     assert (tmp_path / "back" / name).read_bytes() == (run / "checkpoint-10" / name).read_bytes()
 
 
-def test_a_second_push_takes_what_is_no_longer_there_away(run, server, tmp_path):
+def test_a_second_push_takes_the_old_model_away_and_nothing_else(run, server, tmp_path):
     known, address = server
     assert push(run, address, tmp_path).returncode == 0
     known.files(NAME)["model-00001-of-00002.safetensors"] = b"of another model"
-    known.files(NAME)["notes.txt"] = b"somebody's"
+    theirs = {
+        "notes.txt": b"somebody's",
+        "onnx/model.safetensors": b"somebody's too",
+        "tokenizer_docs/about.md": b"and this",
+        "README.md": b"# edited on the Hub",
+    }
+    known.files(NAME).update(theirs)
     assert push(run, address, tmp_path).returncode == 0
     assert "model-00001-of-00002.safetensors" not in known.files(NAME)
-    assert known.files(NAME)["notes.txt"] == b"somebody's"
+    assert {name: known.files(NAME)[name] for name in theirs} == theirs
+
+
+def test_a_public_repository_takes_nothing_that_was_to_be_private(run, server, tmp_path):
+    known, address = server
+    assert push(run, address, tmp_path).returncode == 0
+    before = dict(known.files(NAME))
+    result = push(run / "checkpoint-10", address, tmp_path, "--private")
+    assert result.returncode == 2
+    assert f"error: {NAME} is there already, and public" in result.stderr
+    assert known.files(NAME) == before
+
+
+def test_other_files_of_the_folder_stay_here(run, server, tmp_path):
+    known, address = server
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for name in ("tokenizer_training_secrets.txt", "vocab.customers", "private.safetensors", "tokenizer.json.partial"):
+        (other / name).write_text("mine")
+    (other / "merges.txt").symlink_to("/etc/passwd")
+    assert push(other, address, tmp_path).returncode == 0
+    assert set(known.files(NAME)) == {path.name for path in run.iterdir() if hub._is_shared(path.name)}
 
 
 # ---- the card
@@ -133,7 +163,7 @@ def test_the_card_says_what_how_and_how_well(run):
             "## Limits",
         ),
         f"{about['parameters']:,} parameters",
-        f"| training | stories | 40 | {about['data']['training']['tokens']:,} |".replace("| 40 |", "| 38 |"),
+        f"| training | 40 files in stories | 38 | {about['data']['training']['tokens']:,} |",
         f"| loss | {last['val_loss']:.4f} |",
         "It reads at most 32 tokens",
     ):
@@ -143,30 +173,93 @@ def test_the_card_says_what_how_and_how_well(run):
     assert recipe["training"]["max_steps"] == 20
 
 
-def test_the_card_has_no_path_and_no_secret(run, monkeypatch):
+def test_the_card_has_no_path_and_no_secret(tiny, tmp_path, monkeypatch):
+    """A recipe with a path, or a secret, in every place that takes one."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    about = json.loads((run / "run.json").read_text())
-    base = run.parent / "base-model"
-    recipe["data"] |= {
-        "val_file": str(run.parent / "x.txt"),
-        "tokenizer": "my/tokenizer",
-        "chat_template": "a\\b.jinja",
-    }
-    recipe["run"] |= {"init_from": str(base), "project_name": f"oh {TOKEN}"}
-    shown = hub._public(recipe, about | {"local": ["my/tokenizer"]})
-    for said in ("val_file: x.txt", "init_from: base-model", "tokenizer: tokenizer", "chat_template: b.jinja"):
-        assert said in shown
-    text = hub.card(run, NAME)
-    for secret in (str(run.parent), "secret-folder", TOKEN):
-        assert secret not in text
-        assert secret not in shown.replace(TOKEN, "")
-    (run / "recipe.yaml").rename(run / "kept.yaml")
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "secret-home"
+    for number in range(3):
+        (home / "acme").mkdir(parents=True, exist_ok=True)
+        (home / "acme" / f"{number}.txt").write_text(write_story(number) * 4)
+    files = [home / "acme" / "0.txt", "secret-home/acme/1.txt"]  # absolute and relative
+    words = tiny(train_file=None, val_file="secret-home/acme/2.txt", max_steps=4, project_name=f"secret-home/{TOKEN}")
+    assert train(*words, "--train_file", *files) == 0
+    assert train(*words, "--train_file", *files, "--init_from", "run", "--save_model", "secret-home/tuned") == 0
+    for run in (tmp_path / "run", home / "tuned"):
+        head, text = front_matter((run / "README.md").read_text(encoding="utf-8"))
+        assert not {word for word in ("secret", "acme", str(tmp_path), TOKEN) if word in str(head) + text}
+        assert "| training | 0.txt, 1.txt |" in text
+        assert head["model-index"][0]["results"][0]["dataset"]["name"] == "2.txt"
+        recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+        assert recipe["data"]["train_file"] == ["0.txt", "1.txt"]
+        assert recipe["data"]["val_file"] == "2.txt"
+    assert recipe["run"]["init_from"] == "run"
+    assert "trained from another model" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("C:\\Users\\jane\\x.txt", "x.txt"),
+        ("C:/Users/jane/x.txt", "x.txt"),
+        ("file:///home/jane/x.txt", "x.txt"),
+        ("~/x.txt", "x.txt"),
+        ("openai-community/gpt2", "openai-community/gpt2"),
+        ("cosine", "cosine"),
+    ],
+)
+def test_a_way_to_a_file_is_known_by_its_looks(value, shown):
+    assert console._named({"tokenizer": [value]}) == {"tokenizer": [shown]}
+
+
+def test_the_recipe_of_the_card_trains_the_same_model(tiny, tmp_path):
+    """Zeros and noes are values too."""
+    assert train(*tiny(resid_pdrop=0.0, attn_pdrop=0.0, seed=0, min_lr=0.0, weight_decay=0.0, max_steps=4)) == 0
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    whole = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    plain = Recipe().to_dict()
+    for section in ("config", "data", "training"):
+        usual = plain[section] | shown.get(section, {})
+        for key, value in whole[section].items():
+            assert usual.get(key) == value or key in ("train_file", "val_file"), key
+    assert shown["training"]["weight_decay"] == 0.0
+    assert shown["run"]["seed"] == 0
+
+
+def test_figures_are_those_of_the_model_that_they_stand_beside(run):
+    """Of a checkpoint between two evaluations, none goes into the front matter."""
+    (run / "checkpoint-10").rename(run / "checkpoint-15")  # as one between
     try:
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        assert TOKEN not in hub.card(run, NAME)
+        head, text = front_matter(hub.card(run / "checkpoint-15", NAME, "half-way"))
     finally:
-        (run / "kept.yaml").replace(run / "recipe.yaml")
+        (run / "checkpoint-15").rename(run / "checkpoint-10")
+    assert "model-index" not in head
+    assert "after step 10, which is not quite this model's step 15" in text
+    assert 'revision="half-way"' in text
+    assert f"In 15 steps it has read at most {15 * 8 * 32:,} tokens" in text
+    head, _ = front_matter(hub.card(run / "checkpoint-10", NAME))
+    assert "model-index" in head
+
+
+def test_a_run_that_goes_on_says_of_which_step_its_model_is(tiny, tmp_path):
+    """The model at the root is that of the run's end, whatever a longer run has logged since."""
+    assert train(*tiny(max_steps=20, eval_freq=10)) == 0
+    folder = tmp_path / "run"
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 30, "train_loss": 0.1, "val_loss": 0.1}) + "\n")
+    head, text = front_matter(hub.card(folder, NAME))
+    assert "after step 20" in text
+    assert "0.1000" not in text
+
+
+def test_a_model_of_others_is_not_said_to_be_ours(run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "theirs")
+    card = hub.card(tmp_path / "theirs", NAME)
+    for said in ("with hf_myllm", "trained from", "validation data above"):
+        assert said not in card.replace(hub._OURS, "")
 
 
 def test_a_card_that_somebody_has_written_stays(run, server, tmp_path):
@@ -206,8 +299,37 @@ def test_a_model_that_stock_transformers_takes_for_another_stays_here(run, serve
     assert known.repos == {}
 
 
+@pytest.mark.parametrize("harm", ["tokenizer", "more tokens", "weights", "code"])
+def test_a_damaged_folder_stays_here(run, tmp_path, harm):
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoint-10" if harm == "weights" else run, other)
+    if harm == "tokenizer":
+        (other / "tokenizer.json").write_text("{broken")
+    elif harm == "more tokens":
+        tokenizer = AutoTokenizer.from_pretrained(other)
+        tokenizer.add_tokens(["<a>", "<b>"])
+        tokenizer.save_pretrained(other)
+    elif harm == "weights":  # one that has all that the model needs but a layer norm
+        weights = load_file(other / "model.safetensors")
+        weights.pop("transformer.ln_f.weight")
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (other / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
+        (other / "config.json").write_text(json.dumps(config))
+    message = {
+        "tokenizer": "stock transformers cannot load",
+        "more tokens": "its tokenizer has 302 tokens, and the model embeddings for 300",
+        "weights": "the file has no transformer.ln_f.weight",
+        "code": "holds no model that can be pushed",
+    }
+    with pytest.raises(InputError, match=message[harm]):
+        hub.check(other)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_other_logits_are_noticed(run, monkeypatch):
-    stock = hub._STOCK.replace("found = model", "model.lm_head.weight.data[3] += 1.0; found = model")
+    stock = hub._STOCK.replace("found = model.eval", "model.lm_head.weight.data[3] += 1.0; found = model.eval")
     hub.check(run)
     monkeypatch.setattr(hub, "_STOCK", stock)
     with pytest.raises(InputError, match="stock transformers makes another model of .*logits differ by"):
@@ -334,7 +456,7 @@ def test_a_hub_that_refuses_does_not_end_a_run_and_is_said_at_its_end(tiny, tmp_
     known.failures["create"] = [403] * 50
     result = run_command(*tiny(max_steps=20), "--push_to_hub", NAME, env=environment(address, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
-    last = result.stdout.strip().splitlines()[-1]
+    last = result.stderr.strip()
     assert re.match(rf"not pushed  {NAME} cannot be pushed to: .*403", last)
     assert last.endswith(f"later: python -m hf_myllm.hub push {tmp_path}/run {NAME}")
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -345,13 +467,27 @@ def test_a_signal_ends_an_upload_that_goes_on(tiny, tmp_path, server):
     known.slowly = 30
     words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
     job = subprocess.Popen(
-        command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"), stdout=subprocess.PIPE, text=True
+        command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not any(stage == "upload" for stage, _ in known.requests) and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    out = job.communicate(timeout=60)[0]
+    _, err = job.communicate(timeout=60)
     assert job.returncode == 143
-    assert "not pushed  the upload was cut short; later: python -m hf_myllm.hub push" in out
+    assert "not pushed  the upload was cut short; later: python -m hf_myllm.hub push" in err
     assert not list((tmp_path / "run").glob("*.upload.partial"))
+
+
+def test_what_a_killed_run_was_pushing_ends_with_it(tiny, tmp_path, server):
+    known, address = server
+    known.slowly = 5
+    words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
+    job = subprocess.Popen(command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"))
+    deadline = time.monotonic() + 120
+    while not any(stage == "upload" for stage, _ in known.requests) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.kill()
+    job.wait()
+    time.sleep(6)
+    assert known.repos[NAME]["commits"] == []  # which might come after those of the run that goes on

@@ -37,7 +37,7 @@ def test_it_has_all_of_the_run_and_needs_nothing_else(run):
         assert said in text
     assert "run &lt;b&gt;&amp;" in text
     assert "<b>" not in text
-    assert html.escape((run / "recipe.yaml").read_text()) in text
+    assert html.escape((run / "recipe.yaml").read_text().strip()) in text
     outside = re.findall(r'(?:src|href|srcset)="(?!data:)[^"]*"', text)
     assert outside == []
     assert "<script" not in text
@@ -75,3 +75,13 @@ def test_a_browser_shows_it_light_and_dark_without_a_complaint(run, tmp_path):
     assert shots["dark"].mean() < 0.3
     for picture in shots.values():  # the curve is there, in its colours
         assert (picture.max(axis=2) - picture.min(axis=2) > 0.3).sum() > 1000
+
+
+def test_it_can_be_made_again(run, capsys):
+    (run / "report.html").unlink()
+    page.main([str(run)])
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    assert (run / "report.html").is_file()
+    (run / "report.html").unlink()
+    assert train(run / "recipe.yaml", "--resume") == 0  # finished, and so it makes what is missing
+    assert (run / "report.html").is_file()

@@ -111,3 +111,61 @@ def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path, monkeypatch, capsys, a
         main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["_under", "$ma$th_{x}", r"run_$\alpha_{$", "x" * 200, "日本 🙂"])
+def test_a_name_is_shown_as_it_stands(tmp_path, name, recwarn):
+    write(tmp_path / name)
+    write(tmp_path / "other")
+    main([str(tmp_path / name), str(tmp_path / "other"), "--output", str(tmp_path / "both.svg")])
+    text = re.sub(r"<[^>]+>", "", (tmp_path / "both.svg").read_text())
+    assert f"{name[:28]} ... {name[-28:]}: validation" in text if len(name) > 60 else f"{name}: validation" in text
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_steps_that_were_left_out_are_marked_and_spikes_do_not_hide_the_rest(tmp_path):
+    folder = write(tmp_path / "run", steps=300)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if 90 <= line["step"] < 120:
+            line["loss"] = None
+        if line["step"] == 200:
+            line["loss"] = 1e6
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main([str(folder)])
+    text = (folder / "loss.svg").read_text()
+    assert "left out: not finite" in text
+    assert "1 steps are higher, up to 1e+06" in text
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"loss": "x"}, {"loss": {}}, {"tokens": None}, {"val_loss": [1]}, {"step": 10**400}, {"learning_rate": None}],
+)
+def test_what_is_no_number_is_passed_over(tmp_path, odd):
+    folder = write(tmp_path / "run", unit=5)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 101, "loss": 1.0, "learning_rate": 1.0, "train_loss": 2.0} | odd) + "\n")
+    main([str(folder)])
+
+
+def test_a_run_without_times_is_not_laid_over_time(tmp_path, capsys):
+    folder = write(tmp_path / "run")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"train_seconds": [\d.]+, ', "", text))
+    with pytest.raises(SystemExit):
+        main([str(folder), "--by", "time"])
+    assert "run has no training times" in capsys.readouterr().err
+
+
+def test_the_plots_of_a_notebook_stay_as_they_are(tmp_path, monkeypatch):
+    """Neither is its backend changed, nor one needed that a process of another environment does not have."""
+    import subprocess
+    import sys
+
+    folder = write(tmp_path / "run")
+    script = f"from hf_myllm import plot; plot.main([{str(folder)!r}])\n"
+    script += "import sys; assert 'matplotlib.pyplot' not in sys.modules"
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_that_is_not_there")
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -106,15 +106,19 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):
     def track(values, step):
         raise ConnectionError("no route to host")
 
-    report = Report(tmp_path, 0, 3, track=track)
+    report, heard = Report(tmp_path, 0, 3), []
+    report.trackers = {"wandb": track, "tensorboard": lambda values, step: heard.append(step)}
     for step in (1, 2, 3):
         report.step(step, 1.0, 1e-3, 10, 0.5, 7)
     report.close()
-    assert capsys.readouterr().out.count("warning: a tracker failed, and gets nothing more: no route to host") == 1
+    assert capsys.readouterr().out.count("warning: wandb failed, and gets nothing more: no route to host") == 1
     assert len(read_metrics(tmp_path)) == 3
+    assert heard == [1, 2, 3]  # the others get all
 
 
 def test_a_tracker_that_cannot_start_is_said_and_ends_nothing(tiny, monkeypatch, capsys):
     monkeypatch.setattr("wandb.init", lambda **settings: 1 / 0)
-    assert train(*tiny(max_steps=2, eval_freq=None), "--log_with", "wandb") == 0
-    assert "warning: wandb cannot be used: division by zero" in capsys.readouterr().out
+    assert train(*tiny(max_steps=2, eval_freq=None), "--log_with", "wandb", "tensorboard") == 0
+    out = capsys.readouterr().out
+    assert "warning: wandb cannot be used: division by zero" in out
+    assert "tracked     by tensorboard, as " in out
