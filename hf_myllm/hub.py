@@ -368,7 +368,7 @@ def _figures(home, step):
 
 
 def _plain(key):
-    return key.removeprefix("val_").replace("_", " ")
+    return "tokens judged" if key == "val_tokens" else key.removeprefix("val_").replace("_", " ")
 
 
 def _figure(value):

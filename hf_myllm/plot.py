@@ -259,10 +259,11 @@ def _unit_of_count(most):
 
 
 def _smooth(values, reach):
-    """The mean over `reach` values on either side, and near the ends over those that there are."""
+    """The mean over `reach` values on either side; near the start over fewer on both, for a loss falls fast there, and
+    near the end over those that there are."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    low, high = np.maximum(0, places - reach), np.minimum(len(values), places + reach + 1)
+    low, high = np.maximum(0, places - reach), np.minimum(len(values), places + np.minimum(places, reach) + 1)
     return (sums[high] - sums[low]) / (high - low)
 
 
