@@ -50,7 +50,7 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORC
 
 # Run by itself, so that nothing of this package is there: the model as anybody loads it.
 _STOCK = """
-import json, sys, torch, transformers
+import os, sys, torch, transformers
 from safetensors.torch import load_file, save_file
 folder, architecture, base, config, inputs, outputs = sys.argv[1:]
 transformers.utils.logging.set_verbosity_error()
@@ -66,7 +66,6 @@ else:
 with torch.no_grad():
     found = model.eval()(**load_file(inputs)).to_tuple()
 save_file({str(n): one.contiguous() for n, one in enumerate(found) if isinstance(one, torch.Tensor)}, outputs)
-import os
 if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids, room = tokenizer("Once upon a time, 1 + 1 = 2.")["input_ids"], model.config.vocab_size

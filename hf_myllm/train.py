@@ -51,9 +51,12 @@ def main(argv):
     quiet_the_libraries(recipe.run.log_level)
     end_with_the_launcher()
     before = checkpoint.listing(recipe.run.save_model)
+    if is_first_process() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
+        if (Path(recipe.run.save_model) / ".lock").is_file():  # before anything is read that another may take away
+            lock_folder(Path(recipe.run.save_model)).release()
+        if recipe.hub.push_to_hub:
+            hub.check_target(recipe.hub.push_to_hub)
     resume_from = check_folder(recipe)
-    if recipe.hub.push_to_hub and is_first_process() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
-        hub.check_target(recipe.hub.push_to_hub)
     use_all_cores()
     accelerator = make_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
     run = None
@@ -72,11 +75,11 @@ def main(argv):
     except Exception as error:
         if not is_first_to_fail():
             sys.exit(2)  # the cause has been said
-        if isinstance(error, InputError):
-            raise ProcessError(str(error)) from None  # whichever process was the first
-        if run is not None and accelerator.is_main_process and not recipe.run.dry_run:
+        if run is not None and run.lock is not None:  # the first process, in its training
             with suppress(Exception):  # to see how it came to this
                 plot.make(recipe.run.save_model)
+        if isinstance(error, InputError):
+            raise ProcessError(str(error)) from None  # whichever process was the first
         if isinstance(error, torch.OutOfMemoryError):
             problem = "out of memory: lower batch_size, which leaves a step as it is when total_batch_size is set"
             problem = f"{problem} ({error})"

@@ -49,6 +49,23 @@ def push(run, address, home, *more, **environ):
     return run_command("push", run, NAME, *more, module="hf_myllm.hub", env=environment(address, home, **environ))
 
 
+@pytest.fixture
+def impatient(monkeypatch, server, tmp_path):
+    """The server, with hub.push() in this process, hardly a wait between tries, and no look at the model."""
+    known, address = server
+    monkeypatch.setattr(hub, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(hub, "check", lambda folder: None)  # a process of its own each time; held by other tests
+    monkeypatch.setattr(hub, "check_target", lambda repo: None)
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=address, token=TOKEN))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False, raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    return known
+
+
 def test_what_is_pushed_is_what_others_load(run, server, tmp_path):
     known, address = server
     result = push(run, address, tmp_path / "one", "--private")
@@ -97,41 +114,37 @@ def test_from_pretrained_gives_the_same_bytes_back(run, server, tmp_path):
     assert (tmp_path / "back" / name).read_bytes() == (run / "checkpoint-10" / name).read_bytes()
 
 
-def test_a_second_push_takes_the_old_model_away_and_nothing_else(run, server, tmp_path):
-    known, address = server
-    assert push(run, address, tmp_path).returncode == 0
-    known.files(NAME)["model-00001-of-00002.safetensors"] = b"of another model"
+def test_a_second_push_takes_the_old_model_away_and_nothing_else(impatient, run):
+    hub.push(run, NAME)
+    impatient.files(NAME)["model-00001-of-00002.safetensors"] = b"of another model"
     theirs = {
         "notes.txt": b"somebody's",
         "onnx/model.safetensors": b"somebody's too",
         "tokenizer_docs/about.md": b"and this",
         "README.md": b"# edited on the Hub",
     }
-    known.files(NAME).update(theirs)
-    assert push(run, address, tmp_path).returncode == 0
-    assert "model-00001-of-00002.safetensors" not in known.files(NAME)
-    assert {name: known.files(NAME)[name] for name in theirs} == theirs
+    impatient.files(NAME).update(theirs)
+    hub.push(run, NAME)
+    assert "model-00001-of-00002.safetensors" not in impatient.files(NAME)
+    assert {name: impatient.files(NAME)[name] for name in theirs} == theirs
 
 
-def test_a_public_repository_takes_nothing_that_was_to_be_private(run, server, tmp_path):
-    known, address = server
-    assert push(run, address, tmp_path).returncode == 0
-    before = dict(known.files(NAME))
-    result = push(run / "checkpoint-10", address, tmp_path, "--private")
-    assert result.returncode == 2
-    assert f"error: {NAME} is there already, and public" in result.stderr
-    assert known.files(NAME) == before
+def test_a_public_repository_takes_nothing_that_was_to_be_private(impatient, run):
+    hub.push(run, NAME)
+    before = dict(impatient.files(NAME))
+    with pytest.raises(InputError, match=f"{NAME} is there already, and public"):
+        hub.push(run / "checkpoint-10", NAME, private=True)
+    assert impatient.files(NAME) == before
 
 
-def test_other_files_of_the_folder_stay_here(run, server, tmp_path):
-    known, address = server
+def test_other_files_of_the_folder_stay_here(impatient, run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     for name in ("tokenizer_training_secrets.txt", "vocab.customers", "private.safetensors", "tokenizer.json.partial"):
         (other / name).write_text("mine")
     (other / "merges.txt").symlink_to("/etc/passwd")
-    assert push(other, address, tmp_path).returncode == 0
-    assert set(known.files(NAME)) == {path.name for path in run.iterdir() if hub._is_shared(path.name)}
+    hub.push(other, NAME)
+    assert set(impatient.files(NAME)) == {path.name for path in run.iterdir() if hub._is_shared(path.name)}
 
 
 # ---- the card
@@ -262,14 +275,14 @@ def test_a_model_of_others_is_not_said_to_be_ours(run, tmp_path):
         assert said not in card.replace(hub._OURS, "")
 
 
-def test_a_card_that_somebody_has_written_stays(run, server, tmp_path):
-    known, address = server
+def test_a_card_that_somebody_has_written_stays(impatient, run, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(run, mine)
     (mine / "README.md").write_text("# My own words\n")
     hub.write_card(mine)
-    assert push(mine, address, tmp_path).returncode == 0
-    assert known.files(NAME)["README.md"] == b"# My own words\n"
+    for folder in (mine, mine / "checkpoint-10"):
+        hub.push(folder, NAME)
+        assert impatient.files(NAME)["README.md"] == b"# My own words\n"
 
 
 def test_the_cards_of_other_tasks_are_whole_too(tiny_bert, tmp_path):
@@ -358,54 +371,45 @@ def test_an_adapter_to_a_model_that_nobody_else_has_stays_here(run, tiny, tmp_pa
         hub.check(tmp_path / "lora")
 
 
-def test_a_token_in_a_file_stops_it(run, server, tmp_path):
-    known, address = server
+def test_a_token_in_a_file_stops_it(impatient, run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     (other / "README.md").write_text(f"export HF_TOKEN={TOKEN}")
-    result = push(other, address, tmp_path)
-    assert result.returncode == 2
-    assert "README.md of " in result.stderr
-    assert "holds what looks like a token of the Hub: nothing was pushed" in result.stderr
-    assert TOKEN not in result.stderr + result.stdout
-    assert known.repos == {}
+    with pytest.raises(InputError, match="README.md of .* holds what looks like a token") as refused:
+        hub.push(other, NAME)
+    assert TOKEN not in str(refused.value)
+    assert impatient.repos == {}
 
 
 @pytest.mark.parametrize(
-    ("flags", "changed", "message"),
+    ("repo", "changed", "message"),
     [
-        (["--push_to_hub", "no-user"], {}, "push_to_hub 'no-user': give user/name"),
-        (["--push_to_hub", TOKEN], {}, "give user/name"),
-        (["--push_to_hub", NAME], {"HF_TOKEN": ""}, "nobody is logged in; call `hf auth login`, or set HF_TOKEN"),
-        (["--push_to_hub", NAME], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ("no-user", {}, "push_to_hub 'no-user': give user/name"),
+        (TOKEN, {}, "push_to_hub 'hf_...': give user/name"),
+        ("a/b/c", {}, "give user/name"),
+        (NAME, {"HF_TOKEN": None}, "nobody is logged in; call `hf auth login`, or set HF_TOKEN"),
+        (NAME, {"offline": True}, "HF_HUB_OFFLINE is set"),
     ],
 )
-def test_what_cannot_be_pushed_to_is_said_before_anything_is_trained(tiny, tmp_path, flags, changed, message):
-    result = run_command(*tiny(), *flags, env=environment("http://127.0.0.1:9", tmp_path / "home") | changed)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert TOKEN not in result.stderr
+def test_what_cannot_be_pushed_to_is_said_in_a_line(monkeypatch, repo, changed, message):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    if "HF_TOKEN" in changed:
+        monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "offline" in changed)
+    with pytest.raises(InputError, match=re.escape(message)) as refused:
+        hub.check_target(repo)
+    assert TOKEN not in str(refused.value)
+
+
+def test_a_run_says_so_before_anything_is_trained_where_it_would_push(tiny, tmp_path, capsys):
+    """HF_HUB_OFFLINE is set for all tests."""
+    assert train(*tiny(), "--push_to_hub", NAME) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert train(*tiny(), "--push_to_hub", NAME, "--dry_run") == 0
 
 
 # ---- a Hub that fails
-
-
-@pytest.fixture
-def impatient(monkeypatch, server, tmp_path):
-    """push() in this process, against the server, with hardly a wait between tries."""
-    known, address = server
-    monkeypatch.setattr(hub, "WAITS", (0.01, 0.01))
-    monkeypatch.setattr(hub, "check", lambda folder: None)  # held above
-    monkeypatch.setattr(hub, "check_target", lambda repo: None)
-    from huggingface_hub import HfApi
-
-    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=address, token=TOKEN))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False, raising=False)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    return known
 
 
 @pytest.mark.parametrize("failure", [503, "drop"])
@@ -481,7 +485,7 @@ def test_a_signal_ends_an_upload_that_goes_on(tiny, tmp_path, server):
 
 def test_what_a_killed_run_was_pushing_ends_with_it(tiny, tmp_path, server):
     known, address = server
-    known.slowly = 5
+    known.slowly = 3
     words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
     job = subprocess.Popen(command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"))
     deadline = time.monotonic() + 120
@@ -489,5 +493,5 @@ def test_what_a_killed_run_was_pushing_ends_with_it(tiny, tmp_path, server):
         time.sleep(0.1)
     job.kill()
     job.wait()
-    time.sleep(6)
+    time.sleep(4)
     assert known.repos[NAME]["commits"] == []  # which might come after those of the run that goes on
