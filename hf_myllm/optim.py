@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_steps=0, decay_steps=None):
@@ -25,16 +26,56 @@ def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_
     return floor + (peak - floor) * left
 
 
-def build_optimizer(model, learning_rate, betas, epsilon, weight_decay):
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only: weights of projections and embeddings, as
-    GPT-2's reproductions and the transformers Trainer have it; never biases and norms."""
+def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="adamw"):
+    """The optimizer, with decay on matrices only: weights of projections and embeddings, as GPT-2's reproductions and
+    the transformers Trainer have it; never biases and norms.
+
+    adamw is AdamW (Loshchilov and Hutter 2019). muon is Muon (Jordan et al. 2024) for the matrices of the layers, whose
+    steps it makes as long as AdamW's (Liu et al. 2025, "Muon is Scalable"), so that one learning rate serves both; and
+    AdamW for embeddings, heads, biases and norms.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hidden = set()
+    if name == "muon":
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        hidden = {parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 2}
+    others = [parameter for parameter in parameters if parameter not in hidden]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    if not hidden:
+        return adamw
+    hidden = [parameter for parameter in parameters if parameter in hidden]  # in the model's order
+    return Together(
+        [torch.optim.Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw],
+    )
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers of different parameters as one: they share their groups and their state."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self):
+        first = 0
+        for part in self.parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state, first = self.param_groups[first:last], self.state, last
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step(closure)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def optimizer_tensors(model, optimizer):

@@ -179,6 +179,10 @@ def prepare(recipe, accelerator, resume_from):
         tokenizer.model_max_length = config.max_position_embeddings  # so that stock pipelines know where to cut
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
+    if recipe.training.optimizer == "muon" and accelerator.is_fsdp2:
+        raise InputError(
+            "muon needs whole matrices, and FSDP2 divides them: launch it with accelerate_configs/ddp.yaml"
+        )
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, objective, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:

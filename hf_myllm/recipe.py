@@ -138,7 +138,11 @@ class Training:
     gradient_accumulation_steps: int | None = word(
         None, "micro-batches per optimizer step, instead of total_batch_size", minimum=1, on_resume="accept"
     )
-    optimizer: str = word("adamw", "the optimizer", choices=("adamw",))
+    optimizer: str = word(
+        "adamw",
+        "adamw; or muon, which learns the matrices of the layers in fewer steps, with AdamW for all else",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = word(3e-4, "peak learning rate", above=0)
     min_lr: float = word(0.0, "learning rate at the end of a linear, cosine or wsd schedule", minimum=0)
     lr_schedule: str = word(
@@ -270,6 +274,13 @@ class Run:
         on_resume="accept",
     )
     project_name: str = word("hf_myllm", "the project in the trackers", on_resume="accept")
+    profile: int | None = word(
+        None,
+        "steps to record with torch's profiler, after the first ones: a trace, and the time by kind",
+        minimum=1,
+        maximum=1000,
+        on_resume="accept",
+    )
     seed: int = word(1337, "seed of the initial weights, the order of rows, and dropout", minimum=0, maximum=1 << 62)
 
 

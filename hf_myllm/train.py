@@ -41,6 +41,7 @@ from .processes import (
     shard,
     use_all_cores,
 )
+from .profiling import Profiler
 from .recipe import parse
 from .report import Report, amend_run, best_evaluation, figure, write_run
 
@@ -153,7 +154,12 @@ def train(run, before):
     if accelerator.is_fsdp2:  # before the optimizer, which then has this process's share only
         shard(accelerator, run.model, section.compile)
     optimizer = build_optimizer(
-        run.model, section.learning_rate, (section.beta1, section.beta2), section.epsilon, section.weight_decay
+        run.model,
+        section.learning_rate,
+        (section.beta1, section.beta2),
+        section.epsilon,
+        section.weight_decay,
+        section.optimizer,
     )
     if accelerator.is_fsdp2:
         model, run.optimizer = run.model, accelerator.prepare_optimizer(optimizer)
@@ -195,6 +201,7 @@ def train(run, before):
         if run.start and has_lost_patience(run, run.start):
             ends = run.start
     model.train()
+    profiler = Profiler(folder, recipe.run.profile, ends - run.start) if is_main and recipe.run.profile else None
     report.resume()
     for step in range(run.start, ends):
         run.doing = f"step {step + 1}"
@@ -219,6 +226,9 @@ def train(run, before):
         report.step(done, loss, rate, tokens, norm, read, write=is_logged)
 
         report.pause()
+        if profiler is not None and (summary := profiler.step()):
+            for line in summary.splitlines():
+                report.say(line)
         is_best = False
         if recipe.evaluation.eval_freq and done % recipe.evaluation.eval_freq == 0 and not is_last and not must_stop:
             validation = report_evaluation(run, model, report, done)
@@ -236,6 +246,8 @@ def train(run, before):
         if must_stop and not is_last:
             report.say(f"stopped by a signal after step {done}, which is saved: --init_from resume goes on from it")
             return leave(run, report)
+    if profiler is not None:
+        profiler.close()
     # one that lost patience has just been evaluated on all rows
     if not finish(run, model, report, ends, unigram, validation if ends < run.total_steps else None):
         report.say("stopped by a signal in the last evaluation; --init_from resume goes on from it")

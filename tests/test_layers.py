@@ -22,6 +22,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "lora": {"errors"},
     "generate": {"errors", "models", "checkpoint", "lora"},
     "processes": {"errors"},
+    "profiling": set(),
     "metrics": set(),
     "prepare": {
         "errors",
@@ -49,6 +50,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
         "lora",
         "optim",
         "prepare",
+        "profiling",
         "dry_run",
         "console",
         "plot",

@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from conftest import train
 
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
 from hf_myllm.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
@@ -32,6 +35,17 @@ def test_a_schedule_survives_odd_sizes():
             assert all(0 < value <= 1 for value in values)
 
 
+def test_a_run_by_muon_goes_on_bit_for_bit(tiny, tmp_path):
+    words = tiny(optimizer="muon", max_steps=24)
+    assert train(*words, "--save_model", tmp_path / "whole") == 0
+    (tmp_path / "parts").mkdir()
+    assert train(*words, "--save_model", tmp_path / "parts") == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-24")  # as if it had been killed before
+    assert train(*words, "--save_model", tmp_path / "parts", "--resume") == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
 def small():
     torch.manual_seed(0)
     return GPTForCausalLM(GPTConfig(vocab_size=50, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0))
@@ -51,7 +65,33 @@ class InMemory(dict):
         return self[name][start:stop] if self[name].dim() else self[name]
 
 
-def test_the_state_by_name_comes_back_bit_for_bit():
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
+    model = small()
+    muon, adamw = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1, "muon").parts
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    taken = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert taken == {
+        name for name in names.values() if ".h." in name and name.endswith("weight") and ".ln_" not in name
+    }
+    left = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert taken | left == set(names.values())
+    assert not taken & left
+    decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def test_one_learning_rate_is_for_all_parts():
+    optimizer = build_optimizer(small(), 1e-3, (0.9, 0.95), 1e-8, 0.1, "muon")
+    for load in (False, True):
+        if load:
+            optimizer.load_state_dict(optimizer.state_dict())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 + load
+        assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.5 + load}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_by_name_comes_back_bit_for_bit(name):
     def step(model, optimizer, seed):
         torch.manual_seed(seed)
         ids = torch.randint(0, 50, (2, 8))
@@ -60,13 +100,14 @@ def test_the_state_by_name_comes_back_bit_for_bit():
         optimizer.zero_grad()
 
     model, again = small(), small()
-    first = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    first = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1, name)
     for seed in range(3):
         step(model, first, seed)
     tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(model, first).items()}
-    assert {name.rpartition("/")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"}
+    kinds = {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
+    assert {key.rpartition("/")[2] for key in tensors} == kinds
     again.load_state_dict(model.state_dict())
-    second = build_optimizer(again, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    second = build_optimizer(again, 1e-3, (0.9, 0.95), 1e-8, 0.1, name)
     load_optimizer_tensors(again, second, InMemory(tensors))
     step(model, first, 9)
     step(again, second, 9)

@@ -127,6 +127,19 @@ def test_warnings_are_kept_by_quiet_and_dropped_by_error(tmp_path, capsys):
         assert capsys.readouterr().out == said
 
 
+def test_a_profile_says_where_a_step_spends_its_time(tiny, tmp_path):
+    result = run_command(*tiny(max_steps=14, eval_freq=None), "--profile", "3")
+    assert result.returncode == 0, result.stderr
+    summary = (tmp_path / "run" / "profile" / "summary.txt").read_text()
+    assert summary.strip() in result.stdout
+    assert "ms a step over 3 steps" in summary
+    assert "matrix products" in summary
+    assert "attention" in summary
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    assert run_command(*tiny(max_steps=2, save_model=tmp_path / "short"), "--profile", "50").returncode == 0
+
+
 def test_debug_lets_the_libraries_speak(tiny):
     assert "generation_config.json" in run_command(*tiny(max_steps=2), "--log_level", "debug").stderr
 

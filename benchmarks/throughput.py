@@ -1,0 +1,288 @@
+"""Training throughput: this trainer, the stock model in a plain accelerate loop, and the transformers Trainer.
+
+    python benchmarks/throughput.py quickstart                       # GPT of 0.94M, 16 x 128, on a CPU
+    python benchmarks/throughput.py gpt llama llama_1b bert --compile --precision bf16      # on a GPU
+
+Each is a process of its own, one after the other, several times in turn, on the same rows of one prepared corpus
+(random tokens), with clipping at 1.0 and fused AdamW. The plain loop reads its loss at each step, as ours does; the
+Trainer every 10 steps. What counts is the time of some steps after the first ones, in which things are compiled and
+caches filled.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+WORKS = {  # name -> (family, task, rows a step, tokens a row, configuration)
+    "tiny": ("gpt", "causal", 4, 16, {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 97}),
+    "quickstart": ("gpt", "causal", 16, 128, {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 1024}),
+    "gpt": ("gpt", "causal", 32, 1024, {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}),
+    "llama": (
+        "llama",
+        "causal",
+        32,
+        1024,
+        {
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "vocab_size": 50304,
+        },
+    ),
+    "llama_1b": (
+        "llama",
+        "causal",
+        8,
+        2048,
+        {
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "vocab_size": 32000,
+        },
+    ),
+    "bert": (
+        "bert",
+        "mlm",
+        64,
+        512,
+        {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072},
+    ),
+}
+DROPOUTS = {
+    "gpt": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "llama": ("attention_dropout",),
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+}
+PEERS = ("ours", "stock", "Trainer")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "works", nargs="*", default=["quickstart"], choices=WORKS, metavar="WORK", help=", ".join(WORKS)
+    )
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before them")
+    parser.add_argument("--repeats", type=int, default=3, help="times that each is run, in turn")
+    parser.add_argument("--precision", default="no", choices=("no", "bf16", "fp16", "fp8"))
+    parser.add_argument("--compile", action="store_true", help="compile all of them")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args()
+    figures = {"versions": versions(), "precision": args.precision, "compile": args.compile, "works": {}}
+    for work in args.works:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            write_corpus(work, folder, args.steps + args.warmup)
+            found = {peer: [] for peer in args.peers}
+            for number in range(args.repeats):
+                for peer in args.peers:
+                    found[peer].append(measure(peer, work, folder / f"{peer}-{number}", folder, args))
+        figures["works"][work] = show(work, found)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+
+
+def show(work, found):
+    """A table of medians, and the figures."""
+    family, task, rows, length, _ = WORKS[work]
+    print(f"\n{work}: {family}, {task}, {rows} x {length} tokens a step")
+    best = {peer: statistics.median(tokens for tokens, _ in runs) for peer, runs in found.items()}
+    result = {}
+    for peer, runs in found.items():
+        speeds, memory = [tokens for tokens, _ in runs], max(memory for _, memory in runs)
+        ratio = best.get("ours", best[peer]) / best[peer]
+        result[peer] = {"tokens_per_second": speeds, "peak_memory_gb": memory, "ours_over_it": ratio}
+        print(
+            f"  {peer:<8} {best[peer]:>12,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}), {memory:.2f} GB; "
+            f"ours is {ratio:.2f} times as fast"
+        )
+    return result
+
+
+def versions():
+    import accelerate
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    names = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
+    return {name: module.__version__ for name, module in names.items()} | {"device": device}
+
+
+def write_corpus(work, folder, steps):
+    """Random tokens, enough for the steps, and for masked-LM a tokenizer that has a mask."""
+    family, task, rows, length, config = WORKS[work]
+    vocabulary = config.get("vocab_size", 30522)
+    draw = np.random.default_rng(0)
+    draw.integers(10, vocabulary, (steps + 1) * rows * length + 1).astype(np.uint16).tofile(folder / "corpus.bin")
+    if task == "mlm":
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(vocabulary - 5))])}
+        backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        names = {f"{word[1:-1].lower()}_token": word for word in special}
+        PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "tokenizer")
+
+
+def measure(peer, work, run, folder, args):
+    """Tokens a second and peak memory (GB) of one process."""
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": args.precision, "HF_HUB_OFFLINE": "1"}
+    environment |= {} if args.precision != "fp8" else {"ACCELERATE_FP8_BACKEND": "AO"}
+    if peer == "ours":
+        command = [sys.executable, "-m", "hf_myllm.train", *flags(work, run, folder, args)]
+    else:
+        options = [args.precision, "compile" if args.compile else "eager", args.warmup, args.steps]
+        command = [sys.executable, __file__, "--one", peer, work, folder, *options]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{peer} failed: {done.stderr[-2000:]}")
+    if peer != "ours":
+        return tuple(json.loads(done.stdout.splitlines()[-1]))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = {line["step"]: line for line in lines if "loss" in line}
+    first, last = lines[args.warmup], lines[args.warmup + args.steps]
+    _, _, rows, length, _ = WORKS[work]
+    seconds = last["train_seconds"] - first["train_seconds"]
+    return args.steps * rows * length / seconds, last["peak_memory_gb"]
+
+
+def flags(work, run, folder, args):
+    """The command line of a run of ours: the defaults, but for what makes it the same work."""
+    family, task, rows, length, config = WORKS[work]
+    words = {"model": family, "task": task, "train_file": folder / "corpus.bin", "val_fraction": 0, "max_len": length}
+    words |= {"batch_size": rows, "max_steps": args.warmup + args.steps, "save_model": run, "eval_iter": 1}
+    words |= {"save_freq": "null", "compile": args.compile} | config | dict.fromkeys(DROPOUTS[family], 0.0)
+    words |= {"tokenizer": folder / "tokenizer"} if task == "mlm" else {}
+    return [text for key, value in words.items() for text in (f"--{key}", str(value))]
+
+
+# ---- the others
+
+
+def one(peer, work, folder, precision, mode, warmup, steps):
+    """Train the stock model in this process, and print tokens a second and peak memory."""
+    import resource
+
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(os.cpu_count())  # as ours does
+    family, task, rows, length, config = WORKS[work]
+    warmup, steps = int(warmup), int(steps)
+    torch.manual_seed(0)
+    stock = {"gpt": "GPT2", "llama": "Llama", "bert": "Bert"}[family]
+    head = {"gpt": "LMHeadModel", "llama": "ForCausalLM", "bert": "ForMaskedLM"}[family]
+    name = "n_positions" if family == "gpt" else "max_position_embeddings"
+    settings = {name: length, "use_cache": False} | config | dict.fromkeys(DROPOUTS[family], 0.0)
+    if family == "llama":
+        settings["tie_word_embeddings"] = False
+    model = getattr(transformers, stock + head)(getattr(transformers, f"{stock}Config")(**settings))
+    tokens = torch.from_numpy(np.fromfile(Path(folder) / "corpus.bin", dtype=np.uint16).astype(np.int64))
+    tokens = tokens[: (steps + warmup) * rows * length].view(-1, length)
+    collate = None
+    if task == "mlm":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+        collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+
+    def batch(items):
+        if collate is not None:
+            return collate([{"input_ids": item} for item in items])
+        return {"input_ids": torch.stack(items), "labels": torch.stack(items)}
+
+    run = by_accelerate if peer == "stock" else by_trainer
+    seconds = run(model, tokens, batch, rows, warmup, steps, precision, mode == "compile")
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps([steps * rows * length / seconds, peak / 1e9]))
+
+
+def now():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def by_accelerate(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
+    """The loop that accelerate's users write."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import TorchDynamoPlugin
+
+    accelerator = Accelerator(dynamo_plugin=TorchDynamoPlugin(backend="inductor") if is_compiled else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    loader = torch.utils.data.DataLoader(tokens, batch_size=rows, shuffle=True, collate_fn=batch)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for number, inputs in enumerate(loader):
+        if number == warmup:
+            began = now()
+        loss = model(**inputs).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+    return now() - began
+
+
+def by_trainer(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    times = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            if state.global_step in (warmup, warmup + steps):
+                times[state.global_step] = now()
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=rows,
+            max_steps=warmup + steps,
+            learning_rate=3e-4,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            torch_compile=is_compiled,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[row for row in tokens],
+            data_collator=batch,
+            callbacks=[Clock()],
+        ).train()
+    return times[warmup + steps] - times[warmup]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(*sys.argv[2:])
+    else:
+        main()
