@@ -77,11 +77,7 @@ def read(folder):
             evaluations[key] = np.array(points, dtype=float).T
     return Curves(
         Path(folder).resolve().name,
-        {
-            "step": steps,
-            "tokens": tokens,
-            "time": numbers["train_seconds"],
-        },
+        {"step": steps, "tokens": tokens, "time": numbers["train_seconds"]},
         numbers["loss"],
         numbers["learning_rate"],
         evaluations,

@@ -7,6 +7,7 @@ optimizer's moments, so that a run that was killed goes on bit for bit.
 
 import gc
 import math
+import os
 import sys
 import traceback
 from collections import Counter
@@ -53,7 +54,7 @@ def main(argv):
     end_with_the_launcher()
     before = checkpoint.listing(recipe.run.save_model)
     if is_first_process() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
-        if (Path(recipe.run.save_model) / ".lock").is_file():  # before anything is read that another may take away
+        if os.path.isfile(Path(recipe.run.save_model) / ".lock"):  # before anything is read that another may take away
             lock_folder(Path(recipe.run.save_model)).release()
         if recipe.hub.push_to_hub:
             hub.check_target(recipe.hub.push_to_hub)
@@ -337,9 +338,9 @@ def holds_for_any(run, condition):
 
 def leave(run, report):
     """The exit code of a run that a signal has stopped: 128 and the signal's number, the same of all processes."""
+    report.close()
     if run.uploads is not None and (line := run.uploads.stop()):
         report.fail(line)
-    report.close()
     received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
     return 128 + int(run.accelerator.gather(received).max())
 
