@@ -7,7 +7,6 @@ A run with `push_to_hub: user/name` does the same for each checkpoint, in a proc
 network nor a failing one is felt by the training.
 """
 
-import json
 import os
 import re
 import shlex
@@ -30,7 +29,7 @@ from . import checkpoint, lora
 from .errors import InputError, Parser, exit_on_input_error, first_line
 from .models import FAMILIES
 from .processes import end_with, quiet_the_libraries
-from .report import read_metrics, read_run
+from .report import read_metrics, read_run, write_whole
 
 # What is shared of a folder: the files of a model and its tokenizer, and nothing else that may lie there.
 SHARED = {
@@ -234,14 +233,14 @@ def _with_retries(work, repo):
     for wait in (*WAITS, None):
         try:
             return work()
+        except InputError:
+            raise
         except Exception as error:
             causes = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
             answers = [one.response for one in causes if isinstance(one, HfHubHTTPError) and one.response is not None]
             is_final = any(one.status_code not in _PASSING for one in answers) or isinstance(error, ValueError)
-            if isinstance(error, InputError):
-                raise
             if wait is None or is_final:
                 said = ": ".join(dict.fromkeys(first_line(one)[:200] for one in (error, causes[-1])))
                 said = _TOKEN.sub("hf_...", re.sub(r"\?\S+", "", said))  # addresses may be signed
@@ -257,9 +256,7 @@ def write_card(folder):
     """Write RUN/README.md, unless somebody has made it his own."""
     path = Path(folder) / "README.md"
     if not is_edited(path):
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(card(folder, has_curves=(Path(folder) / "loss.png").is_file()), encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, card(folder, has_curves=(Path(folder) / "loss.png").is_file()))
 
 
 def is_edited(path):
@@ -275,7 +272,6 @@ _PIPELINES = {
     "QuestionAnswering": "question-answering",
 }
 _FAMILY_NAMES = {"gpt2": "GPT-2", "llama": "Llama", "bert": "BERT"}
-_METRICS = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits_per_byte"}
 
 
 def card(folder, repo=None, revision=None, has_curves=False):
@@ -287,8 +283,7 @@ def card(folder, repo=None, revision=None, has_curves=False):
         InputError: run.json is not as this package writes it.
     """
     folder, home = Path(folder), home_of(folder)
-    config = json.loads(Path(lora.config_of(folder) if lora.base_of(folder) else folder / "config.json").read_text())
-    about = read_run(home)
+    config, about = lora.read_config(folder), read_run(home)
     try:
         return _TOKEN.sub("hf_...", _card(folder, home, config, about, repo or home.name, revision, has_curves))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -383,7 +378,7 @@ def _results(figures, task, about):
             task_type=task or "other",
             dataset_type=ids[0] if ids else "own",
             dataset_name=", ".join(source["name"] for source in sources) or "validation data",
-            metric_type=_METRICS.get(key, key.removeprefix("val_")),
+            metric_type=key.removeprefix("val_"),
             metric_value=round(value, 6),
         )
         for key, value in figures.items()

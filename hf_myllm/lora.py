@@ -87,6 +87,12 @@ def config_of(folder):
     return str(whole if whole.is_file() else base_of(folder) or folder)
 
 
+def read_config(folder):
+    """The configuration of a folder's whole model, as its file has it."""
+    path = config_of(folder) if base_of(folder) else Path(folder) / "config.json"
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def how_to_load(folder, name=None):
     """The line of Python that loads the model of a folder with stock transformers, or its adapter with stock peft.
 
@@ -95,7 +101,7 @@ def how_to_load(folder, name=None):
     """
     base, called = base_of(folder), name or folder
     name = json.dumps(str(called), ensure_ascii=False)  # as Python reads it too
-    config = json.loads(Path(config_of(folder) if base else Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     kind = config["architectures"][0].partition("For")[2] or "CausalLM"  # of GPT2LMHeadModel
     if base and kind in ("MaskedLM", "PreTraining", "QuestionAnswering"):
         return f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), {name})'

@@ -6,7 +6,6 @@ All of it is read from the run's folder: recipe.yaml, run.json, metrics.jsonl.
 
 import base64
 import html
-import os
 import shlex
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from . import plot
 from .errors import InputError, Parser, exit_on_input_error, printable
-from .report import read_metrics, read_run
+from .report import read_metrics, read_run, write_whole
 
 _SAMPLES = 12  # shown at most, evenly spread
 _STYLE = """
@@ -70,9 +69,7 @@ def make(folder):
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
         f'<p class="dim">{kind}</p>\n{"".join(parts)}</body>\n</html>\n'
     )
-    aside = folder / "report.html.partial"
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, folder / "report.html")
+    write_whole(folder / "report.html", text)
 
 
 def _section(title, content):

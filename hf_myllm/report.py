@@ -106,7 +106,7 @@ class Report:
         self.tokens += tokens
         elapsed = time.monotonic() - self.clock
         self.recent.append((elapsed, self.tokens))
-        (then, tokens_then), _ = self.recent[0], self.recent[-1]
+        then, tokens_then = self.recent[0]
         speed = (self.tokens - tokens_then) / (elapsed - then) if elapsed > then else 0.0
         used = f", {speed * self.flops:.0%} MFU" if self.flops else ""
         left = tqdm.format_interval(elapsed / max(1, step - self.start) * (self.total_steps - step))
@@ -231,9 +231,7 @@ def _forget_after(path, step, total_steps):
     lines = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
     if step == total_steps:
         lines = [line for line in lines if line["step"] < step or "train_loss" not in line]
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
@@ -255,16 +253,21 @@ def write_run(folder, facts, launch, goes_on):
     before = read_run(folder) if goes_on else {}
     launches = [one for one in before.get("launches", []) if one["step"] <= launch["step"]]
     kept = {"id": before.get("id") or secrets.token_hex(4), "published_step": before.get("published_step")}
-    _replace_run(folder, facts | kept | {"launches": [*launches, launch]})
+    _write_run(folder, facts | kept | {"launches": [*launches, launch]})
     return kept["id"]
 
 
 def amend_run(folder, **facts):
     """Write more into RUN/run.json."""
-    _replace_run(folder, read_run(folder) | facts)
+    _write_run(folder, read_run(folder) | facts)
 
 
-def _replace_run(folder, found):
-    aside = Path(folder) / "run.json.partial"
-    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, Path(folder) / "run.json")
+def _write_run(folder, found):
+    write_whole(Path(folder) / "run.json", json.dumps(found, indent=1) + "\n")
+
+
+def write_whole(path, text):
+    """Write a file under another name, and give it its own when all is there."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
