@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from .data.objectives import IGNORED, counts, targets
 from .data.order import micro_batches
+from .device import to_device
 from .errors import InputError, first_line
 
 METRICS = Path(__file__).parent / "metrics"
@@ -49,7 +50,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    loss_sum, tokens, text_bytes, pairs, pair_loss, right, said = 0.0, 0, 0, 0, 0.0, 0, []
+    losses, tokens, text_bytes, pairs, pair_loss, right, said = [], 0, 0, 0, 0.0, 0, []
     rounds = math.ceil(len(rows) / (batch_size * accelerator.num_processes))
     # every process takes part in every round, with an empty batch where its rows have run out
     for _, share in micro_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
@@ -57,10 +58,10 @@ def evaluate(
             model.train(was_training)
             return None
         batch = objective.batch(data, share, size=batch_size)
-        inputs = {key: value.to(accelerator.device) for key, value in batch.items()}
+        inputs = {key: to_device(value, accelerator.device) for key, value in batch.items()}
         found = counts(batch)
         outputs = objective.forward(model, inputs, dict.fromkeys(found, 1))  # divided by 1: sums
-        loss_sum += outputs.loss.item()
+        losses.append(outputs.loss)
         tokens += found["num_items_in_batch"]
         if "next_sentence_label" in batch:
             label, scores = inputs["next_sentence_label"], outputs.seq_relationship_logits.float()
@@ -73,6 +74,7 @@ def evaluate(
             labels = targets(batch)[targets(batch) != IGNORED]
             text_bytes += int(token_bytes[labels.numpy()].sum())
     model.train(was_training)
+    loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch is waited for
     if accelerator.num_processes > 1:
         sums = [loss_sum, tokens, text_bytes, pairs, pair_loss, right]
         sums = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))

@@ -50,12 +50,68 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
         return adamw
     hidden = [parameter for parameter in parameters if parameter in hidden]  # in the model's order
     return Together(
-        [torch.optim.Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw],
+        [Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw],
     )
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, which takes all matrices of a shape through its arithmetic at once: one after the other, they are
+    too small to fill a GPU, and a thousand operations a step to launch. Like torch's fused optimizers it takes no step
+    where `found_inf`, a tensor that it is given, is 1."""
+
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            alike = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+            for parameters in alike.values():
+                self._step_alike(parameters, group, getattr(self, "found_inf", None))
+
+    def _step_alike(self, parameters, group, found_inf):
+        gradients, momentum, taken = [parameter.grad for parameter in parameters], group["momentum"], 1.0
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+        means = [state["momentum_buffer"] for state in states]
+        if found_inf is not None:  # the mean of a value and itself is that value
+            taken = 1 - found_inf
+            gradients = [torch.where(found_inf > 0, *pair) for pair in zip(means, gradients, strict=True)]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        updates = orthogonal(
+            torch.stack(torch._foreach_lerp(gradients, means, momentum)),  # Nesterov's
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+        )
+        length = 0.2 * math.sqrt(max(updates.shape[1:]))  # by which an entry's root mean square is as AdamW's
+        updates = updates.to(parameters[0].dtype) * (group["lr"] * length * taken)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * taken)
+        torch._foreach_sub_(parameters, list(updates))
+
+
+def orthogonal(matrices, coefficients, steps, epsilon):
+    """The orthogonal matrices nearest to some of one shape, (number, rows, columns), roughly: their singular values
+    come to lie around 1, by Newton and Schulz's iteration in bfloat16 (Jordan et al. 2024, "Muon")."""
+    a, b, c = coefficients
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    found = (matrices.mT if is_tall else matrices).bfloat16()
+    found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
+    for _ in range(steps):
+        gram = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.mT if is_tall else found
+
+
 class Together(torch.optim.Optimizer):
-    """Several optimizers of different parameters as one: they share their groups and their state."""
+    """Several optimizers of different parameters as one: they share their groups, their state, and what the gradient
+    scaler tells them."""
+
+    _step_supports_amp_scaling = True
 
     def __init__(self, parts):
         self.parts = parts
@@ -71,11 +127,28 @@ class Together(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for part in self.parts:
+            part.found_inf, part.grad_scale = getattr(self, "found_inf", None), None  # gradients are unscaled
             part.step(closure)
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self._share()
+
+
+def step_if(optimizer, holds):
+    """Take a step if `holds`, a tensor of one bool, is true: the device itself decides, and the host does not wait for
+    it, where the optimizer can do that (as torch's fused ones, for the gradient scaler)."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's
+    first = inner.param_groups[0]["params"][0]
+    if not getattr(inner, "_step_supports_amp_scaling", False) or isinstance(first, DTensor):
+        if holds.item():
+            optimizer.step()
+        return
+    inner.found_inf = (~holds).float()
+    try:
+        optimizer.step()
+    finally:
+        del inner.found_inf
 
 
 def optimizer_tensors(model, optimizer):

@@ -23,32 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError, ProcessError, first_line
 
-try:
-    import resource
-except ImportError:  # of Windows
-    resource = None
-
-
-# Dense 16-bit FLOP/s of a device, by its name, from NVIDIA's data sheets: A100 (2021), H100 (2023), H200 (2024), L4 and
-# L40S (2023), A10 (2021), B200 (2024), and the architecture papers of Ada (RTX 4090), Ampere (RTX 3090), Blackwell (RTX
-# 5090; fp32 accumulation). The first that a name contains.
-_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-
 
 def quiet_the_libraries(log_level="info"):
     """Leave to the libraries only what a person must read; with "debug", they say all that they have to."""
@@ -191,23 +165,6 @@ def is_of_another(error):
     """Whether an error says that other processes cannot be reached, and so that they have failed before."""
     said = r"closed by peer|connection reset|broken pipe|read error|remote worker|nccl .*(error|abort)|recvvalue"
     return isinstance(error, torch.distributed.DistError) or bool(re.search(said, str(error), re.IGNORECASE))
-
-
-def peak_flops(accelerator):
-    """16-bit floating-point operations that all devices can do in a second; 0 where that is not known."""
-    if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
-        return 0.0
-    name = torch.cuda.get_device_name(accelerator.device)
-    return accelerator.num_processes * next((flops for part, flops in _FLOPS.items() if part in name), 0.0)
-
-
-def peak_memory(accelerator):
-    """The most bytes that this process has used so far: of its GPU, or else of the machine; None where not known."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(accelerator.device)
-    if resource is None:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def listen_for_signals():

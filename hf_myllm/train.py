@@ -23,11 +23,12 @@ from filelock import FileLock, Timeout
 from . import checkpoint, console, dry_run, hub, lora, page, plot
 from .data import examples, objectives, order
 from .data import tokenizer as tokenizers
+from .device import Numbers, peak_flops, peak_memory, to_device
 from .errors import InputError, ProcessError, exit_on_input_error, first_line
 from .evaluation import evaluate
 from .generate import fill_in, generate_text
 from .models import FAMILIES
-from .optim import build_optimizer, learning_rate, load_optimizer_tensors, local, optimizer_tensors, whole
+from .optim import build_optimizer, learning_rate, load_optimizer_tensors, local, optimizer_tensors, step_if, whole
 from .prepare import check_folder, fingerprints, is_first_process, prepare
 from .processes import (
     end_training,
@@ -36,8 +37,6 @@ from .processes import (
     is_of_another,
     listen_for_signals,
     make_accelerator,
-    peak_flops,
-    peak_memory,
     quiet_the_libraries,
     shard,
     use_all_cores,
@@ -45,6 +44,8 @@ from .processes import (
 from .profiling import Profiler
 from .recipe import parse
 from .report import Report, amend_run, best_evaluation, figure, write_run
+
+AHEAD = {"cuda": 1}  # steps that are begun before it is known what the last one has come to, by the device's type
 
 
 @exit_on_input_error
@@ -204,6 +205,7 @@ def train(run, before):
     model.train()
     profiler = Profiler(folder, recipe.run.profile, ends - run.start) if is_main and recipe.run.profile else None
     report.resume()
+    under_way, ahead = [], AHEAD.get(accelerator.device.type, 0)
     for step in range(run.start, ends):
         run.doing = f"step {step + 1}"
         rate = learning_rate(
@@ -217,27 +219,27 @@ def train(run, before):
         )
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        loss, tokens, must_stop, norm, read = training_step(run, model, step)
+        under_way.append((step, rate, training_step(run, model, step)))
         done = step + 1
         is_last = done == run.total_steps
-        run.skipped = 0 if is_finite(run, loss, norm) else run.skipped + 1
-        if run.skipped:
-            report_skipped(run, report, step, loss, norm)
-        is_logged = run.skipped or is_last or done % recipe.run.log_freq == 0
-        report.step(done, loss, rate, tokens, norm, read, write=is_logged)
+        is_evaluated = recipe.evaluation.eval_freq and done % recipe.evaluation.eval_freq == 0 and not is_last
+        is_saved = is_last or (recipe.run.save_freq and done % recipe.run.save_freq == 0)
+        must_stop = bool(run.signals) and accelerator.num_processes == 1  # several stop by what they have said together
+        while under_way and (len(under_way) > ahead or is_evaluated or is_saved or must_stop):
+            must_stop = settle(run, report, *under_way.pop(0)) or must_stop
 
         report.pause()
         if profiler is not None and (summary := profiler.step()):
             for line in summary.splitlines():
                 report.say(line)
         is_best = False
-        if recipe.evaluation.eval_freq and done % recipe.evaluation.eval_freq == 0 and not is_last and not must_stop:
+        if is_evaluated and not must_stop:
             validation = report_evaluation(run, model, report, done)
             must_stop = validation is None
             is_best = not must_stop and holds_for_any(run, is_main and best_step(run, done) == done)
             if not must_stop and has_lost_patience(run, done):
                 ends, is_last = done, True
-        if must_stop or is_last or is_best or (recipe.run.save_freq and done % recipe.run.save_freq == 0):
+        if must_stop or is_last or is_saved or is_best:
             save_checkpoint(run, done)
             if run.uploads is not None and not must_stop and not is_last:
                 run.uploads.begin(done)
@@ -257,11 +259,12 @@ def train(run, before):
 
 
 def training_step(run, model, step):
-    """One optimizer step over all processes; returns its loss, tokens, whether to stop, gradient norm, and a digest of
-    the rows that were read.
+    """One optimizer step over all processes; returns [`Numbers`]: its loss and gradient norm; its tokens, a digest of
+    the rows that were read, and whether a process is to stop.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
-    micro-batches and processes. A step whose loss or gradient is not finite changes nothing.
+    micro-batches and processes. A step whose loss or gradient is not finite changes nothing. The host waits for
+    nothing here: while a GPU works on a step, the next one is made ready.
     """
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training
@@ -275,9 +278,9 @@ def training_step(run, model, step):
         counts.update(objectives.counts(batch))
     # all processes divide by the same numbers, and stop at the same step or none
     tokens, read = sum(map(objectives.tokens_read, batches)), sum(order.digest(share) for _, share in shares)
-    sums = torch.tensor([*counts.values(), tokens, read, bool(run.signals)], device=accelerator.device)
-    *sums, tokens, read, must_stop = accelerator.reduce(sums)
-    counts = {name: total.clamp(min=1) for name, total in zip(counts, sums, strict=True)}  # a step may have no target
+    sums = torch.tensor([*counts.values(), tokens, read, bool(run.signals)])
+    sums = accelerator.reduce(to_device(sums, accelerator.device))
+    counts = {name: total.clamp(min=1) for name, total in zip(counts, sums, strict=False)}  # a step may have no target
 
     # DDP averages gradients over processes and accelerate divides by its own idea of accumulation; undo both
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -287,24 +290,31 @@ def training_step(run, model, step):
         is_last = number == len(batches) - 1
         # sharded, whole gradients would stay on each process until the last
         with nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model):
-            inputs = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+            inputs = {key: to_device(value, accelerator.device) for key, value in batch.items()}
             loss = run.objective.forward(model, inputs, counts).loss
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip or math.inf)  # inf: only measured
-    norm = whole(norm).item()
-    loss = accelerator.reduce(loss_sum).item()
-    if is_finite(run, loss, norm) or accelerator.scaler is not None:  # fp16's scaler must see what it scaled too far
+    measured = torch.stack([accelerator.reduce(loss_sum), whole(norm).to(loss_sum.device)])
+    if accelerator.scaler is not None:  # fp16's scaler must see what it scaled too far, and leaves the step out itself
         run.optimizer.step()
+    else:
+        step_if(run.optimizer, measured.isfinite().all())
     run.optimizer.zero_grad()
-    must_stop = bool(must_stop) or (bool(run.signals) and accelerator.num_processes == 1)
-    return loss, int(tokens), must_stop, norm, int(read)
+    return Numbers(measured, sums[-3:])
 
 
-def is_finite(run, loss, norm):
-    """Whether a step can be taken; all processes answer alike. In fp16 a gradient that is not finite only tells the
-    scaler to scale less, which then leaves the step out itself."""
-    return math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None)
+def settle(run, report, step, rate, numbers):
+    """Say and log what a step has come to; returns whether a process is to stop."""
+    (loss, norm), (tokens, read, must_stop) = numbers.read()
+    # in fp16 a gradient that is not finite only tells the scaler to scale less; all processes answer alike
+    is_finite = math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None)
+    run.skipped = 0 if is_finite else run.skipped + 1
+    if run.skipped:
+        report_skipped(run, report, step, loss, norm)
+    is_logged = run.skipped or step + 1 == run.total_steps or (step + 1) % run.recipe.run.log_freq == 0
+    report.step(step + 1, loss, rate, tokens, norm, read, write=is_logged)
+    return bool(must_stop)
 
 
 def report_skipped(run, report, step, loss, norm):

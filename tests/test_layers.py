@@ -13,7 +13,8 @@ ALLOWED = {  # room -> the rooms of the package that it may import
     "data": {"errors", "models"},
     "optim": {"models"},
     "checkpoint": {"errors", "models"},
-    "evaluation": {"errors", "models", "data"},
+    "device": set(),
+    "evaluation": {"errors", "models", "data", "device"},
     "report": {"errors"},
     "plot": {"errors", "report"},
     "page": {"errors", "plot", "report"},
@@ -57,6 +58,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
         "page",
         "hub",
         "processes",
+        "device",
     },
 }
 

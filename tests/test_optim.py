@@ -5,7 +5,7 @@ import torch
 from conftest import train
 
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
-from hf_myllm.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from hf_myllm.optim import Muon, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, step_if
 
 
 def rates(schedule, total=100, **options):
@@ -78,6 +78,45 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
     assert not taken & left
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def test_muon_is_torchs():
+    """All matrices of a shape at once, tall and wide ones, and one that has no gradient."""
+    shapes = [(6, 18), (6, 6), (24, 6), (6, 18), (6, 6), (24, 6)]
+    weights = {}
+    for kind in (torch.optim.Muon, Muon):
+        torch.manual_seed(0)
+        weights[kind] = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = kind(weights[kind], 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(5):
+            for weight in weights[kind][:-1]:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+    torch.testing.assert_close(*weights.values(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_to_be_taken_changes_no_bit(name):
+    model, ids = small(), torch.arange(16).view(2, 8)
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.95), 1e-8, 0.1, name)
+
+    def state():
+        return [p.clone() for p in model.parameters()] + [
+            t.clone() for t in optimizer_tensors(model, optimizer).values()
+        ]
+
+    kept = None
+    for spoilt in (False, True, False):
+        model(ids, labels=ids).loss.backward()
+        if spoilt:
+            kept = state()
+            for parameter in model.parameters():
+                parameter.grad *= float("nan")
+        step_if(optimizer, torch.tensor(not spoilt))
+        optimizer.zero_grad()
+        if spoilt:
+            assert all(torch.equal(a, b) for a, b in zip(kept, state(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(kept, state(), strict=True) if a.dim() > 1 and a.numel() > 50)
 
 
 def test_one_learning_rate_is_for_all_parts():

@@ -29,8 +29,8 @@ _LONGEST_WORD = 12  # tokens by which a row's last whole word may go beyond the 
 
 
 def forward(model, inputs, counts):
-    """The model's outputs, whose loss is the sum over all targets divided by `counts`."""
-    return model(**inputs, **counts, use_cache=False)
+    """The model's outputs, whose loss is the sum over all targets divided by `counts`, without the tokens' logits."""
+    return model(**inputs, **counts, use_cache=False, skip_logits=True)
 
 
 def build(task, tokenizer, vocab_size, seed, packing="stream", mlm_probability=0.15, whole_word_masking=False):

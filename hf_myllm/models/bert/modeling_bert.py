@@ -378,6 +378,7 @@ class MyBertForPreTraining(MyBertWithLMHead):
         masked_positions=None,
         num_items_in_batch=None,
         num_pairs_in_batch=None,
+        skip_logits=False,
         **kwargs,
     ):
         """Logits of both heads, and the sum of their mean cross-entropies in nats when both labels are given.
@@ -386,6 +387,7 @@ class MyBertForPreTraining(MyBertWithLMHead):
             labels, masked_positions, num_items_in_batch: as in [`MyBertForMaskedLM`].
             next_sentence_label: (batch,), 0 where the second sentence follows the first, 1 where not, -100 ignored.
             num_pairs_in_batch: divide the summed next-sentence loss by this instead of by the number of labels here.
+            skip_logits: give no logits of tokens, as in [`MyBertForMaskedLM`].
             The others as in [`MyBertModel`].
         """
         outputs = self.bert(
@@ -409,7 +411,7 @@ class MyBertForPreTraining(MyBertWithLMHead):
             loss = loss + pair_loss
         return MyBertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=logits,
+            prediction_logits=None if skip_logits else logits,
             seq_relationship_logits=relationship,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -437,6 +439,7 @@ class MyBertForMaskedLM(MyBertWithLMHead):
         labels=None,
         masked_positions=None,
         num_items_in_batch=None,
+        skip_logits=False,
         **kwargs,
     ):
         """Logits over the vocabulary, and the mean cross-entropy in nats when labels are given.
@@ -449,6 +452,7 @@ class MyBertForMaskedLM(MyBertWithLMHead):
             masked_positions: (batch, masked) positions to run the head on. Labels are then (batch, masked), and logits
                 (batch, masked, vocab_size), in training or not.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
+            skip_logits: give the loss alone. What is given back must be kept, and logits are large.
             The others as in [`MyBertModel`].
         """
         outputs = self.bert(
@@ -465,7 +469,10 @@ class MyBertForMaskedLM(MyBertWithLMHead):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch)
         return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            logits=None if skip_logits else logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 

@@ -273,9 +273,11 @@ class MyLlamaForCausalLM(MyLlamaPreTrainedModel, GenerationMixin):
                 signature, where the library's Trainer would take it for something that each batch must have.
             logits_to_keep: how many last positions to compute logits for (0: all), or their indices.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
+            skip_logits: give the loss alone. Logits are the largest thing that a step computes, and what is given back
+                must be kept: compiled, they then never exist in fp32. Not in the signature either.
             The others as in [`MyLlamaModel`].
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", False)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -295,7 +297,7 @@ class MyLlamaForCausalLM(MyLlamaPreTrainedModel, GenerationMixin):
             )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
