@@ -1,12 +1,19 @@
-"""Training throughput: this trainer, the stock model in a plain accelerate loop, and the transformers Trainer.
+"""Training throughput: this trainer, and what people would use instead.
 
     python benchmarks/throughput.py quickstart                       # GPT of 0.94M, 16 x 128, on a CPU
-    python benchmarks/throughput.py gpt llama llama_1b bert --compile --precision bf16      # on a GPU
+    python benchmarks/throughput.py gpt --compile --precision bf16 \\                       # on a GPU
+        --peers ours isolated single-file stock Trainer Trainer-eager
+    python benchmarks/throughput.py llama llama_1b --compile --precision bf16
+    python benchmarks/throughput.py bert --compile --precision bf16 --peers ours stock stock-eager
+
+Peers: `ours`; `isolated`, which is ours with documents of 300 tokens on average kept apart; `single-file`, a GPT in
+plain torch with its loop around it, in nanoGPT's published setting (no biases, autocast, fused AdamW, a loss read every
+10 steps); `stock`, the stock model in a plain accelerate loop, which reads its loss at each step; `Trainer`, the
+transformers Trainer. With `-eager`, the last two are not compiled when --compile is given.
 
 Each is a process of its own, one after the other, several times in turn, on the same rows of one prepared corpus
-(random tokens), with clipping at 1.0 and fused AdamW. The plain loop reads its loss at each step, as ours does; the
-Trainer every 10 steps. What counts is the time of some steps after the first ones, in which things are compiled and
-caches filled.
+(random tokens), with clipping at 1.0 and fused AdamW. What counts is the time of some steps after the first ones, in
+which things are compiled and caches filled.
 """
 
 import argparse
@@ -67,7 +74,8 @@ DROPOUTS = {
     "llama": ("attention_dropout",),
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
 }
-PEERS = ("ours", "stock", "Trainer")
+PEERS = ("ours", "isolated", "single-file", "stock", "stock-eager", "Trainer", "Trainer-eager")
+MARK = 1  # the token between documents
 
 
 def main():
@@ -75,7 +83,7 @@ def main():
     parser.add_argument(
         "works", nargs="*", default=["quickstart"], choices=WORKS, metavar="WORK", help=", ".join(WORKS)
     )
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="+", default=["ours", "stock", "Trainer"], choices=PEERS)
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them")
     parser.add_argument("--repeats", type=int, default=3, help="times that each is run, in turn")
@@ -108,7 +116,7 @@ def show(work, found):
         ratio = best.get("ours", best[peer]) / best[peer]
         result[peer] = {"tokens_per_second": speeds, "peak_memory_gb": memory, "ours_over_it": ratio}
         print(
-            f"  {peer:<8} {best[peer]:>12,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}), {memory:.2f} GB; "
+            f"  {peer:<13} {best[peer]:>12,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}), {memory:.2f} GB; "
             f"ours is {ratio:.2f} times as fast"
         )
     return result
@@ -125,36 +133,47 @@ def versions():
 
 
 def write_corpus(work, folder, steps):
-    """Random tokens, enough for the steps, and for masked-LM a tokenizer that has a mask."""
+    """Random tokens, enough for the steps, in documents; and a tokenizer that has their mark, and a mask."""
     family, task, rows, length, config = WORKS[work]
     vocabulary = config.get("vocab_size", 30522)
     draw = np.random.default_rng(0)
-    draw.integers(10, vocabulary, (steps + 1) * rows * length + 1).astype(np.uint16).tofile(folder / "corpus.bin")
-    if task == "mlm":
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+    tokens = draw.integers(10, vocabulary, (steps + 1) * rows * length + 1)
+    tokens[draw.random(len(tokens)) < 1 / 300] = MARK
+    tokens[0] = MARK
+    tokens.astype(np.uint16).tofile(folder / "corpus.bin")
 
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(vocabulary - 5))])}
-        backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-        backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        names = {f"{word[1:-1].lower()}_token": word for word in special}
-        PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "tokenizer")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[SEP]", "[CLS]", "[UNK]", "[MASK]"]
+    words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(vocabulary - 5))])}
+    backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {f"{word[1:-1].lower()}_token": word for word in special} | {"eos_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "tokenizer")
 
 
 def measure(peer, work, run, folder, args):
     """Tokens a second and peak memory (GB) of one process."""
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": args.precision, "HF_HUB_OFFLINE": "1"}
     environment |= {} if args.precision != "fp8" else {"ACCELERATE_FP8_BACKEND": "AO"}
-    if peer == "ours":
-        command = [sys.executable, "-m", "hf_myllm.train", *flags(work, run, folder, args)]
+    is_ours = peer in ("ours", "isolated")
+    if is_ours:
+        apart = ["--packing", "documents", "--tokenizer", folder / "tokenizer"] if peer == "isolated" else []
+        command = [sys.executable, "-m", "hf_myllm.train", *flags(work, run, folder, args), *apart]
     else:
-        options = [args.precision, "compile" if args.compile else "eager", args.warmup, args.steps]
-        command = [sys.executable, __file__, "--one", peer, work, folder, *options]
+        name, is_eager, _ = peer.partition("-eager")
+        options = [
+            args.precision,
+            "compile" if args.compile and not is_eager else "eager",
+            args.warmup,
+            args.steps,
+        ]
+        command = [sys.executable, __file__, "--one", name, work, folder, *options]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{peer} failed: {done.stderr[-2000:]}")
-    if peer != "ours":
+    if not is_ours:
         return tuple(json.loads(done.stdout.splitlines()[-1]))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = {line["step"]: line for line in lines if "loss" in line}
@@ -178,7 +197,7 @@ def flags(work, run, folder, args):
 
 
 def one(peer, work, folder, precision, mode, warmup, steps):
-    """Train the stock model in this process, and print tokens a second and peak memory."""
+    """Train what is not ours in this process, and print tokens a second and peak memory."""
     import resource
 
     import torch
@@ -189,6 +208,8 @@ def one(peer, work, folder, precision, mode, warmup, steps):
     family, task, rows, length, config = WORKS[work]
     warmup, steps = int(warmup), int(steps)
     torch.manual_seed(0)
+    if peer == "single-file" and family != "gpt":
+        raise SystemExit("the single file has a GPT only")
     stock = {"gpt": "GPT2", "llama": "Llama", "bert": "Bert"}[family]
     head = {"gpt": "LMHeadModel", "llama": "ForCausalLM", "bert": "ForMaskedLM"}[family]
     name = "n_positions" if family == "gpt" else "max_position_embeddings"
@@ -208,7 +229,9 @@ def one(peer, work, folder, precision, mode, warmup, steps):
             return collate([{"input_ids": item} for item in items])
         return {"input_ids": torch.stack(items), "labels": torch.stack(items)}
 
-    run = by_accelerate if peer == "stock" else by_trainer
+    if peer == "single-file":
+        model = plain_gpt(length, **config)
+    run = {"stock": by_accelerate, "Trainer": by_trainer, "single-file": by_hand}[peer]
     seconds = run(model, tokens, batch, rows, warmup, steps, precision, mode == "compile")
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -242,6 +265,77 @@ def by_accelerate(model, tokens, batch, rows, warmup, steps, precision, is_compi
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
+    return now() - began
+
+
+def plain_gpt(length, n_layer, n_head, n_embd, vocab_size):
+    """A GPT as people write it in one file of plain torch: no biases, no dropout, tied embeddings."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(n_embd, bias=False) for _ in range(2))
+            self.qkv, self.out = nn.Linear(n_embd, 3 * n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
+            self.wide, self.back = nn.Linear(n_embd, 4 * n_embd, bias=False), nn.Linear(4 * n_embd, n_embd, bias=False)
+
+        def forward(self, x):
+            shape = (*x.shape[:2], n_head, n_embd // n_head)
+            q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(self.norms[0](x)).split(n_embd, dim=2))
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+            return x + self.back(nn.functional.gelu(self.wide(self.norms[1](x))))
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(vocab_size, n_embd), nn.Embedding(length, n_embd)
+            self.blocks, self.norm = nn.ModuleList(Block() for _ in range(n_layer)), nn.LayerNorm(n_embd, bias=False)
+            self.head = nn.Linear(n_embd, vocab_size, bias=False)
+            self.head.weight = self.tokens.weight
+
+        def forward(self, ids, targets):
+            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+            for block in self.blocks:
+                x = block(x)
+            logits = self.head(self.norm(x))
+            return logits, nn.functional.cross_entropy(logits.view(-1, vocab_size), targets.view(-1))
+
+    return GPT()
+
+
+def by_hand(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
+    """The loop of such a file."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    step = torch.compile(model) if is_compiled else model
+    flat, length = tokens.flatten(), tokens.shape[1]
+
+    def read():
+        places = torch.randint(len(flat) - length - 1, (rows,))
+        pair = [torch.stack([flat[at + ahead : at + ahead + length] for at in places]) for ahead in (0, 1)]
+        return [part.pin_memory().to(device, non_blocking=True) if device == "cuda" else part for part in pair]
+
+    ids, targets = read()
+    for number in range(warmup + steps):
+        if number == warmup:
+            began = now()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            _, loss = step(ids, targets)
+        ids, targets = read()  # while the device is at work
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if number % 10 == 0:
+            loss.item()
     return now() - began
 
 

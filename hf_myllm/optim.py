@@ -72,34 +72,33 @@ class Muon(torch.optim.Muon):
                 self._step_alike(parameters, group, getattr(self, "found_inf", None))
 
     def _step_alike(self, parameters, group, found_inf):
-        gradients, momentum, taken = [parameter.grad for parameter in parameters], group["momentum"], 1.0
-        states = [self.state[parameter] for parameter in parameters]
-        for state, gradient in zip(states, gradients, strict=True):
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-        means = [state["momentum_buffer"] for state in states]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        gradients = [local(parameter.grad) for parameter in parameters]
+        means = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        momentum, taken = group["momentum"], 1.0
         if found_inf is not None:  # the mean of a value and itself is that value
             taken = 1 - found_inf
             gradients = [torch.where(found_inf > 0, *pair) for pair in zip(means, gradients, strict=True)]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        updates = orthogonal(
-            torch.stack(torch._foreach_lerp(gradients, means, momentum)),  # Nesterov's
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-        )
+        updates = torch.stack(torch._foreach_lerp(gradients, means, momentum)).bfloat16()  # Nesterov's
+        if isinstance(parameters[0], DTensor):  # its rows are spread over the processes, and each needs all of them
+            updates = torch.stack([whole(_shared(*pair)) for pair in zip(updates, parameters, strict=True)])
+        updates = orthogonal(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         length = 0.2 * math.sqrt(max(updates.shape[1:]))  # by which an entry's root mean square is as AdamW's
-        updates = updates.to(parameters[0].dtype) * (group["lr"] * length * taken)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * taken)
-        torch._foreach_sub_(parameters, list(updates))
+        updates = updates[:, slice(*_own_rows(parameters[0]))].to(parameters[0].dtype)
+        weights = [local(parameter) for parameter in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * taken)
+        torch._foreach_sub_(weights, list(updates * (group["lr"] * length * taken)))
 
 
 def orthogonal(matrices, coefficients, steps, epsilon):
-    """The orthogonal matrices nearest to some of one shape, (number, rows, columns), roughly: their singular values
-    come to lie around 1, by Newton and Schulz's iteration in bfloat16 (Jordan et al. 2024, "Muon")."""
+    """The orthogonal matrices nearest to some of one shape, (number, rows, columns) in bfloat16, roughly: their
+    singular values come to lie around 1, by Newton and Schulz's iteration (Jordan et al. 2024, "Muon")."""
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
-    found = (matrices.mT if is_tall else matrices).bfloat16()
+    found = matrices.mT if is_tall else matrices
     found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=epsilon)
     for _ in range(steps):
         gram = found @ found.mT
@@ -192,21 +191,27 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(parameter, rows):
-    """A tensor of rows(start, stop), sharded as a parameter is: fully_shard gives each process as many rows as
-    torch.chunk would."""
+def _own_rows(parameter):
+    """Where this process's rows of a parameter start and stop: fully_shard gives each as many as torch.chunk would."""
     if not isinstance(parameter, DTensor):
-        return _checked(rows(0, None), parameter)
-    mesh = parameter.device_mesh
-    length, size = len(parameter), math.ceil(len(parameter) / mesh.size())
-    start = min(length, mesh.get_local_rank() * size)
-    value = _checked(rows(start, min(length, start + size)), parameter.to_local())
-    if value.dim() == 0:  # the number of steps
+        return 0, None
+    length, size = len(parameter), math.ceil(len(parameter) / parameter.device_mesh.size())
+    start = min(length, parameter.device_mesh.get_local_rank() * size)
+    return start, min(length, start + size)
+
+
+def _shared(rows, parameter):
+    """This process's rows as a part of what is sharded as a parameter is."""
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(rows, mesh, parameter.placements, shape=shape, stride=stride, run_check=False)
+
+
+def _like(parameter, rows):
+    """A tensor of rows(start, stop), sharded as a parameter is."""
+    value = _checked(rows(*_own_rows(parameter)), local(parameter))
+    if not isinstance(parameter, DTensor) or value.dim() == 0:  # the number of steps
         return value
-    value = value.to(parameter.to_local().device)
-    return DTensor.from_local(
-        value, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False
-    )
+    return _shared(value.to(local(parameter).device), parameter)
 
 
 def _checked(value, parameter):

@@ -26,7 +26,7 @@ from .errors import InputError, exit_on_input_error, first_line
 from .evaluation import load_metric
 from .generate import encode_masked, encode_prompt
 from .models import FAMILIES
-from .processes import quiet_the_libraries
+from .processes import narrow, quiet_the_libraries
 from .recipe import WORDS, Recipe, parse
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
@@ -179,10 +179,6 @@ def prepare(recipe, accelerator, resume_from):
         tokenizer.model_max_length = config.max_position_embeddings  # so that stock pipelines know where to cut
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
-    if recipe.training.optimizer == "muon" and accelerator.is_fsdp2:
-        raise InputError(
-            "muon needs whole matrices, and FSDP2 divides them: launch it with accelerate_configs/ddp.yaml"
-        )
     state = checkpoint.load_state(resume_from) if resume_from else None
     resolve(recipe, config, objective, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
@@ -218,6 +214,8 @@ def prepare(recipe, accelerator, resume_from):
     ):
         # before transformers 5.23 it had the second name
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
+        narrow(model)
     if objective.isolates:
         use_fast_isolation(model, config, accelerator)
     # validation rows do not overlap, whatever the stride: each token is predicted once

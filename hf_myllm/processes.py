@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
+from huggingface_hub.constants import HF_HOME
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -93,6 +94,8 @@ def make_accelerator(is_compiled, log_with=None, folder=None):
     # who dies is seen at once; the time is for one process that works while the others wait, as on a large checkpoint
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     compiler = TorchDynamoPlugin(backend="inductor") if is_compiled else None
+    # what was compiled is kept for the next run; torch's own place for it is the machine's temporary folder
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(HF_HOME) / "hf_myllm" / "compiled"))
     try:
         accelerator = Accelerator(
             dynamo_plugin=compiler, kwargs_handlers=[patience], log_with=log_with, project_config=places
@@ -132,6 +135,19 @@ def shard(accelerator, model, is_compiled):
             layer.compile()
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
     fully_shard(model, **options)
+
+
+def narrow(model):
+    """Let a model's layers hand bfloat16 to one another where autocast computes in it, as FSDP2's policy above does. By
+    itself autocast leaves what goes past them in fp32: twice as much to read and write, around each of them."""
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        layer.register_forward_pre_hook(_to_bfloat16)
+
+
+def _to_bfloat16(layer, inputs):
+    hidden_states, *others = inputs
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return (hidden_states.bfloat16(), *others)
 
 
 def end_training(accelerator):
