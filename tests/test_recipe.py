@@ -187,7 +187,7 @@ def test_wrong_flags_are_refused(argv, message):
 @pytest.mark.parametrize(
     ("name", "vocab_size", "millions"),
     [
-        ("gpt_small", 50257, 124.4), ("gpt_medium", 50257, 354.8), ("llama_small", 50257, 123.6),
+        ("gpt_small", None, 124.5), ("gpt_medium", None, 354.9), ("llama_small", None, 123.6),
         ("llama_1b", 32000, 1100.0), ("bert_base", 30522, 110.1),
     ],
 )  # fmt: skip
@@ -198,5 +198,6 @@ def test_recipes_build_models_of_the_size_that_they_say(name, vocab_size, millio
         family.config.attribute_map.get("max_position_embeddings", "max_position_embeddings"): recipe.data.max_len
     }
     with torch.device("meta"):
-        model = family.tasks[recipe.task](family.config(vocab_size=vocab_size, **positions, **recipe.config))
+        settings = {"vocab_size": vocab_size} | positions | recipe.config
+        model = family.tasks[recipe.task](family.config(**settings))
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.3)

@@ -354,6 +354,27 @@ def test_compiled_training_gives_the_same_losses(tiny, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_never_waits_for_the_gpu(tiny, tmp_path, optimizer):
+    (tmp_path / "watching.py").write_text(
+        "import sys, torch\n"
+        "from hf_myllm import train\n"
+        "step = train.training_step\n"
+        "def watched_step(run, model, number):\n"
+        "    torch.cuda.set_sync_debug_mode('error' if number > 2 else 'default')\n"
+        "    done = step(run, model, number)\n"
+        "    torch.cuda.set_sync_debug_mode('default')\n"
+        "    return done\n"
+        "train.training_step = watched_step\n"
+        "sys.exit(train.main())\n"
+    )
+    env = {**os.environ, "ACCELERATE_USE_CPU": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    words = tiny(max_steps=8, optimizer=optimizer)
+    result = subprocess.run([sys.executable, tmp_path / "watching.py", *words], cwd=ROOT, env=env, text=True)
+    assert result.returncode == 0
+
+
 def test_steps_begun_ahead_are_the_same_run(tiny, tmp_path, monkeypatch):
     """As on a GPU: what a step has come to is read while the next one is under way."""
     words = {"max_steps": 14, "eval_freq": 5, "save_freq": 4, "log_freq": 1}

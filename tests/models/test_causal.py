@@ -15,10 +15,12 @@ from transformers import (
     DynamicCache,
     pipeline,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 from hf_myllm.models import FAMILIES
+from hf_myllm.processes import narrow
 
 
 class Family:
@@ -290,6 +292,32 @@ def test_isolated_training_is_one_graph(family):
     loss = step(**inputs, num_items_in_batch=torch.tensor(66)).loss
     loss.backward()
     torch.testing.assert_close(loss, model(**inputs, num_items_in_batch=torch.tensor(66)).loss)
+
+
+@families
+def test_the_loss_alone_is_the_same_loss(family):
+    model = family.make().eval()
+    whole = model(batch(), labels=batch())
+    alone = model(batch(), labels=batch(), skip_logits=True)
+    assert alone.logits is None
+    assert torch.equal(alone.loss, whole.loss)
+
+
+@families
+def test_layers_hand_bfloat16_to_one_another_under_autocast_only(family):
+    plain, narrowed = family.make().eval(), family.make().eval()
+    narrow(narrowed)
+    seen = []
+    for layer in narrowed.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    assert torch.equal(plain(batch()).logits, narrowed(batch()).logits)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = narrowed(batch(), labels=batch()).loss
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(loss.float(), plain(batch(), labels=batch()).loss, atol=0.03, rtol=0)
 
 
 @families
