@@ -210,8 +210,8 @@ def one(peer, work, folder, precision, mode, warmup, steps):
     family, task, rows, length, config = WORKS[work]
     warmup, steps = int(warmup), int(steps)
     torch.manual_seed(0)
-    if peer == "single-file" and family != "gpt":
-        raise SystemExit("the single file has a GPT only")
+    if peer == "single-file" and (family != "gpt" or precision not in ("no", "bf16")):
+        raise SystemExit("the single file has a GPT only, in fp32 or bf16")
     stock = {"gpt": "GPT2", "llama": "Llama", "bert": "Bert"}[family]
     head = {"gpt": "LMHeadModel", "llama": "ForCausalLM", "bert": "ForMaskedLM"}[family]
     name = "n_positions" if family == "gpt" else "max_position_embeddings"
@@ -296,6 +296,8 @@ def plain_gpt(length, n_layer, n_head, n_embd, vocab_size):
             self.blocks, self.norm = nn.ModuleList(Block() for _ in range(n_layer)), nn.LayerNorm(n_embd, bias=False)
             self.head = nn.Linear(n_embd, vocab_size, bias=False)
             self.head.weight = self.tokens.weight
+            for matrix in (parameter for parameter in self.parameters() if parameter.dim() == 2):
+                nn.init.normal_(matrix, std=0.02)
 
         def forward(self, ids, targets):
             x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
@@ -342,6 +344,7 @@ def by_hand(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
 
 
 def by_trainer(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
+    import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     times = {}
@@ -361,6 +364,7 @@ def by_trainer(model, tokens, batch, rows, warmup, steps, precision, is_compiled
             optim="adamw_torch_fused",
             bf16=precision == "bf16",
             fp16=precision == "fp16",
+            use_cpu=not torch.cuda.is_available(),
             torch_compile=is_compiled,
             logging_steps=10,
             save_strategy="no",

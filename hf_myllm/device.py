@@ -31,20 +31,21 @@ _FLOPS = {
 
 
 def to_device(tensor, device):
-    """A tensor of the host on the device, on its way there while both go on: what a GPU is to fetch by itself must lie
-    in memory that stays where it is (pinned), or the host waits."""
+    """A tensor of the host on the device. To one of CUDA's it is on its way while both go on, for which it must lie in
+    memory that stays where it is (pinned)."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Numbers:
-    """Numbers of some tensors, on their way to the host while the device goes on with what comes next."""
+    """Numbers of some tensors of one device, on their way to the host while CUDA goes on with what comes next."""
 
     def __init__(self, *tensors):
-        self.tensors = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
+        on_cuda = tensors[0].device.type == "cuda"
+        self.tensors = [tensor.detach().to("cpu", non_blocking=on_cuda) for tensor in tensors]
         self.is_there = None
-        if tensors[0].device.type == "cuda":
+        if on_cuda:
             self.is_there = torch.cuda.Event()
             self.is_there.record()
 

@@ -61,7 +61,7 @@ def evaluate(
         inputs = {key: to_device(value, accelerator.device) for key, value in batch.items()}
         found = counts(batch)
         outputs = objective.forward(model, inputs, dict.fromkeys(found, 1))  # divided by 1: sums
-        losses.append(outputs.loss)
+        losses.append(outputs.loss.clone())  # which a CUDA graph may write again
         tokens += found["num_items_in_batch"]
         if "next_sentence_label" in batch:
             label, scores = inputs["next_sentence_label"], outputs.seq_relationship_logits.float()

@@ -55,40 +55,42 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which takes all matrices of a shape through its arithmetic at once: one after the other, they are
-    too small to fill a GPU, and a thousand operations a step to launch. Like torch's fused optimizers it takes no step
+    """torch's Muon, which takes matrices of a shape through its arithmetic together: one after the other, they are too
+    small to fill a GPU, and a thousand operations a step to launch. Like torch's fused optimizers it takes no step
     where `found_inf`, a tensor that it is given, is 1."""
 
-    _step_supports_amp_scaling = True
+    together = 1 << 26  # entries; more would fill memory, and are enough for any device by themselves
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             alike = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
             for parameters in alike.values():
-                self._step_alike(parameters, group, getattr(self, "found_inf", None))
+                number = max(1, self.together // parameters[0].numel())
+                for first in range(0, len(parameters), number):
+                    self._step_alike(parameters[first : first + number], group)
 
-    def _step_alike(self, parameters, group, found_inf):
+    def _step_alike(self, parameters, group):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
         gradients = [local(parameter.grad) for parameter in parameters]
         means = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
-        momentum, taken = group["momentum"], 1.0
+        momentum, taken, found_inf = group["momentum"], 1.0, getattr(self, "found_inf", None)
         if found_inf is not None:  # the mean of a value and itself is that value
             taken = 1 - found_inf
             gradients = [torch.where(found_inf > 0, *pair) for pair in zip(means, gradients, strict=True)]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        updates = torch.stack(torch._foreach_lerp(gradients, means, momentum)).bfloat16()  # Nesterov's
+        updates = [update.bfloat16() for update in torch._foreach_lerp(gradients, means, momentum)]  # Nesterov's
         if isinstance(parameters[0], DTensor):  # its rows are spread over the processes, and each needs all of them
-            updates = torch.stack([whole(_shared(*pair)) for pair in zip(updates, parameters, strict=True)])
-        updates = orthogonal(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            updates = [whole(_shared(*pair)) for pair in zip(updates, parameters, strict=True)]
+        updates = orthogonal(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
         length = 0.2 * math.sqrt(max(updates.shape[1:]))  # by which an entry's root mean square is as AdamW's
-        updates = updates[:, slice(*_own_rows(parameters[0]))].to(parameters[0].dtype)
         weights = [local(parameter) for parameter in parameters]
+        updates = updates[:, slice(*_own_rows(parameters[0]))].to(weights[0]).contiguous()
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * taken)
         torch._foreach_sub_(weights, list(updates * (group["lr"] * length * taken)))
 
@@ -126,8 +128,8 @@ class Together(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for part in self.parts:
-            part.found_inf, part.grad_scale = getattr(self, "found_inf", None), None  # gradients are unscaled
-            part.step(closure)
+            part.found_inf = getattr(self, "found_inf", None)
+            part.step()
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -136,10 +138,11 @@ class Together(torch.optim.Optimizer):
 
 def step_if(optimizer, holds):
     """Take a step if `holds`, a tensor of one bool, is true: the device itself decides, and the host does not wait for
-    it, where the optimizer can do that (as torch's fused ones, for the gradient scaler)."""
+    it, where the optimizer can do that: torch's fused ones, which the gradient scaler tells so, on CPU and CUDA."""
     inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's
     first = inner.param_groups[0]["params"][0]
-    if not getattr(inner, "_step_supports_amp_scaling", False) or isinstance(first, DTensor):
+    decides = getattr(inner, "_step_supports_amp_scaling", False) and first.device.type in ("cpu", "cuda")
+    if not decides or isinstance(first, DTensor):
         if holds.item():
             optimizer.step()
         return

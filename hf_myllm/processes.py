@@ -17,8 +17,13 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
-from huggingface_hub.constants import HF_HOME
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -93,12 +98,12 @@ def make_accelerator(is_compiled, log_with=None, folder=None):
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "False"
     # who dies is seen at once; the time is for one process that works while the others wait, as on a large checkpoint
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    # one set of gradients, not two: a parameter's stands where it was received
+    sending = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     compiler = TorchDynamoPlugin(backend="inductor") if is_compiled else None
-    # what was compiled is kept for the next run; torch's own place for it is the machine's temporary folder
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(HF_HOME) / "hf_myllm" / "compiled"))
     try:
         accelerator = Accelerator(
-            dynamo_plugin=compiler, kwargs_handlers=[patience], log_with=log_with, project_config=places
+            dynamo_plugin=compiler, kwargs_handlers=[patience, sending], log_with=log_with, project_config=places
         )
     except torch.distributed.DistError as error:
         who = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"

@@ -50,6 +50,8 @@ class Profiler:
         """A step is done. Returns the summary, once."""
         if self.profile is None:
             return None
+        if self.device == "device":
+            torch.cuda.synchronize()  # what is recorded is whole steps
         self.profile.step()
         if self.summary is None:
             return None

@@ -263,8 +263,8 @@ def training_step(run, model, step):
     the rows that were read, and whether a process is to stop.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
-    micro-batches and processes. A step whose loss or gradient is not finite changes nothing. The host waits for
-    nothing here: while a GPU works on a step, the next one is made ready.
+    micro-batches and processes. A step whose loss or gradient is not finite changes nothing. A GPU is
+    not waited for here: while it works on a step, the next one is made ready.
     """
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training

@@ -408,8 +408,10 @@ class Classification(Labelled):
         if self.labels.kind == CLASSIFICATION:
             return _cross_entropy_sum(logits, labels)
         if self.labels.kind == REGRESSION:
-            return ((logits[:, 0] - labels) ** 2)[is_row].sum()
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")[is_row].sum()
+            losses = (logits[:, 0] - labels) ** 2
+        else:
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return torch.where(is_row, losses, 0).sum()  # chosen so, no GPU is waited for
 
     def predictions(self, outputs, rows, numbers):
         """The chance of each class, or the number."""

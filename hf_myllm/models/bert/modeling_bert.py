@@ -46,17 +46,6 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def project(hidden_states, *layers):
-    """What several linear layers make of the same input: compiled, by one product, which fills a GPU better than
-    several small ones, in the backward pass above all. Layers that are not plain, as those of adapters and of fp8,
-    stay apart."""
-    if not torch.compiler.is_compiling() or any(type(layer) is not nn.Linear for layer in layers):
-        return [layer(hidden_states) for layer in layers]
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return nn.functional.linear(hidden_states, weight, bias).split([layer.out_features for layer in layers], dim=-1)
-
-
 class MyBertEmbeddings(nn.Module):
     """The sum of what a token is, where it stands, and which of two sentences it belongs to."""
 
@@ -88,8 +77,9 @@ class MyBertSelfAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projected = project(hidden_states, self.query, self.key, self.value)
-        query, key, value = (part.view(heads).transpose(1, 2) for part in projected)
+        query, key, value = (
+            project(hidden_states).view(heads).transpose(1, 2) for project in (self.query, self.key, self.value)
+        )
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attention(
             self,

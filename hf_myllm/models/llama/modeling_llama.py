@@ -44,17 +44,6 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def project(hidden_states, *layers):
-    """What several linear layers make of the same input: compiled, by one product, which fills a GPU better than
-    several small ones, in the backward pass above all. Layers that are not plain, as those of adapters and of fp8,
-    stay apart."""
-    if not torch.compiler.is_compiling() or any(type(layer) is not nn.Linear for layer in layers):
-        return [layer(hidden_states) for layer in layers]
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return nn.functional.linear(hidden_states, weight, bias).split([layer.out_features for layer in layers], dim=-1)
-
-
 class MyLlamaRMSNorm(nn.Module):
     """Root-mean-square normalisation in fp32 (Zhang and Sennrich 2019)."""
 
@@ -88,8 +77,9 @@ class MyLlamaAttention(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, position_embeddings=None, **kwargs):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (part.view(heads).transpose(1, 2) for part in projected)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -119,8 +109,7 @@ class MyLlamaMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
-        gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class MyLlamaDecoderLayer(GradientCheckpointingLayer):
