@@ -131,7 +131,9 @@ def _memory(run):
     activations = tokens * config.num_hidden_layers * per_layer
     shares = {"mlm": run.recipe.data.mlm_probability, "mlm_nsp": run.recipe.data.mlm_probability}
     predicted = tokens * shares.get(run.recipe.task, 1 if run.model.can_generate() else 0)
-    logits = predicted * config.vocab_size * (10 if half else 12)
+    # in fp32, and with their gradient; compiled, the loss is computed as it goes, from what the product gave
+    each = (4 if half else 8) if section.compile else (10 if half else 12)
+    logits = predicted * config.vocab_size * each
     total = state + activations + logits
     parts = f"weights and optimizer {_size(state)}, activations {_size(activations)}, logits {_size(logits)}"
     device = run.accelerator.device
