@@ -93,6 +93,8 @@ def main():
     parser.add_argument("--compile", action="store_true", help="compile all of them")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
+    if args.warmup < 1 or args.steps < 1:
+        parser.error("--warmup and --steps must be at least 1")
     figures = {"versions": versions(), "precision": args.precision, "compile": args.compile, "works": {}}
     for work in args.works:
         with tempfile.TemporaryDirectory() as folder:

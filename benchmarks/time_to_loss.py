@@ -31,7 +31,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             command = [sys.executable, "-m", "hf_myllm.train", args.recipe, *flags, *shlex.split(setting)]
-            command += ["--save_model", str(run), "--save_freq", "null", "--quiet"]
+            command += ["--save_model", str(run), "--save_freq", "null", "--log_freq", "1", "--quiet"]
             # all validation rows each time, and hardly any of training
             command += ["--metric_for_best", "loss", "--final_model", "last", "--eval_iter", "1"]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -51,7 +51,9 @@ def reached(run, target):
     first = next((line for line in evaluations if line["val_loss"] <= target), None)
     compiling = steps[min(steps)]["train_seconds"]  # the first step's time, in which it is done
     found = {"best": min(line["val_loss"] for line in evaluations), "seconds": None}
-    if first is not None and first["step"]:
+    if first is not None and first["step"] == 0:
+        found |= {"seconds": 0.0, "step": 0, "tokens": 0, "val_loss": first["val_loss"]}
+    elif first is not None:
         at = steps[first["step"]]
         tokens = sum(line["tokens"] for step, line in steps.items() if step <= first["step"])
         found |= {"seconds": at["train_seconds"] - compiling, "step": first["step"], "tokens": tokens}

@@ -14,6 +14,7 @@ import yaml
 from .data.objectives import IGNORED, targets
 from .data.order import micro_batches
 from .data.tokenizer import special_ids
+from .optim import layer_matrices
 
 _SHOWN = 24  # tokens of a row
 
@@ -116,14 +117,17 @@ def _show_tokens(run, about):
 
 
 def _memory(run):
-    """What a process needs, about: parameters, gradients and AdamW's moments; activations after Korthikanti et al.
-    2022, "Reducing Activation Recomputation" (34 bytes per token, layer and hidden unit in 16 bits, without the square
-    part, which the attention kernel does not keep); and the logits with their gradient."""
+    """What a process needs, about: parameters, gradients and moments (AdamW's two, Muon's one); activations after
+    Korthikanti et al. 2022, "Reducing Activation Recomputation" (34 bytes per token, layer and hidden unit in 16 bits,
+    without the square part, which the attention kernel does not keep); and the logits with their gradient."""
     config, section = run.model.config, run.recipe.training
     half = run.accelerator.mixed_precision in ("fp16", "bf16", "fp8") or section.dtype == "bfloat16"
     width = 2 if section.dtype == "bfloat16" else 4
     trained = run.model.num_parameters(only_trainable=True)
-    state = (run.model.num_parameters() + 3 * trained) * width  # of what is frozen, the weights alone
+    moments = 2 * trained
+    if section.optimizer == "muon":
+        moments -= sum(matrix.numel() for matrix in layer_matrices(run.model) if matrix.requires_grad)
+    state = (run.model.num_parameters() + trained + moments) * width  # of what is frozen, the weights alone
     if run.accelerator.is_fsdp2:
         state /= run.accelerator.num_processes
     tokens = section.batch_size * run.recipe.data.max_len

@@ -35,10 +35,7 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     AdamW for embeddings, heads, biases and norms.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hidden = set()
-    if name == "muon":
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        hidden = {parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 2}
+    hidden = layer_matrices(model) if name == "muon" else set()
     others = [parameter for parameter in parameters if parameter not in hidden]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
@@ -52,6 +49,12 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     return Together(
         [Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw],
     )
+
+
+def layer_matrices(model):
+    """The parameters that muon takes."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return {parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 2}
 
 
 class Muon(torch.optim.Muon):

@@ -1,7 +1,8 @@
 """Where a step's time goes: `--profile N` records N steps, by torch's profiler.
 
 RUN/profile/trace.json is for a viewer of traces (ui.perfetto.dev, chrome://tracing); RUN/profile/summary.txt, which
-is printed too, has the time by kind: of the GPU's kernels or, without one, of the operations on the CPU.
+is printed too, has the time by kind: of the GPU's kernels or, without one, of the operations on the CPU. A kind is told
+by an operation's name, so that Muon's products count as matrix products.
 """
 
 import re

@@ -167,12 +167,15 @@ def train(run, before):
         model, run.optimizer = run.model, accelerator.prepare_optimizer(optimizer)
     else:
         model, run.optimizer = accelerator.prepare(run.model, optimizer)
+    was = section.optimizer
     if run.resume_from is not None:
+        state = checkpoint.load_state(run.resume_from)
+        was = state["recipe"].get("optimizer", "adamw")
         try:
-            load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.OptimizerFiles(run.resume_from))
+            if was == section.optimizer:
+                load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.OptimizerFiles(run.resume_from))
         except (KeyError, ValueError) as error:
             raise InputError(f"the optimizer's state in {run.resume_from} is not of this model: {error}") from None
-        state = checkpoint.load_state(run.resume_from)
         run.skipped, precision = state["skipped"], state.get("mixed_precision", accelerator.mixed_precision)
         if accelerator.scaler is not None and "scaler" in state:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -189,6 +192,8 @@ def train(run, before):
         start_trackers(run, report, identity)
         if (shared := recipe.hub).push_to_hub:
             run.uploads = hub.Uploads(folder, shared.push_to_hub, shared.hub_private_repo, shared.hub_revision)
+    if was != section.optimizer:
+        report.warn(f"            until now by {was}: {section.optimizer} begins with moments of its own, from nothing")
     if run.resume_from is not None and precision != accelerator.mixed_precision:
         report.warn(
             f"            until now in precision {precision}: from here on it is another run than that would be"
@@ -263,8 +268,8 @@ def training_step(run, model, step):
     the rows that were read, and whether a process is to stop.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
-    micro-batches and processes. A step whose loss or gradient is not finite changes nothing. A GPU is
-    not waited for here: while it works on a step, the next one is made ready.
+    micro-batches and processes. A step whose loss or gradient is not finite changes nothing. A GPU is not waited for:
+    while it works on a step, the next one is made ready.
     """
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training

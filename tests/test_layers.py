@@ -37,7 +37,7 @@ ALLOWED = {  # room -> the rooms of the package that it may import
         "processes",
     },
     "predict": {"errors", "data", "checkpoint", "generate", "lora", "prepare", "processes"},
-    "dry_run": {"data"},
+    "dry_run": {"data", "optim"},
     "console": {"errors", "data", "evaluation", "lora", "recipe", "report", "__version__"},
     "train": {
         "errors",

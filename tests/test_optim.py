@@ -46,6 +46,16 @@ def test_a_run_by_muon_goes_on_bit_for_bit(tiny, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
+def test_another_optimizer_is_refused_or_begins_anew(tiny, capsys, before, after):
+    assert train(*tiny(optimizer=before, max_steps=4)) == 0
+    more = tiny(optimizer=after, max_steps=6, warmup_steps=4)
+    assert train(*more, "--resume") == 2
+    assert f"optimizer was '{before}' and is '{after}'" in capsys.readouterr().err
+    assert train(*more, "--resume", "--allow_changed") == 0
+    assert f"until now by {before}: {after} begins with moments of its own" in capsys.readouterr().out
+
+
 def small():
     torch.manual_seed(0)
     return GPTForCausalLM(GPTConfig(vocab_size=50, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0))

@@ -34,7 +34,7 @@ class Rows:
         if len(tokens) < length + ahead:
             raise InputError(
                 f"{name} has {len(tokens)} tokens, fewer than one row of {length}{' and the token after' * ahead}; "
-                "give more text or a smaller max_len"
+                "give more text (of a part held out, a --val_file or a larger --val_fraction) or a smaller max_len"
             )
         self.tokens, self.length, self.stride, self.name, self.ahead = tokens, length, stride, name, ahead
         self.last_start = len(tokens) - ahead - length
