@@ -19,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 ASSETS = Path(os.environ.get("HF_MYLLM_ASSETS", ROOT.parent / "shared" / "assets"))
 
 
+LONGEST = ("test_processes", "test_train", "test_finetuning", "test_families", "test_hub", "test_launching")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _forget_graphs():
     """torch.compile gives up on a function that it has compiled too often, in whichever tests."""

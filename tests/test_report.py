@@ -137,7 +137,7 @@ def test_a_profile_says_where_a_step_spends_its_time(tiny, tmp_path):
     assert "attention" in summary
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
-    assert run_command(*tiny(max_steps=2, save_model=tmp_path / "short"), "--profile", "50").returncode == 0
+    assert train(*tiny(max_steps=2, save_model=tmp_path / "short"), "--profile", "50") == 0
 
 
 def test_debug_lets_the_libraries_speak(tiny):

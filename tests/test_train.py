@@ -339,7 +339,7 @@ def test_a_bin_without_a_tokenizer(tmp_path, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="torch.compile needs a C++ compiler at hand")
 def test_compiled_training_gives_the_same_losses(tiny, tmp_path):
-    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "max_steps": 6, "start_context": None}
+    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "max_steps": 6, "start_context": None, "n_layer": 1}
     assert train(*tiny(**still, save_model=tmp_path / "eager")) == 0
     compiled = tiny(**still, save_model=tmp_path / "compiled", save_freq=4, compile=True)
     for flags in ([], ["--resume"]):
