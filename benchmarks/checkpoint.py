@@ -19,9 +19,9 @@ import torch
 from accelerate import Accelerator
 
 from hf_myllm import checkpoint
+from hf_myllm.distributed import silence_libraries
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
 from hf_myllm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from hf_myllm.processes import quiet_the_libraries
 
 
 def timed(work):
@@ -51,7 +51,7 @@ def saves(config, folder, repeats):
 
     rows = {}
     rows["checkpoint.save"], path = median(save, repeats)
-    rows["checkpoint.find, with digests"], _ = median(lambda: checkpoint.find(folder / "ours"), repeats)
+    rows["checkpoint.find, with digests"], _ = median(lambda: checkpoint.find_latest(folder / "ours"), repeats)
     rows["load the optimizer"], _ = median(
         lambda: load_optimizer_tensors(model, optimizer, checkpoint.OptimizerFiles(path)), repeats
     )
@@ -113,7 +113,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="write the figures there")
     arguments = parser.parse_args()
-    quiet_the_libraries()
+    silence_libraries()
     sizes = {name: getattr(arguments, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size")}
     with tempfile.TemporaryDirectory() as folder:
         rows, size = saves(GPTConfig(**sizes), Path(folder), arguments.repeats)

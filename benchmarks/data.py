@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_myllm.data import objectives, order, packing, sources
+from hf_myllm.data import packing, sampler, sources
 from hf_myllm.data.corpus import Tokens, load_tokens
+from hf_myllm.tasks import objectives
 
 
 def prepare_ours(text, tokenizer):
@@ -68,7 +69,7 @@ def feed(rows_per_batch, batches, length=1024, count=200_000_000):
         ids = np.memmap(path, dtype=np.uint16, mode="r")
         int(ids.astype(np.uint32).sum())  # read once, so that both find it in memory
         rows = packing.Rows(Tokens([ids], "", 50_000), length, length, "x")
-        objective, plan = objectives.Causal(), order.Order(len(rows), rows_per_batch, 1)
+        objective, plan = objectives.Causal(), sampler.Sampler(len(rows), rows_per_batch, 1)
         start = time.perf_counter()
         for step in range(batches):
             objective.batch(rows, plan.rows_of_step(step), step, rows_per_batch)

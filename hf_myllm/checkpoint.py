@@ -128,7 +128,7 @@ def save(
     return final
 
 
-def find(run, warn=lambda message: None):
+def find_latest(run, warn=lambda message: None):
     """The newest checkpoint of a run that is whole, or None when there is none at all.
 
     Args:
@@ -140,7 +140,7 @@ def find(run, warn=lambda message: None):
     for path in sorted(Path(run).glob("checkpoint-*"), key=step_of, reverse=True):
         if step_of(path) < 0:
             continue
-        problem = damage(path)
+        problem = find_corruption(path)
         if problem is None:
             for line in problems:
                 warn(f"passed over {line}")
@@ -160,14 +160,14 @@ def find_model(run):
     folder = Path(run)
     if not folder.is_dir():
         raise InputError(f"{run} is not a folder; give the folder of a run, or one of its checkpoints")
-    if not is_finished(folder):
-        folder = find(folder)
+    if not has_model(folder):
+        folder = find_latest(folder)
         if folder is None:
             raise InputError(f"{run} holds no trained model: no model.safetensors and no checkpoint")
     return folder
 
 
-def damage(path):
+def find_corruption(path):
     """What is wrong with a checkpoint, in a few words, or None when every file is as it was written."""
     try:
         content = {name: (size, digest) for name, (size, digest) in _read_marker(path).items()}
@@ -223,14 +223,14 @@ class OptimizerFiles:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def sweep(run):
+def remove_partial(run):
     """Remove what a killed process left half-written or half-removed."""
     for path in Path(run).glob(f"checkpoint-*{_PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def stage(checkpoint):
-    """A folder beside a checkpoint with its model, which stays when the checkpoint goes; [`sweep`] knows its name."""
+    """Return a folder beside a checkpoint with a copy of its model, kept until [`unstage`] or [`remove_partial`]."""
     aside = checkpoint.with_name(f"{checkpoint.name}.upload{_PARTIAL}")
     unstage(aside)
     aside.mkdir()
@@ -260,7 +260,7 @@ def publish(checkpoint, run):
     """
     try:
         files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
-        # the weights last, and after them their index: what is_finished() looks for means that all is there
+        # the weights last, and after them their index: what has_model() looks for means that all is there
         files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
         for name in _OF_A_MODEL - {path.name for path in files}:  # of a model of the other kind: whole, or an adapter
             (Path(run) / name).unlink(missing_ok=True)
@@ -276,7 +276,7 @@ def publish(checkpoint, run):
         raise InputError(f"cannot write the model into {run}: {error}; {checkpoint} has it whole") from None
 
 
-def publish_made(write_model, run):
+def publish_new(write_model, run):
     """Make what `write_model(folder)` writes the model at the run's root; see [`publish`]."""
     aside = Path(run) / f"checkpoint-merged{_PARTIAL}"
     try:
@@ -305,7 +305,7 @@ def has_checkpoints(run):
     return any(step_of(path) >= 0 for path in Path(run).glob("checkpoint-*"))
 
 
-def listing(run):
+def snapshot(run):
     """What tells whether a run has been written to since: its checkpoints and weights, and when they were made."""
     found = {}
     with suppress(OSError, ValueError):  # of a folder that cannot be, more is said elsewhere
@@ -314,7 +314,7 @@ def listing(run):
     return found
 
 
-def is_finished(run):
+def has_model(run):
     names = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
     return any((Path(run) / name).exists() for name in names)
 

@@ -7,14 +7,35 @@ import sys
 
 
 class InputError(Exception):
-    """Something that the user gave (a recipe, file, folder, data set, network) cannot be used as it is.
+    """A user's input (recipe, file, folder, data set, network) cannot be used.
 
-    The message is one line: what is wrong, where, and what to do.
+    Base class of all errors that this package raises on purpose. The message is one line:
+    `<key or file>: <problem>; <what to do>`.
     """
 
 
-class ProcessError(InputError):
-    """What befell one process of several, which therefore says it itself."""
+class RecipeError(InputError):
+    """A recipe or flag is invalid."""
+
+
+class DataError(InputError):
+    """Training, validation or input data cannot be read or used."""
+
+
+class ModelError(InputError):
+    """A model, its configuration or its tokenizer cannot be loaded or does not fit."""
+
+
+class CheckpointError(InputError):
+    """A run's folder or checkpoint cannot be read, written or resumed from."""
+
+
+class HubError(InputError):
+    """The Hugging Face Hub cannot be reached or refuses a push."""
+
+
+class RankError(InputError):
+    """An error on one rank; that rank prints it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +66,7 @@ def exit_on_input_error(main):
         try:
             return main(sys.argv[1:] if argv is None else argv)
         except InputError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
+            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
                 print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .data.objectives import IGNORED, counts, targets
-from .data.order import micro_batches
-from .device import to_device
+from .data.sampler import micro_batches
+from .distributed import to_device
 from .errors import InputError, first_line
+from .tasks.objectives import IGNORED, counts, targets
 
 METRICS = Path(__file__).parent / "metrics"
 

@@ -15,8 +15,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from . import checkpoint, lora
+from . import checkpoint
 from .errors import InputError, Parser, exit_on_input_error, first_line
+from .models import lora
 
 
 def generate_text(

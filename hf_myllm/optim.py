@@ -35,7 +35,7 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     AdamW for embeddings, heads, biases and norms.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hidden = layer_matrices(model) if name == "muon" else set()
+    hidden = hidden_matrices(model) if name == "muon" else set()
     others = [parameter for parameter in parameters if parameter not in hidden]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
@@ -46,12 +46,12 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     if not hidden:
         return adamw
     hidden = [parameter for parameter in parameters if parameter in hidden]  # in the model's order
-    return Together(
+    return ChainedOptimizer(
         [Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw],
     )
 
 
-def layer_matrices(model):
+def hidden_matrices(model):
     """The parameters that muon takes."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return {parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 2}
@@ -80,8 +80,8 @@ class Muon(torch.optim.Muon):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        gradients = [local(parameter.grad) for parameter in parameters]
-        means = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [to_local(parameter.grad) for parameter in parameters]
+        means = [to_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         momentum, taken, found_inf = group["momentum"], 1.0, getattr(self, "found_inf", None)
         if found_inf is not None:  # the mean of a value and itself is that value
             taken = 1 - found_inf
@@ -89,16 +89,16 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = [update.bfloat16() for update in torch._foreach_lerp(gradients, means, momentum)]  # Nesterov's
         if isinstance(parameters[0], DTensor):  # its rows are spread over the processes, and each needs all of them
-            updates = [whole(_shared(*pair)) for pair in zip(updates, parameters, strict=True)]
-        updates = orthogonal(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+            updates = [to_full(_shared(*pair)) for pair in zip(updates, parameters, strict=True)]
+        updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
         length = 0.2 * math.sqrt(max(updates.shape[1:]))  # by which an entry's root mean square is as AdamW's
-        weights = [local(parameter) for parameter in parameters]
+        weights = [to_local(parameter) for parameter in parameters]
         updates = updates[:, slice(*_own_rows(parameters[0]))].to(weights[0]).contiguous()
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * taken)
         torch._foreach_sub_(weights, list(updates * (group["lr"] * length * taken)))
 
 
-def orthogonal(matrices, coefficients, steps, epsilon):
+def orthogonalize(matrices, coefficients, steps, epsilon):
     """The orthogonal matrices nearest to some of one shape, (number, rows, columns) in bfloat16, roughly: their
     singular values come to lie around 1, by Newton and Schulz's iteration (Jordan et al. 2024, "Muon")."""
     a, b, c = coefficients
@@ -111,7 +111,7 @@ def orthogonal(matrices, coefficients, steps, epsilon):
     return found.mT if is_tall else found
 
 
-class Together(torch.optim.Optimizer):
+class ChainedOptimizer(torch.optim.Optimizer):
     """Several optimizers of different parameters as one: they share their groups, their state, and what the gradient
     scaler tells them."""
 
@@ -163,7 +163,7 @@ def optimizer_tensors(model, optimizer):
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            tensors[f"{names[parameter]}/{key}"] = local(torch.as_tensor(value)).detach().cpu().contiguous()
+            tensors[f"{names[parameter]}/{key}"] = to_local(torch.as_tensor(value)).detach().cpu().contiguous()
     return tensors
 
 
@@ -187,12 +187,12 @@ def load_optimizer_tensors(model, optimizer, tensors):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def local(tensor):
+def to_local(tensor):
     """What this process has of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor):
+def to_full(tensor):
     """All of a tensor that may be sharded; all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -214,10 +214,10 @@ def _shared(rows, parameter):
 
 def _like(parameter, rows):
     """A tensor of rows(start, stop), sharded as a parameter is."""
-    value = _checked(rows(*_own_rows(parameter)), local(parameter))
+    value = _checked(rows(*_own_rows(parameter)), to_local(parameter))
     if not isinstance(parameter, DTensor) or value.dim() == 0:  # the number of steps
         return value
-    return _shared(value.to(local(parameter).device), parameter)
+    return _shared(value.to(to_local(parameter).device), parameter)
 
 
 def _checked(value, parameter):

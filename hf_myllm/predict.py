@@ -20,12 +20,15 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 from transformers import AutoModelForSequenceClassification as ForTexts
 from transformers import AutoModelForTokenClassification as ForWords
 
-from . import checkpoint, lora
-from .data import examples, objectives, sources, tasks
+from . import checkpoint
+from .build import trained_labels
+from .data import sources
+from .distributed import silence_libraries
 from .errors import InputError, Parser, exit_on_input_error, first_line
 from .generate import find_model
-from .prepare import trained_labels
-from .processes import quiet_the_libraries
+from .models import lora
+from .tasks import examples, objectives
+from .tasks import readers as tasks
 
 _KINDS = {  # the end of the stock class's name -> the task, and the class
     "ForSequenceClassification": ("classification", ForTexts),
@@ -187,7 +190,7 @@ def main(argv):
     parser.add_argument("--text_pair_column", help="the column of the second text (default: the recipe's)")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave out rows that cannot be judged")
     args = parser.parse_args(argv)
-    quiet_the_libraries()
+    silence_libraries()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     source = sources.file_source(args.input)
     model, tokenizer, name = load(args.run, device)

@@ -20,48 +20,58 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
-from . import checkpoint, console, dry_run, hub, lora, page, plot
-from .data import examples, objectives, order
+from . import checkpoint
+from .build import check_folder, fingerprints, is_first_process, prepare
+from .data import sampler
 from .data import tokenizer as tokenizers
-from .device import Numbers, peak_flops, peak_memory, to_device
-from .errors import InputError, ProcessError, exit_on_input_error, first_line
+from .distributed import (
+    AsyncHostCopy,
+    create_accelerator,
+    end_training,
+    exit_with_launcher,
+    install_signal_handlers,
+    is_first_failure,
+    is_peer_failure,
+    peak_flops,
+    peak_memory,
+    set_num_threads,
+    shard_model,
+    silence_libraries,
+    to_device,
+)
+from .errors import InputError, RankError, exit_on_input_error, first_line
 from .evaluation import evaluate
 from .generate import fill_in, generate_text
-from .models import FAMILIES
-from .optim import build_optimizer, learning_rate, load_optimizer_tensors, local, optimizer_tensors, step_if, whole
-from .prepare import check_folder, fingerprints, is_first_process, prepare
-from .processes import (
-    end_training,
-    end_with_the_launcher,
-    is_first_to_fail,
-    is_of_another,
-    listen_for_signals,
-    make_accelerator,
-    quiet_the_libraries,
-    shard,
-    use_all_cores,
-)
-from .profiling import Profiler
+from .hub import push as hub
+from .models import FAMILIES, lora
+from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, step_if, to_full, to_local
 from .recipe import parse
-from .report import Report, amend_run, best_evaluation, figure, write_run
+from .reporting import console, dry_run
+from .reporting import html as page
+from .reporting import plots as plot
+from .reporting.metrics_log import Reporter, amend_run, best_evaluation, format_loss, write_run
+from .reporting.profiling import Profiler
+from .tasks import examples, objectives
 
-AHEAD = {"cuda": 1}  # steps that are begun before it is known what the last one has come to, by the device's type
+MAX_STEPS_IN_FLIGHT = {
+    "cuda": 1
+}  # steps that are begun before it is known what the last one has come to, by the device's type
 
 
 @exit_on_input_error
 def main(argv):
     recipe = parse(argv, FAMILIES)
-    quiet_the_libraries(recipe.run.log_level)
-    end_with_the_launcher()
-    before = checkpoint.listing(recipe.run.save_model)
+    silence_libraries(recipe.run.log_level)
+    exit_with_launcher()
+    before = checkpoint.snapshot(recipe.run.save_model)
     if is_first_process() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
         if os.path.isfile(Path(recipe.run.save_model) / ".lock"):  # before anything is read that another may take away
             lock_folder(Path(recipe.run.save_model)).release()
         if recipe.hub.push_to_hub:
             hub.check_target(recipe.hub.push_to_hub)
     resume_from = check_folder(recipe)
-    use_all_cores()
-    accelerator = make_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
+    set_num_threads()
+    accelerator = create_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
     run = None
     try:
         run = prepare(recipe, accelerator, from_the_first_process(resume_from, recipe.run.save_model, accelerator))
@@ -76,13 +86,13 @@ def main(argv):
         end_training(accelerator)
         return code
     except Exception as error:
-        if not is_first_to_fail():
+        if not is_first_failure():
             sys.exit(2)  # the cause has been said
         if run is not None and run.lock is not None:  # the first process, in its training
             with suppress(Exception):  # to see how it came to this
                 plot.make(recipe.run.save_model)
         if isinstance(error, InputError):
-            raise ProcessError(str(error)) from None  # whichever process was the first
+            raise RankError(str(error)) from None  # whichever process was the first
         if isinstance(error, torch.OutOfMemoryError):
             problem = "out of memory: lower batch_size, which leaves a step as it is when total_batch_size is set"
             problem = f"{problem} ({error})"
@@ -91,13 +101,13 @@ def main(argv):
         else:
             goes_on = checkpoint.has_checkpoints(recipe.run.save_model)
             problem = first_line(error)[:300]
-            if is_of_another(error):
+            if is_peer_failure(error):
                 problem = "another process has ended without saying why: killed, or out of memory?"
             else:
                 traceback.print_exc()
             problem += "; --init_from resume goes on from the newest checkpoint" * goes_on
         who = f"process {accelerator.process_index} of {accelerator.num_processes}"
-        raise ProcessError(f"{who}, in {run.doing if run else 'its preparation'}: {problem}") from None
+        raise RankError(f"{who}, in {run.phase if run else 'its preparation'}: {problem}") from None
     finally:
         if run is not None:
             run.close()
@@ -114,9 +124,7 @@ def from_the_first_process(resume_from, folder, accelerator):
     path = Path(folder) / f"checkpoint-{step}"
     if not path.exists():
         who = f"process {accelerator.process_index} of {accelerator.num_processes}"
-        raise ProcessError(
-            f"{who} does not see {path}, which the first does: {folder} must be on a disk that all share"
-        )
+        raise RankError(f"{who} does not see {path}, which the first does: {folder} must be on a disk that all share")
     return path
 
 
@@ -128,33 +136,33 @@ def train(run, before):
     recipe, accelerator = run.recipe, run.accelerator
     section, folder = recipe.training, Path(recipe.run.save_model)
     is_main = accelerator.is_main_process
-    ends = run.start if run.resume_from and has_lost_patience(run, run.start) else run.total_steps
-    if run.resume_from and run.start == ends and holds_for_any(run, is_main and is_published(run, ends)):
+    ends = run.start_step if run.resume_from and has_lost_patience(run, run.start_step) else run.total_steps
+    if run.resume_from and run.start_step == ends and any_rank(run, is_main and is_published(run, ends)):
         if accelerator.is_main_process:
             more = "max_steps or epochs" if ends == run.total_steps else "patience"
             if not (folder / "report.html").exists():
                 show(folder, lambda line: print(line, file=sys.stderr))
             print(f"{folder} is finished, after {ends} steps; raise {more} to go further")
         return 0
-    run.signals, run.restore_signals = listen_for_signals()
+    run.signals, run.restore_signals = install_signal_handlers()
     problem = None
     if is_main:
         try:
             run.lock = lock_folder(folder)
-            if checkpoint.listing(folder) != before:  # preparing may have taken hours
+            if checkpoint.snapshot(folder) != before:  # preparing may have taken hours
                 problem = InputError(
                     f"another run has written into {folder} since this one was started; start it again"
                 )
         except InputError as error:
             problem = error
-    if holds_for_any(run, problem is not None):
+    if any_rank(run, problem is not None):
         raise problem or InputError(f"the first process cannot use {folder}, and says why")
-    digest = order.derive_seed(*sorted(fingerprints(run).items()), len(run.tokenizer or ()))
+    digest = sampler.derive_seed(*sorted(fingerprints(run).items()), len(run.tokenizer or ()))
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:
         raise InputError("the processes have not prepared the same tokens: give all machines the same files")
     if accelerator.is_fsdp2:  # before the optimizer, which then has this process's share only
-        shard(accelerator, run.model, section.compile)
+        shard_model(accelerator, run.model, section.compile)
     optimizer = build_optimizer(
         run.model,
         section.learning_rate,
@@ -176,43 +184,45 @@ def train(run, before):
                 load_optimizer_tensors(run.model, run.optimizer.optimizer, checkpoint.OptimizerFiles(run.resume_from))
         except (KeyError, ValueError) as error:
             raise InputError(f"the optimizer's state in {run.resume_from} is not of this model: {error}") from None
-        run.skipped, precision = state["skipped"], state.get("mixed_precision", accelerator.mixed_precision)
+        run.skipped_steps, precision = state["skipped"], state.get("mixed_precision", accelerator.mixed_precision)
         if accelerator.scaler is not None and "scaler" in state:
             accelerator.scaler.load_state_dict(state["scaler"])
     if accelerator.is_main_process:
         open_folder(run, folder)
     accelerator.wait_for_everyone()
-    report = open_report(run, ends)
-    report.pause()
-    unigram = console.introduce(run, report)
+    reporter = open_report(run, ends)
+    reporter.pause()
+    unigram = console.introduce(run, reporter)
     if is_main:
         identity = write_run(
-            folder, console.facts(run, unigram), console.launch(run), run.start > 0 or recipe.run.resume
+            folder, console.facts(run, unigram), console.launch(run), run.start_step > 0 or recipe.run.resume
         )
-        start_trackers(run, report, identity)
+        start_trackers(run, reporter, identity)
         if (shared := recipe.hub).push_to_hub:
             run.uploads = hub.Uploads(folder, shared.push_to_hub, shared.hub_private_repo, shared.hub_revision)
     if was != section.optimizer:
-        report.warn(f"            until now by {was}: {section.optimizer} begins with moments of its own, from nothing")
+        reporter.warning(
+            f"            until now by {was}: {section.optimizer} begins with moments of its own, from nothing"
+        )
     if run.resume_from is not None and precision != accelerator.mixed_precision:
-        report.warn(
+        reporter.warning(
             f"            until now in precision {precision}: from here on it is another run than that would be"
         )
 
     validation = None
-    if is_evaluation_due(run, report):
-        validation = report_evaluation(run, model, report, run.start)
+    if is_evaluation_due(run, reporter):
+        validation = report_evaluation(run, model, reporter, run.start_step)
         if validation is None:
-            report.say("stopped by a signal in the first evaluation; --init_from resume starts there again")
-            return leave(run, report)
-        if run.start and has_lost_patience(run, run.start):
-            ends = run.start
+            reporter.info("stopped by a signal in the first evaluation; --init_from resume starts there again")
+            return leave(run, reporter)
+        if run.start_step and has_lost_patience(run, run.start_step):
+            ends = run.start_step
     model.train()
-    profiler = Profiler(folder, recipe.run.profile, ends - run.start) if is_main and recipe.run.profile else None
-    report.resume()
-    under_way, ahead = [], AHEAD.get(accelerator.device.type, 0)
-    for step in range(run.start, ends):
-        run.doing = f"step {step + 1}"
+    profiler = Profiler(folder, recipe.run.profile, ends - run.start_step) if is_main and recipe.run.profile else None
+    reporter.resume()
+    under_way, ahead = [], MAX_STEPS_IN_FLIGHT.get(accelerator.device.type, 0)
+    for step in range(run.start_step, ends):
+        run.phase = f"step {step + 1}"
         rate = learning_rate(
             step,
             run.total_steps,
@@ -231,41 +241,41 @@ def train(run, before):
         is_saved = is_last or (recipe.run.save_freq and done % recipe.run.save_freq == 0)
         must_stop = bool(run.signals) and accelerator.num_processes == 1  # several stop by what they have said together
         while under_way and (len(under_way) > ahead or is_evaluated or is_saved or must_stop):
-            must_stop = settle(run, report, *under_way.pop(0)) or must_stop
+            must_stop = settle(run, reporter, *under_way.pop(0)) or must_stop
 
-        report.pause()
+        reporter.pause()
         if profiler is not None and (summary := profiler.step()):
             for line in summary.splitlines():
-                report.say(line)
+                reporter.info(line)
         is_best = False
         if is_evaluated and not must_stop:
-            validation = report_evaluation(run, model, report, done)
+            validation = report_evaluation(run, model, reporter, done)
             must_stop = validation is None
-            is_best = not must_stop and holds_for_any(run, is_main and best_step(run, done) == done)
+            is_best = not must_stop and any_rank(run, is_main and best_step(run, done) == done)
             if not must_stop and has_lost_patience(run, done):
                 ends, is_last = done, True
         if must_stop or is_last or is_saved or is_best:
             save_checkpoint(run, done)
             if run.uploads is not None and not must_stop and not is_last:
                 run.uploads.begin(done)
-        report.resume()
+        reporter.resume()
         if ends == done:
             break
         if must_stop and not is_last:
-            report.say(f"stopped by a signal after step {done}, which is saved: --init_from resume goes on from it")
-            return leave(run, report)
+            reporter.info(f"stopped by a signal after step {done}, which is saved: --init_from resume goes on from it")
+            return leave(run, reporter)
     if profiler is not None:
         profiler.close()
     # one that lost patience has just been evaluated on all rows
-    if not finish(run, model, report, ends, unigram, validation if ends < run.total_steps else None):
-        report.say("stopped by a signal in the last evaluation; --init_from resume goes on from it")
-        return leave(run, report)
+    if not finish(run, model, reporter, ends, unigram, validation if ends < run.total_steps else None):
+        reporter.info("stopped by a signal in the last evaluation; --init_from resume goes on from it")
+        return leave(run, reporter)
     return 0
 
 
 def training_step(run, model, step):
-    """One optimizer step over all processes; returns [`Numbers`]: its loss and gradient norm; its tokens, a digest of
-    the rows that were read, and whether a process is to stop.
+    """One optimizer step over all processes; returns an [`AsyncHostCopy`]: its loss and gradient norm; its tokens, a
+    digest of the rows that were read, and whether a process is to stop.
 
     The loss is the sum over all targets of the step divided by their number, however they are spread over
     micro-batches and processes. A step whose loss or gradient is not finite changes nothing. A GPU is not waited for:
@@ -273,16 +283,16 @@ def training_step(run, model, step):
     """
     recipe, accelerator = run.recipe, run.accelerator
     section = recipe.training
-    rows = run.order.rows_of_step(step)
-    shares = order.micro_batches(
-        rows, section.batch_size, accelerator.process_index, accelerator.num_processes, run.accumulation
+    rows = run.sampler.rows_of_step(step)
+    shares = sampler.micro_batches(
+        rows, section.batch_size, accelerator.process_index, accelerator.num_processes, run.accumulation_steps
     )
-    batches = [run.objective.batch(run.training, share, step, section.batch_size) for _, share in shares]
+    batches = [run.task.batch(run.train_rows, share, step, section.batch_size) for _, share in shares]
     counts = Counter()
     for batch in batches:
         counts.update(objectives.counts(batch))
     # all processes divide by the same numbers, and stop at the same step or none
-    tokens, read = sum(map(objectives.tokens_read, batches)), sum(order.digest(share) for _, share in shares)
+    tokens, read = sum(map(objectives.tokens_read, batches)), sum(sampler.rows_digest(share) for _, share in shares)
     sums = torch.tensor([*counts.values(), tokens, read, bool(run.signals)])
     sums = accelerator.reduce(to_device(sums, accelerator.device))
     counts = {name: total.clamp(min=1) for name, total in zip(counts, sums, strict=False)}  # a step may have no target
@@ -291,71 +301,73 @@ def training_step(run, model, step):
     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, ((offset, _), batch) in enumerate(zip(shares, batches, strict=True)):
-        torch.manual_seed(order.derive_seed(recipe.run.seed, "dropout", step, offset))
+        torch.manual_seed(sampler.derive_seed(recipe.run.seed, "dropout", step, offset))
         is_last = number == len(batches) - 1
         # sharded, whole gradients would stay on each process until the last
         with nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             inputs = {key: to_device(value, accelerator.device) for key, value in batch.items()}
-            loss = run.objective.forward(model, inputs, counts).loss
+            loss = run.task.forward(model, inputs, counts).loss
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), section.grad_clip or math.inf)  # inf: only measured
-    measured = torch.stack([accelerator.reduce(loss_sum), whole(norm).to(loss_sum.device)])
+    measured = torch.stack([accelerator.reduce(loss_sum), to_full(norm).to(loss_sum.device)])
     if accelerator.scaler is not None:  # fp16's scaler must see what it scaled too far, and leaves the step out itself
         run.optimizer.step()
     else:
         step_if(run.optimizer, measured.isfinite().all())
     run.optimizer.zero_grad()
-    return Numbers(measured, sums[-3:])
+    return AsyncHostCopy(measured, sums[-3:])
 
 
-def settle(run, report, step, rate, numbers):
+def settle(run, reporter, step, rate, numbers):
     """Say and log what a step has come to; returns whether a process is to stop."""
     (loss, norm), (tokens, read, must_stop) = numbers.read()
     # in fp16 a gradient that is not finite only tells the scaler to scale less; all processes answer alike
     is_finite = math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None)
-    run.skipped = 0 if is_finite else run.skipped + 1
-    if run.skipped:
-        report_skipped(run, report, step, loss, norm)
-    is_logged = run.skipped or step + 1 == run.total_steps or (step + 1) % run.recipe.run.log_freq == 0
-    report.step(step + 1, loss, rate, tokens, norm, read, write=is_logged)
+    run.skipped_steps = 0 if is_finite else run.skipped_steps + 1
+    if run.skipped_steps:
+        report_skipped(run, reporter, step, loss, norm)
+    is_logged = run.skipped_steps or step + 1 == run.total_steps or (step + 1) % run.recipe.run.log_freq == 0
+    reporter.log_step(step + 1, loss, rate, tokens, norm, read, write=is_logged)
     return bool(must_stop)
 
 
-def report_skipped(run, report, step, loss, norm):
+def report_skipped(run, reporter, step, loss, norm):
     """Say which step was left out, or stop when it was one too many in a row."""
-    section, rows = run.recipe.training, run.order.rows_of_step(step).tolist()
+    section, rows = run.recipe.training, run.sampler.rows_of_step(step).tolist()
     shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    what = f"the loss of step {step + 1} is {loss} and its gradient's norm {norm} (rows {shown} of {run.training.name})"
-    if run.skipped > section.max_skipped_steps:
+    what = (
+        f"the loss of step {step + 1} is {loss} and its gradient's norm {norm} (rows {shown} of {run.train_rows.name})"
+    )
+    if run.skipped_steps > section.max_skipped_steps:
         raise InputError(
-            f"{what}{f', {run.skipped} such in a row' * (run.skipped > 1)}: lower learning_rate, raise warmup_steps "
-            "or set grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such steps be "
-            "left out by max_skipped_steps"
+            f"{what}{f', {run.skipped_steps} such in a row' * (run.skipped_steps > 1)}: lower learning_rate, raise "
+            "warmup_steps or set grad_clip (--allow_changed goes on from the newest checkpoint with them), or let such "
+            "steps be left out by max_skipped_steps"
         )
-    report.warn(f"left out: {what}")
+    reporter.warning(f"left out: {what}")
 
 
-def is_evaluation_due(run, report):
+def is_evaluation_due(run, reporter):
     """Whether to evaluate before the first step: at the beginning, and where a signal had cut an evaluation short."""
     every = run.recipe.evaluation.eval_freq
-    if not every or run.start % every or run.start == run.total_steps:
+    if not every or run.start_step % every or run.start_step == run.total_steps:
         return False
-    return holds_for_any(run, run.accelerator.is_main_process and not report.has_evaluation(run.start))
+    return any_rank(run, run.accelerator.is_main_process and not reporter.has_evaluation(run.start_step))
 
 
-def holds_for_any(run, condition):
+def any_rank(run, condition):
     """Whether it holds for any process; all ask together, and get one answer."""
     if run.accelerator.num_processes > 1:
         return bool(run.accelerator.reduce(torch.tensor(int(condition), device=run.accelerator.device)))
     return condition
 
 
-def leave(run, report):
+def leave(run, reporter):
     """The exit code of a run that a signal has stopped: 128 and the signal's number, the same of all processes."""
-    report.close()
+    reporter.close()
     if run.uploads is not None and (line := run.uploads.stop()):
-        report.fail(line)
+        reporter.error(line)
     received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
     return 128 + int(run.accelerator.gather(received).max())
 
@@ -378,7 +390,7 @@ def has_lost_patience(run, step):
     if run.accelerator.is_main_process:
         best, _, since = find_best(run, step)
         lost = since >= section.patience + (best is None)
-    return holds_for_any(run, lost)
+    return any_rank(run, lost)
 
 
 # ---- evaluation, checkpoints, the end
@@ -388,41 +400,43 @@ def evaluate_rows(run, model, rows, count, first=0, is_judged=True):
     """The loss of `count` rows, evenly spread (None: all rows) from a first one on; of labelled data with all rows of
     each item."""
     if isinstance(rows, examples.Examples):
-        numbers = rows.rows_of(order.spread(count, rows.num_items))
+        numbers = rows.rows_of(sampler.evenly_spaced(count, rows.num_items))
     else:
-        numbers = order.spread(count, len(rows)) + first
+        numbers = sampler.evenly_spaced(count, len(rows)) + first
     return evaluate(
         model,
-        run.objective,
+        run.task,
         rows,
         numbers,
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
-        lambda: holds_for_any(run, bool(run.signals)),
+        lambda: any_rank(run, bool(run.signals)),
         is_judged,
         run.recipe.evaluation.metrics or (),
     )
 
 
-def report_evaluation(run, model, report, step, is_final=False):
+def report_evaluation(run, model, reporter, step, is_final=False):
     """Evaluate, print and log; in the middle of a run on `eval_iter` batches, at its end on all validation rows; where
     the best is kept, and of labelled data where the recipe says nothing, each time on all of them.
 
     Returns the figures of the validation rows, {} when there are none, or None when a signal came in between.
     """
-    recipe, run.doing = run.recipe, f"the evaluation after step {step}"
+    recipe, run.phase = run.recipe, f"the evaluation after step {step}"
     count, metric = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size, None
-    training = evaluate_rows(run, model, run.training, count, run.order.first_row(max(0, step - 1)), is_judged=False)
+    training = evaluate_rows(
+        run, model, run.train_rows, count, run.sampler.first_row(max(0, step - 1)), is_judged=False
+    )
     validation = {}
-    if training is not None and run.validation:
+    if training is not None and run.val_rows:
         metric = recipe.evaluation.metric_for_best
-        is_labelled = isinstance(run.validation, examples.Examples) and recipe.evaluation.eval_iter is None
-        validation = evaluate_rows(run, model, run.validation, None if is_final or metric or is_labelled else count)
+        is_labelled = isinstance(run.val_rows, examples.Examples) and recipe.evaluation.eval_iter is None
+        validation = evaluate_rows(run, model, run.val_rows, None if is_final or metric or is_labelled else count)
     if training is None or validation is None:
         return None
     line = {"step": step, "train_loss": training["loss"]}
-    shown = f"step {step:{len(str(run.total_steps))}}: training loss {figure(training['loss'], 7)}"
+    shown = f"step {step:{len(str(run.total_steps))}}: training loss {format_loss(training['loss'], 7)}"
     if validation:
         flat = {key: value for key, value in validation.items() if key != "metrics"}
         if "metrics" in validation:  # whose tokens are labels
@@ -432,12 +446,12 @@ def report_evaluation(run, model, report, step, is_final=False):
         if metric and metric not in line:
             known = ", ".join(key for key in line if key.startswith("val_"))
             raise InputError(f"metric_for_best {metric} is no figure of task {recipe.task}, which has {known}")
-    report.say(shown)
+    reporter.info(shown)
     speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and speaks:
         line["sample"] = sample(run, step)
-        report.show(line["sample"])
-    report.write(line)
+        reporter.show_sample(line["sample"])
+    reporter.log(line)
     return validation
 
 
@@ -453,7 +467,7 @@ def sample(run, step):
         section.max_new_tokens,
         section.temperature,
         section.top_k,
-        seed=order.derive_seed(run.recipe.run.seed, "sample", step),
+        seed=sampler.derive_seed(run.recipe.run.seed, "sample", step),
     )
 
 
@@ -465,9 +479,9 @@ def open_report(run, ends):
         config, trained = model.config, model.num_parameters(only_trainable=True)
         flops = 4 * model.num_parameters() + 2 * trained
         flops += 12 * config.num_hidden_layers * config.hidden_size * recipe.data.max_len
-    return Report(
+    return Reporter(
         recipe.run.save_model,
-        run.start,
+        run.start_step,
         ends,
         accelerator.is_main_process,
         recipe.run.log_level,
@@ -476,13 +490,13 @@ def open_report(run, ends):
     )
 
 
-def start_trackers(run, report, identity):
+def start_trackers(run, reporter, identity):
     """Let the recipe's trackers have what is logged; a run that goes on goes on in them too."""
     recipe, folder = run.recipe, Path(run.recipe.run.save_model).absolute()
     if not recipe.run.log_with:
         return
     settings = {
-        "tensorboard": {"purge_step": run.start + 1} if run.start else {},
+        "tensorboard": {"purge_step": run.start_step + 1} if run.start_step else {},
         "wandb": {"id": identity, "name": folder.name, "resume": "allow", "dir": str(folder)},
         "trackio": {"name": f"{folder.name}-{identity}", "resume": "allow", "embed": False},
     }
@@ -496,12 +510,12 @@ def start_trackers(run, report, identity):
                 tracker.start()
                 tracker.store_init_configuration(flat)
         except Exception as error:
-            report.warn(f"warning: {name} cannot be used: {first_line(error)[:200]}")
+            reporter.warning(f"warning: {name} cannot be used: {first_line(error)[:200]}")
             continue
         run.accelerator.trackers.append(tracker)
-        report.trackers[name] = tracker.log
-    if report.trackers:
-        report.say(f"tracked     by {', '.join(report.trackers)}, as {identity} of {recipe.run.project_name}")
+        reporter.trackers[name] = tracker.log
+    if reporter.trackers:
+        reporter.info(f"tracked     by {', '.join(reporter.trackers)}, as {identity} of {recipe.run.project_name}")
 
 
 def lock_folder(folder):
@@ -520,8 +534,8 @@ def lock_folder(folder):
 def open_folder(run, folder):
     """The run's folder with its resolved recipe, free of what a killed process left half-written."""
     try:
-        checkpoint.sweep(folder)
-        if run.start == 0 or run.recipe.run.allow_changed:
+        checkpoint.remove_partial(folder)
+        if run.start_step == 0 or run.recipe.run.allow_changed:
             kept = replace(run.recipe, run=replace(run.recipe.run, resume=False, allow_changed=False))
             aside = folder / "recipe.yaml.partial"
             aside.write_text(
@@ -537,9 +551,9 @@ def open_folder(run, folder):
 def save_checkpoint(run, step):
     """The whole state at a step, written by the main process while the others wait; in sharded training (FSDP2) each
     writes its rows of the optimizer's state."""
-    accelerator, recipe, run.doing = run.accelerator, run.recipe, f"the save after step {step}"
+    accelerator, recipe, run.phase = run.accelerator, run.recipe, f"the save after step {step}"
     is_sharded = accelerator.is_fsdp2
-    if holds_for_any(run, not all(bool(local(weight).isfinite().all()) for weight in run.model.parameters())):
+    if any_rank(run, not all(bool(to_local(weight).isfinite().all()) for weight in run.model.parameters())):
         raise InputError(
             f"the weights after step {step} are not all finite, and not saved: lower learning_rate, or set grad_clip"
         )
@@ -565,10 +579,10 @@ def save_checkpoint(run, step):
         "mixed_precision": accelerator.mixed_precision,
         "recipe": recipe.identity(),
         "data": fingerprints(run),
-        "skipped": run.skipped,
+        "skipped": run.skipped_steps,
     }
     if recipe.data.streaming:
-        state["stream"] = run.training.windows.recent_places()
+        state["stream"] = run.train_rows.windows.recent_places()
     if accelerator.scaler is not None:  # fp16's loss scale is learned too
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process or is_sharded:
@@ -578,11 +592,11 @@ def save_checkpoint(run, step):
             checkpoint.save(recipe.run.save_model, step, write_model, tensors, state, limit, **together)
         except checkpoint.ShardError as error:
             who = f"process {accelerator.process_index} of {accelerator.num_processes}"
-            raise ProcessError(f"{who}, in {run.doing}: {error}") from None
+            raise RankError(f"{who}, in {run.phase}: {error}") from None
     accelerator.wait_for_everyone()
 
 
-def finish(run, model, report, last, unigram, validation=None):
+def finish(run, model, reporter, last, unigram, validation=None):
     """The last evaluation, the model at the run's root, the curve, and what to do next; False when a signal came.
 
     Args:
@@ -591,20 +605,20 @@ def finish(run, model, report, last, unigram, validation=None):
     """
     folder = Path(run.recipe.run.save_model)
     if validation is None:
-        validation = report_evaluation(run, model, report, last, is_final=True)
+        validation = report_evaluation(run, model, reporter, last, is_final=True)
     if validation is None:
         return False
     if run.accelerator.is_main_process:
-        amend_run(folder, published_step=publish(run, report, last))
-    report.close()
+        amend_run(folder, published_step=publish(run, reporter, last))
+    reporter.close()
     if not run.accelerator.is_main_process:
         return True
-    show(folder, report.warn)
-    console.conclude(run, report, last, validation, unigram)
+    show(folder, reporter.warning)
+    console.conclude(run, reporter, last, validation, unigram)
     if run.uploads is not None:
-        report.say(f"push        to {run.uploads.repo} ... (Ctrl-C leaves it)")
+        reporter.info(f"push        to {run.uploads.repo} ... (Ctrl-C leaves it)")
         said, is_there = run.uploads.finish(lambda: bool(run.signals))
-        (report.say if is_there else report.fail)(said)
+        (reporter.info if is_there else reporter.error)(said)
     return True
 
 
@@ -617,7 +631,7 @@ def show(folder, warn):
             warn(f"warning: {name} could not be written: {first_line(error)[:200]}")
 
 
-def publish(run, report, last):
+def publish(run, reporter, last):
     """The last model, or the best, at the run's root; LoRA's merged into it where the recipe says so. Returns the step
     that it is of."""
     recipe, folder = run.recipe, Path(run.recipe.run.save_model)
@@ -626,14 +640,16 @@ def publish(run, report, last):
         metric = recipe.evaluation.metric_for_best
         value = find_best(run, last)[1]
         holds = recipe.evaluation.final_model if best != last else "last, which is the best"
-        if recipe.evaluation.final_model == "best" and checkpoint.damage(folder / f"checkpoint-{best}"):
-            if checkpoint.is_finished(folder):
-                report.warn(f"best        {folder}/checkpoint-{best} is gone or damaged, and {folder} stays as it is")
+        if recipe.evaluation.final_model == "best" and checkpoint.find_corruption(folder / f"checkpoint-{best}"):
+            if checkpoint.has_model(folder):
+                reporter.warning(
+                    f"best        {folder}/checkpoint-{best} is gone or damaged, and {folder} stays as it is"
+                )
                 return best
             holds = f"last, for {folder}/checkpoint-{best} is gone or damaged"
         elif recipe.evaluation.final_model == "best":
             chosen = folder / f"checkpoint-{best}"
-        report.say(f"best        {metric} {value:.4f} after step {best}; {folder} holds the {holds}")
+        reporter.info(f"best        {metric} {value:.4f} after step {best}; {folder} holds the {holds}")
     if not (lora.is_added(run.model) and recipe.lora.merge_lora):
         checkpoint.publish(chosen, folder)
         return checkpoint.step_of(chosen)
@@ -643,7 +659,7 @@ def publish(run, report, last):
         merged.save_pretrained(aside)
         tokenizers.save(run.tokenizer, aside)
 
-    checkpoint.publish_made(write_model, folder)
+    checkpoint.publish_new(write_model, folder)
     return checkpoint.step_of(chosen)
 
 
@@ -654,29 +670,28 @@ def is_published(run, last):
         return False  # whose it is, a merged model does not say: it is made again
     best = best_step(run, last) if run.recipe.evaluation.final_model == "best" else None
     path = folder / f"checkpoint-{last if best is None else best}"
-    if checkpoint.damage(path):
-        return best is not None and checkpoint.is_finished(folder)  # which then stays as it is
+    if checkpoint.find_corruption(path):
+        return best is not None and checkpoint.has_model(folder)  # which then stays as it is
     return checkpoint.is_published(path, folder)
 
 
 def evaluate_only(run):
-    if run.validation is None:
+    if run.val_rows is None:
         raise InputError("there is nothing to evaluate on: give --val_file FILE, or a val_fraction above 0")
     if run.accelerator.is_fsdp2:
-        shard(run.accelerator, run.model, run.recipe.training.compile)
+        shard_model(run.accelerator, run.model, run.recipe.training.compile)
     else:
         run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
-    figures = evaluate_rows(run, run.model, run.validation, None)
+    figures = evaluate_rows(run, run.model, run.val_rows, None)
     if run.accelerator.is_main_process:
         print("".join(f"{line}\n" for line in console.left_out(run)), end="")
     if run.accelerator.is_main_process and "metrics" in figures:
         print(
-            f"validation loss {console.describe(figures)}\nover all {len(run.validation):,} rows of "
-            f"{run.validation.name}"
+            f"validation loss {console.describe(figures)}\nover all {len(run.val_rows):,} rows of {run.val_rows.name}"
         )
     elif run.accelerator.is_main_process:
         print(f"validation loss {console.describe(figures)}, perplexity {figures['perplexity']:.3f}")
-        print(f"over all {figures['tokens']:,} tokens of {run.validation.name}")
+        print(f"over all {figures['tokens']:,} tokens of {run.val_rows.name}")
     return 0
 
 

@@ -73,13 +73,13 @@ def test_wherever_a_save_ends_there_is_a_whole_checkpoint(tmp_path, monkeypatch,
                 said.add(str(end)[:7])
             except OSError:
                 pytest.fail("an error of the disk is not said in a line")
-        newest = checkpoint.find(run)
+        newest = checkpoint.find_latest(run)
         found.add(newest.name)
-        assert checkpoint.damage(newest) is None
-        checkpoint.sweep(run)
+        assert checkpoint.find_corruption(newest) is None
+        checkpoint.remove_partial(run)
         assert not list(run.glob("*.partial"))
         save(run, 30)
-        assert checkpoint.find(run).name == "checkpoint-30"
+        assert checkpoint.find_latest(run).name == "checkpoint-30"
         assert sorted(path.name for path in run.iterdir()) == ["checkpoint-20", "checkpoint-30"]
     assert at > 20  # it does as much to the disk
     assert found == {"checkpoint-20", "checkpoint-30"}
@@ -98,11 +98,11 @@ def test_any_file_that_is_torn_is_seen(tmp_path):
             if torn is not None:
                 (whole / file).write_bytes(torn)
             warnings = []
-            assert checkpoint.find(tmp_path, warnings.append).name == "checkpoint-10", (file, torn)
+            assert checkpoint.find_latest(tmp_path, warnings.append).name == "checkpoint-10", (file, torn)
             assert len(warnings) == 1
             assert "checkpoint-20" in warnings[0]
             (whole / file).write_bytes(content)
-    assert checkpoint.find(tmp_path) == whole
+    assert checkpoint.find_latest(tmp_path) == whole
 
 
 def test_the_clock_has_no_say(tmp_path):
@@ -111,7 +111,7 @@ def test_the_clock_has_no_say(tmp_path):
         path = save(tmp_path, step, limit=3)
         for file in [path, *path.rglob("*")]:
             os.utime(file, (when, when))
-    assert checkpoint.find(tmp_path).name == "checkpoint-30"
+    assert checkpoint.find_latest(tmp_path).name == "checkpoint-30"
     save(tmp_path, 40, limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-40"]
 
@@ -146,7 +146,7 @@ def test_rows_of_the_optimizer_are_found_in_whichever_file(tmp_path):
     """Written by three processes of which one has nothing, as torch.chunk deals out two rows."""
     whole = torch.arange(8.0).reshape(2, 4)
     assert save_in_parts(tmp_path, 5, [*torch.chunk(whole, 3), whole[:0]]) == [None] * 3
-    path = checkpoint.find(tmp_path)
+    path = checkpoint.find_latest(tmp_path)
     stray = path / "trainer_state" / "optimizer-00004-of-00004.safetensors"
     shutil.copy(path / "trainer_state" / "optimizer-00001-of-00003.safetensors", stray)  # not of this checkpoint
     files = checkpoint.OptimizerFiles(path)
@@ -157,12 +157,12 @@ def test_rows_of_the_optimizer_are_found_in_whichever_file(tmp_path):
     name = "trainer_state/optimizer-00002-of-00003.safetensors"
     (path / name).unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):
-        checkpoint.find(tmp_path)
+        checkpoint.find_latest(tmp_path)
     marker = json.loads((path / "trainer_state" / "complete.json").read_text())
     del marker["files"][name]
     (path / "trainer_state" / "complete.json").write_text(json.dumps(marker))
     with pytest.raises(InputError, match="does not list .*all parts"):
-        checkpoint.find(tmp_path)
+        checkpoint.find_latest(tmp_path)
 
 
 def test_a_part_that_cannot_be_written_ends_the_save_of_all(tmp_path, monkeypatch):

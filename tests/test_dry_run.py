@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import train, write_story
 
-from hf_myllm import prepare
+from hf_myllm import build as prepare
 
 
 def numbers(line):

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.objectives import Causal
 from hf_myllm.data.packing import Rows
 from hf_myllm.evaluation import evaluate, unigram_level
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
+from hf_myllm.tasks.objectives import Causal
 
 
 @pytest.fixture(scope="module")

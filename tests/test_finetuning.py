@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_myllm.predict import main as predict_main
-from hf_myllm.report import best_evaluation, figure
+from hf_myllm.reporting.metrics_log import best_evaluation, format_loss
 
 BERT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 DROPOUT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
@@ -231,7 +231,7 @@ def test_answers_are_found_and_stock_transformers_finds_the_same(tmp_path, unans
     for size in (1, 5):
         capsys.readouterr()
         assert train(run / "recipe.yaml", "--eval_only", "--load_model", run, "--batch_size", size) == 0
-        assert f"validation loss {figure(figures['val_loss'])}" in capsys.readouterr().out
+        assert f"validation loss {format_loss(figures['val_loss'])}" in capsys.readouterr().out
     assert f"unanswerable: {str(unanswerable).lower()}" in (run / "recipe.yaml").read_text()
 
 

@@ -16,9 +16,10 @@ from hub_server import STAGES, TOKEN, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from hf_myllm import console, hub
 from hf_myllm.errors import InputError
+from hf_myllm.hub import push as hub
 from hf_myllm.recipe import Recipe
+from hf_myllm.reporting import console
 
 NAME = "user/a-model"
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import train
 
-from hf_myllm import page
+from hf_myllm.reporting import html as page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

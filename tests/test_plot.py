@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import train
 
-from hf_myllm import plot
-from hf_myllm.plot import main
+from hf_myllm.reporting import plots as plot
+from hf_myllm.reporting.plots import main
 
 
 def write(folder, steps=100, log_freq=1, every=50, **about):

@@ -12,7 +12,7 @@ import termios
 import pytest
 from conftest import ROOT, command, run_command, train
 
-from hf_myllm.report import Report, read_metrics
+from hf_myllm.reporting.metrics_log import Reporter, read_metrics
 
 
 def write(folder, lines, tail=""):
@@ -21,31 +21,31 @@ def write(folder, lines, tail=""):
 
 def test_a_resumed_log_forgets_what_is_run_again_and_what_is_torn(tmp_path):
     write(tmp_path, [{"step": step, "loss": 1.0} for step in range(1, 9)], tail='{"step": 9, "lo')
-    Report(tmp_path, start=5, total_steps=20).close()
+    Reporter(tmp_path, start=5, total_steps=20).close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_only_the_main_process_speaks(tmp_path, capsys):
-    report = Report(tmp_path, 0, 5, is_main=False)
-    report.say("hello")
-    report.step(1, 1.0, 1e-3, 10, 0.5, 7)
-    report.close()
+    reporter = Reporter(tmp_path, 0, 5, is_main=False)
+    reporter.info("hello")
+    reporter.log_step(1, 1.0, 1e-3, 10, 0.5, 7)
+    reporter.close()
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
 
 
 def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_myllm.report.time.monotonic", lambda: clock[0])
-    report = Report(tmp_path, 0, 2)
+    monkeypatch.setattr("hf_myllm.reporting.metrics_log.time.monotonic", lambda: clock[0])
+    reporter = Reporter(tmp_path, 0, 2)
     clock[0] = 2.0
-    report.step(1, 1.0, 1e-3, 100, 0.5, 7)
-    report.pause()
+    reporter.log_step(1, 1.0, 1e-3, 100, 0.5, 7)
+    reporter.pause()
     clock[0] = 60.0
-    report.resume()
+    reporter.resume()
     clock[0] = 62.0
-    report.step(2, 1.0, 1e-3, 100, 0.5, 7)
-    report.close()
+    reporter.log_step(2, 1.0, 1e-3, 100, 0.5, 7)
+    reporter.close()
     assert [line["tokens_per_second"] for line in read_metrics(tmp_path)] == [50.0, 50.0]
 
 
@@ -121,9 +121,9 @@ def test_quiet_says_nothing_when_all_is_well_and_what_is_wrong_when_it_is_not(ti
 
 def test_warnings_are_kept_by_quiet_and_dropped_by_error(tmp_path, capsys):
     for level, said in (("info", "hello\nbeware\n"), ("warning", "beware\n"), ("error", "")):
-        report = Report(None, 0, 1, log_level=level)
-        report.say("hello")
-        report.warn("beware")
+        reporter = Reporter(None, 0, 1, log_level=level)
+        reporter.info("hello")
+        reporter.warning("beware")
         assert capsys.readouterr().out == said
 
 
@@ -146,11 +146,11 @@ def test_debug_lets_the_libraries_speak(tiny):
 
 def test_what_can_be_known_of_memory_and_of_the_devices_is_logged(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_myllm.report.time.monotonic", lambda: clock[0])
-    report = Report(tmp_path, 0, 1, flops=6e9 / 989e12, memory=lambda: 2_500_000_000)
+    monkeypatch.setattr("hf_myllm.reporting.metrics_log.time.monotonic", lambda: clock[0])
+    reporter = Reporter(tmp_path, 0, 1, flops=6e9 / 989e12, memory=lambda: 2_500_000_000)
     clock[0] = 2.0
-    report.step(1, 1.0, 1e-3, 100_000, 0.5, 7)
-    report.close()
+    reporter.log_step(1, 1.0, 1e-3, 100_000, 0.5, 7)
+    reporter.close()
     line = read_metrics(tmp_path)[0]
     assert line["peak_memory_gb"] == 2.5
     assert line["mfu"] == pytest.approx(50_000 * 6e9 / 989e12, abs=1e-4)
@@ -158,12 +158,12 @@ def test_what_can_be_known_of_memory_and_of_the_devices_is_logged(tmp_path, monk
 
 def test_the_time_of_training_goes_on_where_a_run_goes_on(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_myllm.report.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("hf_myllm.reporting.metrics_log.time.monotonic", lambda: clock[0])
     for start in (0, 2):
-        report = Report(tmp_path, start, 4)
+        reporter = Reporter(tmp_path, start, 4)
         for step in (start + 1, start + 2):
             clock[0] += 3.0
-            report.step(step, 1.0, 1e-3, 100, 0.5, 7)
-        report.close()
+            reporter.log_step(step, 1.0, 1e-3, 100, 0.5, 7)
+        reporter.close()
         clock[0] += 1000.0
     assert [line["train_seconds"] for line in read_metrics(tmp_path)] == [3.0, 6.0, 9.0, 12.0]

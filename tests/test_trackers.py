@@ -7,7 +7,7 @@ import struct
 import pytest
 from conftest import run_command, train
 
-from hf_myllm.report import Report, read_metrics, read_run
+from hf_myllm.reporting.metrics_log import Reporter, read_metrics, read_run
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_trackio_has_one_run(tracked):
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hf_myllm.processes.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_myllm.distributed.importlib.util.find_spec", lambda name: None)
     assert train(*tiny(), "--log_with", "wandb") == 2
     assert "error: log_with wandb needs its package: pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -106,11 +106,11 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):
     def track(values, step):
         raise ConnectionError("no route to host")
 
-    report, heard = Report(tmp_path, 0, 3), []
-    report.trackers = {"wandb": track, "tensorboard": lambda values, step: heard.append(step)}
+    reporter, heard = Reporter(tmp_path, 0, 3), []
+    reporter.trackers = {"wandb": track, "tensorboard": lambda values, step: heard.append(step)}
     for step in (1, 2, 3):
-        report.step(step, 1.0, 1e-3, 10, 0.5, 7)
-    report.close()
+        reporter.log_step(step, 1.0, 1e-3, 10, 0.5, 7)
+    reporter.close()
     assert capsys.readouterr().out.count("warning: wandb failed, and gets nothing more: no route to host") == 1
     assert len(read_metrics(tmp_path)) == 3
     assert heard == [1, 2, 3]  # the others get all

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_myllm.models.gpt import GPTForCausalLM
-from hf_myllm.train import AHEAD
+from hf_myllm.train import MAX_STEPS_IN_FLIGHT
 
 
 def metrics(run):
@@ -379,7 +379,7 @@ def test_steps_begun_ahead_are_the_same_run(tiny, tmp_path, monkeypatch):
     """As on a GPU: what a step has come to is read while the next one is under way."""
     words = {"max_steps": 14, "eval_freq": 5, "save_freq": 4, "log_freq": 1}
     for ahead in (0, 1):
-        monkeypatch.setitem(AHEAD, "cpu", ahead)
+        monkeypatch.setitem(MAX_STEPS_IN_FLIGHT, "cpu", ahead)
         assert train(*tiny(**words, save_model=tmp_path / str(ahead))) == 0
     told = ("step", "loss", "learning_rate", "tokens", "grad_norm", "rows", "train_loss", "val_loss", "sample")
     now, later = (
@@ -426,7 +426,7 @@ def spoilt(monkeypatch):
 def test_a_step_that_is_not_finite_is_named_or_left_out_when_asked(
     tiny, tmp_path, capsys, monkeypatch, spoilt, part, optimizer, ahead
 ):
-    monkeypatch.setitem(AHEAD, "cpu", ahead)
+    monkeypatch.setitem(MAX_STEPS_IN_FLIGHT, "cpu", ahead)
     spoilt(part)
     tiny = partial(tiny, optimizer=optimizer)
     assert train(*tiny(max_steps=6)) == 2

@@ -6,8 +6,8 @@ import torch
 
 from hf_myllm.data import tokenizer as tokenizers
 from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.objectives import IGNORED, build, counts
 from hf_myllm.errors import InputError
+from hf_myllm.tasks.objectives import IGNORED, build, counts
 
 TEXT = (
     "The old house stands on a hill. Nobody has lived there for years! Does anyone remember who built it? "

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hf_myllm.data.order import Order, derive_seed, integer_weights, micro_batches, shuffle, spread
+from hf_myllm.data.sampler import Sampler, derive_seed, evenly_spaced, integer_weights, micro_batches, shuffle
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -37,9 +37,9 @@ def test_any_element_alone_is_as_in_the_whole():
 
 
 def test_memory_does_not_grow_with_the_corpus():
-    Order(10**3, 512, 1).rows_of_step(0)
+    Sampler(10**3, 512, 1).rows_of_step(0)
     tracemalloc.start()
-    rows = Order(10**13, 512, 1).rows_of_step(10**9)
+    rows = Sampler(10**13, 512, 1).rows_of_step(10**9)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
     assert rows.min() >= 0
@@ -48,11 +48,11 @@ def test_memory_does_not_grow_with_the_corpus():
 
 
 def test_steps_read_each_row_once_an_epoch_and_cross_epochs():
-    rows = np.concatenate([Order(21, 8, 5, 63).rows_of_step(step) for step in range(8)])
+    rows = np.concatenate([Sampler(21, 8, 5, 63).rows_of_step(step) for step in range(8)])
     assert len(rows) == 63
     for epoch in range(3):
         assert sorted(rows[21 * epoch : 21 * (epoch + 1)]) == list(range(21))
-    assert len(Order(21, 8, 5, 63).rows_of_step(7)) == 7  # the last step has what is left
+    assert len(Sampler(21, 8, 5, 63).rows_of_step(7)) == 7  # the last step has what is left
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1), (3, 2)])
@@ -64,8 +64,8 @@ def test_processes_share_a_step_without_overlap(world_size, accumulation):
 
 
 def test_spread_is_even_and_whole():
-    assert spread(None, 5).tolist() == [0, 1, 2, 3, 4] == spread(9, 5).tolist()
-    assert spread(4, 8).tolist() == [0, 2, 4, 6]
+    assert evenly_spaced(None, 5).tolist() == [0, 1, 2, 3, 4] == evenly_spaced(9, 5).tolist()
+    assert evenly_spaced(4, 8).tolist() == [0, 2, 4, 6]
 
 
 def test_seeds_differ_in_every_part():
@@ -78,7 +78,7 @@ def test_a_mixture_gives_each_source_its_share_at_any_position():
     """Three sources of 7, 100 and 1000 rows, of which the smallest is to have half of all rows."""
     weights = integer_weights([3.0, 2.0, 1.0])
     parts = ((0, 7, weights[0]), (7, 100, weights[1]), (107, 1000, weights[2]))
-    order = Order(1107, 6, 1, None, parts)
+    order = Sampler(1107, 6, 1, None, parts)
     rows = np.concatenate([order.rows_of_step(step) for step in range(100)])
     counts = [int(((rows >= first) & (rows < first + size)).sum()) for first, size, _ in parts]
     assert counts == pytest.approx([300, 200, 100], abs=2)
@@ -95,11 +95,11 @@ def test_a_mixture_gives_each_source_its_share_at_any_position():
 
 def test_rows_of_like_length_come_together_and_none_is_lost():
     lengths = np.random.default_rng(0).integers(1, 1000, 5003)
-    order = Order(5003, 8, 1, 5003 * 2, lengths=lambda rows: lengths[rows])
+    order = Sampler(5003, 8, 1, 5003 * 2, lengths=lambda rows: lengths[rows])
     steps = [order.rows_of_step(step) for step in range(-(-5003 * 2 // 8))]
     assert sorted(np.concatenate(steps)) == sorted([*range(5003)] * 2)
     padding = [lengths[rows].max() * len(rows) - lengths[rows].sum() for rows in steps]
-    plain = [Order(5003, 8, 1, 5003 * 2).rows_of_step(step) for step in range(len(steps))]
+    plain = [Sampler(5003, 8, 1, 5003 * 2).rows_of_step(step) for step in range(len(steps))]
     assert sum(padding) < 0.15 * sum(lengths[rows].max() * len(rows) - lengths[rows].sum() for rows in plain)
     means = [lengths[rows].mean() for rows in steps[:32]]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.6  # not from short to long

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.objectives import Causal, build
 from hf_myllm.data.packing import Rows, best_fit, cut
 from hf_myllm.errors import InputError
+from hf_myllm.tasks.objectives import Causal, build
 
 
 def stream(count, pieces=1):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_myllm.data import objectives, sources, tasks, tokenizer
-from hf_myllm.data.examples import load_examples
-from hf_myllm.data.objectives import IGNORED
+from hf_myllm.data import sources, tokenizer
 from hf_myllm.errors import InputError
 from hf_myllm.models.bert import MyBertConfig
+from hf_myllm.tasks import objectives
+from hf_myllm.tasks import readers as tasks
+from hf_myllm.tasks.examples import load_examples
+from hf_myllm.tasks.objectives import IGNORED
 
 ROWS = [{"text": f"text number {n} " * (n % 7 + 1), "other": f"pair {n}", "label": n % 3} for n in range(50)]
 CHAT = (

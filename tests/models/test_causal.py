@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from hf_myllm.distributed import cast_to_bf16
 from hf_myllm.models import FAMILIES
-from hf_myllm.processes import narrow
 
 
 class Family:
@@ -306,7 +306,7 @@ def test_the_loss_alone_is_the_same_loss(family):
 @families
 def test_layers_hand_bfloat16_to_one_another_under_autocast_only(family):
     plain, narrowed = family.make().eval(), family.make().eval()
-    narrow(narrowed)
+    cast_to_bf16(narrowed)
     seen = []
     for layer in narrowed.modules():
         if isinstance(layer, GradientCheckpointingLayer):

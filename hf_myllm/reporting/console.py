@@ -17,13 +17,15 @@ import numpy as np
 import torch
 import transformers
 
-from . import __version__, lora
-from .data import objectives, tasks
-from .data import tokenizer as tokenizers
-from .errors import printable
-from .evaluation import unigram_level
-from .recipe import Recipe
-from .report import figure
+from .. import __version__
+from ..data import tokenizer as tokenizers
+from ..errors import printable
+from ..evaluation import unigram_level
+from ..models import lora
+from ..recipe import Recipe
+from ..tasks import objectives
+from ..tasks import readers as tasks
+from .metrics_log import format_loss
 
 MASKED = ("mlm", "mlm_nsp")
 
@@ -36,97 +38,101 @@ def describe(figures, width=0):
         more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
     if "metrics" in figures:
         more = f" ({', '.join(f'{name} {value:.4f}' for name, value in figures['metrics'].items())})"
-    return f"{figure(figures['loss'], width)}{more}"
+    return f"{format_loss(figures['loss'], width)}{more}"
 
 
-def introduce(run, report):
+def introduce(run, reporter):
     """Say what is about to be trained on what; returns the figures of the unigram level, which it must beat, or
     None."""
     recipe, section = run.recipe, run.recipe.training
     model = run.model
-    report.say(
+    reporter.info(
         f"model       {recipe.model}, {model.num_parameters():,} parameters, {run.accelerator.num_processes} x "
         f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, task {recipe.task}"
     )
     if lora.is_added(model):
         count = model.num_parameters(only_trainable=True)
-        report.say(f"            LoRA of rank {recipe.lora.r}: {count:,} of the parameters are trained")
-    if run.fresh:
-        report.say(f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.fresh)}")
+        reporter.info(f"            LoRA of rank {recipe.lora.r}: {count:,} of the parameters are trained")
+    if run.newly_initialized:
+        reporter.info(
+            f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.newly_initialized)}"
+        )
     is_padded = recipe.task in ("mlm_nsp", *tasks.TASKS) or recipe.data.packing in ("pad", "best_fit")
     up_to = "up to " * is_padded
-    tokens = f"{len(run.training.tokens):,} tokens, {len(run.training):,} rows of {up_to}{recipe.data.max_len}"
+    tokens = f"{len(run.train_rows.tokens):,} tokens, {len(run.train_rows):,} rows of {up_to}{recipe.data.max_len}"
     if recipe.data.streaming:
-        tokens = f"{run.given.name}, {run.training.windows.size:,} tokens at a time, {len(run.training):,} rows"
-    report.say(f"training    {tokens}")
-    if repeated := sum(source.repeated for source in run.given.all):
-        report.warn(f"            named more than once, and read once: {repeated} files")
+        tokens = f"{run.sources.name}, {run.train_rows.windows.size:,} tokens at a time, {len(run.train_rows):,} rows"
+    reporter.info(f"training    {tokens}")
+    if repeated := sum(source.repeated for source in run.sources.all):
+        reporter.warning(f"            named more than once, and read once: {repeated} files")
     for line in run.mixture():
-        report.say(f"            {line}")
-    unknown = run.account["train"].get("unknown", 0) / max(1, run.account["train"].get("tokens", 0))
+        reporter.info(f"            {line}")
+    unknown = run.data_stats["train"].get("unknown", 0) / max(1, run.data_stats["train"].get("tokens", 0))
     if unknown > 0.001:
         name = run.tokenizer.unk_token
-        report.warn(f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text")
+        reporter.warning(
+            f"            {unknown:.1%} of the tokens are {name}: the tokenizer does not know all of the text"
+        )
     unigram = None
     for line in left_out(run):
-        report.warn(f"            {line}")
+        reporter.warning(f"            {line}")
     if recipe.task in tasks.TASKS:
-        introduce_labels(run, report)
-    elif run.validation is not None:
-        part = f", held out: {run.account['held_out']}" if "held_out" in run.account else ""
-        report.say(f"validation  {len(run.validation.tokens):,} tokens{part}")
+        introduce_labels(run, reporter)
+    elif run.val_rows is not None:
+        part = f", held out: {run.data_stats['held_out']}" if "held_out" in run.data_stats else ""
+        reporter.info(f"validation  {len(run.val_rows.tokens):,} tokens{part}")
         never = [] if recipe.task == "causal" else tokenizers.special_ids(run.tokenizer)
         sizes = model.config.vocab_size, run.token_bytes
-        unigram = unigram_level(run.training.tokens, run.validation.tokens, *sizes, never)
+        unigram = unigram_level(run.train_rows.tokens, run.val_rows.tokens, *sizes, never)
         if recipe.task == "mlm_nsp":
             unigram["loss"] += math.log(2)  # of a guess whether a sentence follows
-        report.say(f"unigram     {describe(unigram)}: knowing only how often tokens occur")
+        reporter.info(f"unigram     {describe(unigram)}: knowing only how often tokens occur")
     if recipe.run.resume and run.resume_from is None:
-        report.warn(f"resume      {recipe.run.save_model} has no checkpoint yet: starting from the beginning")
-    at = f"from step {run.start} " if run.start else ""
-    report.say(
+        reporter.warning(f"resume      {recipe.run.save_model} has no checkpoint yet: starting from the beginning")
+    at = f"from step {run.start_step} " if run.start_step else ""
+    reporter.info(
         f"steps       {at}to {run.total_steps:,}, each of {section.total_batch_size} rows "
         f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * is_padded}), "
         f"{section.lr_schedule} learning rate"
     )
-    report.say(f"run folder  {recipe.run.save_model}")
+    reporter.info(f"run folder  {recipe.run.save_model}")
     return unigram
 
 
 def left_out(run):
     """A line for the training and the validation data, where they have rows that cannot be used."""
-    for part, account in run.account.items():
+    for part, account in run.data_stats.items():
         if isinstance(account, dict) and account.get("skipped"):
             name = {"train": "training"}.get(part, part)
             yield f"left out of {name}: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}"
 
 
-def introduce_labels(run, report):
+def introduce_labels(run, reporter):
     """Say what is to be learned from labelled rows, and the level of saying always the same."""
-    labels, account = getattr(run.objective, "labels", None), run.account["train"]
-    if run.validation is not None:
-        report.say(f"validation  {len(run.validation):,} rows")
-    for rows in (run.training, run.validation):
+    labels, account = getattr(run.task, "labels", None), run.data_stats["train"]
+    if run.val_rows is not None:
+        reporter.info(f"validation  {len(run.val_rows):,} rows")
+    for rows in (run.train_rows, run.val_rows):
         if rows is not None and labels and labels.kind == tasks.CLASSIFICATION:
             counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
-            name, shares = "training" if rows is run.training else "validation", counts / counts.sum()
+            name, shares = "training" if rows is run.train_rows else "validation", counts / counts.sum()
             often = np.argsort(-shares, kind="stable")
             said = ", ".join(f"{printable(labels.names[number])} {shares[number]:.1%}" for number in often[:8])
             more = f" and {len(often) - 8} more" * (len(often) > 8)
-            report.say(f"{'':<12}labels of the {name}: {said}{more}")
+            reporter.info(f"{'':<12}labels of the {name}: {said}{more}")
     if cut := account.get("cut"):
         does = "were cut" if run.recipe.task == "classification" else "make several rows"
-        report.say(f"            {cut:,} texts are longer than max_len and {does}")
+        reporter.info(f"            {cut:,} texts are longer than max_len and {does}")
     if account.get("unlearned"):
-        report.say(
+        reporter.info(
             f"            {account['unlearned']:,} of the assistant's turns are read, and not learned: the chat "
             "template writes them otherwise when others follow"
         )
     if account.get("unanswerable"):
-        report.say(f"            {account['unanswerable']:,} questions have no answer")
+        reporter.info(f"            {account['unanswerable']:,} questions have no answer")
 
 
-def conclude(run, report, last, figures, unigram):
+def conclude(run, reporter, last, figures, unigram):
     """Say how the run ended, and what can be done with it now.
 
     Args:
@@ -137,52 +143,56 @@ def conclude(run, report, last, figures, unigram):
     recipe, folder = run.recipe, run.recipe.run.save_model
     is_labelled = recipe.task in tasks.TASKS and recipe.task != "instruction"
     if figures and is_labelled:
-        report.say(f"done        validation loss {describe(figures)} on all {len(run.validation):,} rows")
+        reporter.info(f"done        validation loss {describe(figures)} on all {len(run.val_rows):,} rows")
     elif figures:
         what = {"instruction": "learned "}.get(recipe.task, "masked " * (recipe.task in MASKED))
-        report.say(f"done        validation loss {describe(figures)}")
+        reporter.info(f"done        validation loss {describe(figures)}")
         level = "" if unigram is None else f"; the unigram level is {unigram['loss']:.4f}"
-        report.say(f"            on all {figures['tokens']:,} {what}tokens{level}")
+        reporter.info(f"            on all {figures['tokens']:,} {what}tokens{level}")
     if (Path(folder) / "report.html").is_file():
-        report.say(f"look at     {folder}/report.html")
+        reporter.info(f"look at     {folder}/report.html")
     name, prompt = shlex.quote(str(folder)), recipe.evaluation.start_context
     if is_labelled:
-        report.say(f"predict     python -m hf_myllm.predict {name} --input FILE")
+        reporter.info(f"predict     python -m hf_myllm.predict {name} --input FILE")
     elif run.tokenizer is not None:
         prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if recipe.task in MASKED else "Once upon a time")
         does = "fill in " if recipe.task in MASKED else "generate"
         chat = " --chat" * (recipe.task == "instruction" and bool(run.tokenizer.chat_template))
-        report.say(f"{does}    python -m hf_myllm.generate {name}{chat} --prompt {shlex.quote(prompt)}")
+        reporter.info(f"{does}    python -m hf_myllm.generate {name}{chat} --prompt {shlex.quote(prompt)}")
     longer = f"--max_steps {2 * run.total_steps} --resume --allow_changed"
     if last < run.total_steps:
         longer = f"--patience {2 * recipe.evaluation.patience} --resume"
-    report.say(f"go on       accelerate launch -m hf_myllm.train {name}/recipe.yaml {longer}")
-    report.say(f"load        {lora.how_to_load(folder)}")
+    reporter.info(f"go on       accelerate launch -m hf_myllm.train {name}/recipe.yaml {longer}")
+    reporter.info(f"load        {lora.how_to_load(folder)}")
 
 
 def facts(run, unigram):
     """What RUN/run.json says of the run, but for its launches: see [`launch`]."""
     recipe, model = run.recipe, run.model
     whole = model.get_base_model() if lora.is_added(model) else model
-    parts = {"training": run.account.get("train", {}), "validation": run.account.get("validation", {})}
+    parts = {"training": run.data_stats.get("train", {}), "validation": run.data_stats.get("validation", {})}
     is_local, is_merged, data = _is_path(recipe.run.init_from), recipe.lora.merge_lora, {}
-    for part, rows in (("training", run.training), ("validation", run.validation)):
+    for part, rows in (("training", run.train_rows), ("validation", run.val_rows)):
         if rows is None:
             continue
         is_streamed = recipe.data.streaming and part == "training"
         counts = {name: value for name, value in parts[part].items() if isinstance(value, int) and value}
-        for name in ("max_id", *(("documents", "bytes", "unknown") if "held_out" in run.account else ())):
+        for name in ("max_id", *(("documents", "bytes", "unknown") if "held_out" in run.data_stats else ())):
             counts.pop(name, None)  # of a text that was divided, they are of the whole
         if "unknown" in counts:
             counts["unknown_tokens"] = counts.pop("unknown")
-        given = run.given.training if part == "training" or run.given.validation is None else [run.given.validation]
+        given = (
+            run.sources.training if part == "training" or run.sources.validation is None else [run.sources.validation]
+        )
         data[part] = counts | {
             "tokens": recipe.data.streaming_window if is_streamed else len(rows.tokens),
             "rows": len(rows),
             "sources": [source for one in given for source in _sources(one)],
         }
-    if run.validation is not None and run.given.validation is None:
-        data["validation"]["held_out"] = run.account.get("held_out", f"{recipe.data.val_fraction:.1%} of the documents")
+    if run.val_rows is not None and run.sources.validation is None:
+        data["validation"]["held_out"] = run.data_stats.get(
+            "held_out", f"{recipe.data.val_fraction:.1%} of the documents"
+        )
     return {
         "model": recipe.model,
         "task": recipe.task,
@@ -199,7 +209,7 @@ def facts(run, unigram):
         "tokens_per_step": recipe.training.total_batch_size * recipe.data.max_len,
         "unit": "nats per label" if recipe.task in tasks.TASKS and recipe.task != "instruction" else "nats per token",
         "unigram_loss": None if unigram is None else unigram["loss"],
-        "labels": list(getattr(getattr(run.objective, "labels", None), "names", None) or []),
+        "labels": list(getattr(getattr(run.task, "labels", None), "names", None) or []),
         "data": data,
     }
 
@@ -258,7 +268,7 @@ def launch(run):
     elif device == "cpu":
         device = f"{torch.get_num_threads()} cores of {platform.processor() or platform.machine()}"
     return {
-        "step": run.start,
+        "step": run.start_step,
         "time": round(time.time()),
         "processes": accelerator.num_processes,
         "device": device,

@@ -65,7 +65,7 @@ def _mix(x):
 
 
 @dataclass(frozen=True)
-class Order:
+class Sampler:
     """The order in which a run reads its rows.
 
     Args:
@@ -143,7 +143,7 @@ def integer_weights(weights):
     return [max(1, round(weight / sum(weights) * 1_000_000)) for weight in weights]
 
 
-def digest(rows):
+def rows_digest(rows):
     """A number that tells sets of rows apart, whatever their order; those of a set's parts add up to the whole's."""
     return int((_mix(np.asarray(rows, dtype=np.uint64) + np.uint64(1)) >> np.uint64(40)).sum())
 
@@ -161,7 +161,7 @@ def micro_batches(rows, batch_size, rank, world_size, accumulation):
     return shares
 
 
-def spread(count, num_rows):
+def evenly_spaced(count, num_rows):
     """`count` rows evenly spread over num_rows (all of them when there are no more), for an evaluation."""
     if count is None or count >= num_rows:
         return np.arange(num_rows, dtype=np.int64)

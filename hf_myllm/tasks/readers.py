@@ -21,11 +21,11 @@ from itertools import zip_longest
 
 import numpy as np
 
+from ..data.sources import check_text, read_rows, read_sentences
+from ..data.tokenizer import end_of_document, special_ids
+from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import InputError, first_line
 from .examples import BadRow, Example
-from .sources import check_text, read_rows, read_sentences
-from .tokenizer import end_of_document, special_ids
-from .tokenizer import fingerprint as tokenizer_fingerprint
 
 IGNORED = -100  # no label: what torch's cross-entropy, and with it transformers, leaves out of the loss
 CLASSIFICATION = "single_label_classification"

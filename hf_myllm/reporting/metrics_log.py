@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import InputError, first_line, printable
+from ..errors import InputError, first_line, printable
 
 UNTRACKED = ("step", "rows", "time")  # of a line of metrics.jsonl: a number that is no measure
 
 
-class Report:
+class Reporter:
     """The terminal, the metrics file and the trackers of a run. Only the main process's speaks.
 
     Args:
@@ -70,27 +70,27 @@ class Report:
                 leave=False,
             )
 
-    def say(self, text=""):
+    def info(self, text=""):
         """A line for the reader, above the progress bar."""
         if self.is_main and not self.is_quiet:
             self._print(text)
 
-    def warn(self, text):
+    def warning(self, text):
         """A line that a reader must see: something may be wrong."""
         if self.is_main and self.warns:
             self._print(text)
 
-    def fail(self, text):
+    def error(self, text):
         """A line on stderr: what was asked for was not done, although the run has ended well."""
         if self.is_main:
             print(printable(text), file=sys.stderr, flush=True)
 
-    def show(self, sample):
+    def show_sample(self, sample):
         """A text of the model's, each line marked as such and no wider than the terminal."""
         room = max(8, shutil.get_terminal_size().columns - 5) if self.is_terminal else 1 << 30
         for line in sample.splitlines():
             for piece in _pieces(printable(line), room):
-                self.say(f"  | {piece}".rstrip())
+                self.info(f"  | {piece}".rstrip())
 
     def _print(self, text):
         text = printable(text)
@@ -99,7 +99,7 @@ class Report:
         else:
             print(text, flush=True)
 
-    def step(self, step, loss, learning_rate, tokens, grad_norm, rows, write=True):
+    def log_step(self, step, loss, learning_rate, tokens, grad_norm, rows, write=True):
         """A training step done: `step` counts from 1; `tokens` and the digest of the `rows` are over all processes."""
         if not self.is_main:
             return
@@ -110,7 +110,7 @@ class Report:
         speed = (self.tokens - tokens_then) / (elapsed - then) if elapsed > then else 0.0
         used = f", {speed * self.flops:.0%} MFU" if self.flops else ""
         left = tqdm.format_interval(elapsed / max(1, step - self.start) * (self.total_steps - step))
-        status = f"{left} left, loss {figure(loss)}, lr {learning_rate:.2e}, {_short(speed)} tokens/s{used}"
+        status = f"{left} left, loss {format_loss(loss)}, lr {learning_rate:.2e}, {_short(speed)} tokens/s{used}"
         if self.bar is not None:
             self.bar.set_description_str(status, refresh=False)
             self.bar.update()
@@ -125,7 +125,7 @@ class Report:
                 line["mfu"] = round(speed * self.flops, 4)
             if (memory := self.memory()) is not None:
                 line["peak_memory_gb"] = round(memory / 1e9, 3)
-            self.write(line | {"time": round(time.time(), 3)})
+            self.log(line | {"time": round(time.time(), 3)})
 
     def has_evaluation(self, step):
         """Whether metrics.jsonl holds the evaluation after this step."""
@@ -139,7 +139,7 @@ class Report:
     def resume(self):
         self.clock += time.monotonic() - self._paused
 
-    def write(self, line):
+    def log(self, line):
         """A line of metrics.jsonl, and of the trackers."""
         # JSON has no NaN
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -154,7 +154,7 @@ class Report:
             try:
                 track(values, step=line["step"])
             except Exception as error:  # whatever befalls a tracker, the run goes on
-                self.warn(f"warning: {name} failed, and gets nothing more: {first_line(error)[:200]}")
+                self.warning(f"warning: {name} failed, and gets nothing more: {first_line(error)[:200]}")
                 del self.trackers[name]
 
     def close(self):
@@ -166,7 +166,7 @@ class Report:
             self.file = None
 
 
-def figure(value, width=0):
+def format_loss(value, width=0):
     """A loss as people read it, whatever its size."""
     return f"{value:{width}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:{width}.2e}"
 

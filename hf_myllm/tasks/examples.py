@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data.corpus import Tokens, cached_folder, is_held_out
+from ..data.sources import source_key
 from ..errors import InputError
-from .corpus import Tokens, cached_folder, is_held_out
-from .sources import source_key
 
 _BATCH = 1000  # rows tokenized at once
 

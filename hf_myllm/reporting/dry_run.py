@@ -11,10 +11,10 @@ from collections import Counter
 import torch
 import yaml
 
-from .data.objectives import IGNORED, targets
-from .data.order import micro_batches
-from .data.tokenizer import special_ids
-from .optim import layer_matrices
+from ..data.sampler import micro_batches
+from ..data.tokenizer import special_ids
+from ..optim import hidden_matrices
+from ..tasks.objectives import IGNORED, targets
 
 _SHOWN = 24  # tokens of a row
 
@@ -31,8 +31,10 @@ def show(run, arguments):
     about = "about " if run.scale > 1 else ""
     _show_tokens(run, about)
     steps = max(1, round(run.total_steps * (1 if section.max_steps else run.scale)))
-    epochs = section.epochs or steps * section.total_batch_size / (len(run.training) * run.scale)
-    shape = f"{accelerator.num_processes} processes x {section.batch_size} rows x {run.accumulation} micro-batches"
+    epochs = section.epochs or steps * section.total_batch_size / (len(run.train_rows) * run.scale)
+    shape = (
+        f"{accelerator.num_processes} processes x {section.batch_size} rows x {run.accumulation_steps} micro-batches"
+    )
     of_steps, of_epochs = (about, "") if section.epochs else ("", about)
     epochs = "" if recipe.data.streaming else f"which is {of_epochs}{epochs:.2f} epochs; "
     print(f"steps       {of_steps}{steps:,}, {epochs}a step has", end=" ")
@@ -87,14 +89,14 @@ def _parts(model):
 
 
 def _show_tokens(run, about):
-    counts = run.account.get("train", {})
-    for name, rows in (("training", run.training), ("validation", run.validation)):
+    counts = run.data_stats.get("train", {})
+    for name, rows in (("training", run.train_rows), ("validation", run.val_rows)):
         if rows is None:
             continue
         if name == "training" and run.recipe.data.streaming:
-            print(f"training    {run.given.name} as a stream, {run.recipe.data.streaming_window:,} tokens at a time")
+            print(f"training    {run.sources.name} as a stream, {run.recipe.data.streaming_window:,} tokens at a time")
             continue
-        scale = run.scale if name == "training" or "held_out" not in run.account else 1.0
+        scale = run.scale if name == "training" or "held_out" not in run.data_stats else 1.0
         total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.accounted()) * scale)
         is_whole = (
             name == "validation"
@@ -126,7 +128,7 @@ def _memory(run):
     trained = run.model.num_parameters(only_trainable=True)
     moments = 2 * trained
     if section.optimizer == "muon":
-        moments -= sum(matrix.numel() for matrix in layer_matrices(run.model) if matrix.requires_grad)
+        moments -= sum(matrix.numel() for matrix in hidden_matrices(run.model) if matrix.requires_grad)
     state = (run.model.num_parameters() + trained + moments) * width  # of what is frozen, the weights alone
     if run.accelerator.is_fsdp2:
         state /= run.accelerator.num_processes
@@ -154,9 +156,9 @@ def _size(count):
 
 def _show_first_batch(run):
     section = run.recipe.training
-    rows = run.order.rows_of_step(0)
-    share = micro_batches(rows, section.batch_size, 0, run.accelerator.num_processes, run.accumulation)[0][1]
-    batch = run.objective.batch(run.training, share, 0, section.batch_size)
+    rows = run.sampler.rows_of_step(0)
+    share = micro_batches(rows, section.batch_size, 0, run.accelerator.num_processes, run.accumulation_steps)[0][1]
+    batch = run.task.batch(run.train_rows, share, 0, section.batch_size)
     labels = targets(batch)
     filled = f"{int((labels != IGNORED).sum())} targets in {batch['input_ids'].numel()} positions"
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
@@ -179,7 +181,7 @@ def _said(run, ids, labels):
     if run.recipe.task == "question_answering":
         first, last = labels.tolist()
         return _tokens(run.tokenizer, ids[first : last + 1]) if first else "that it does not hold the answer"
-    names = run.objective.labels.names
+    names = run.task.labels.names
     if run.recipe.task == "token_classification":
         shown = ["·" if number == IGNORED else names[number] for number in labels.tolist()]
         return "|".join(shown[:_SHOWN]) + (f"| ... {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "|")

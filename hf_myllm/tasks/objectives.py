@@ -16,13 +16,13 @@ from itertools import chain
 import numpy as np
 import torch
 
+from ..data.corpus import find_documents, find_spans
+from ..data.packing import Passages, Rows, Spans, best_fit, first_of_each
+from ..data.sampler import derive_seed, random_numbers
+from ..data.streaming import StreamedRows, Windows
+from ..data.tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 from ..errors import InputError
-from .corpus import find_documents, find_spans
-from .order import derive_seed, random_numbers
-from .packing import Passages, Rows, Spans, best_fit, first_of_each
-from .streaming import StreamedRows, Windows
-from .tasks import CLASSIFICATION, IGNORED, REGRESSION, Conversations, Questions, Texts, Words
-from .tokenizer import continues_word, end_of_document, ends_sentence, special_ids
+from .readers import CLASSIFICATION, IGNORED, REGRESSION, Conversations, Questions, Texts, Words
 
 _LOOKED_AT = 20_000_000  # tokens in which a mark must be found
 _LONGEST_WORD = 12  # tokens by which a row's last whole word may go beyond the share

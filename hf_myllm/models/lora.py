@@ -10,7 +10,7 @@ import json
 import warnings
 from pathlib import Path
 
-from .errors import InputError, first_line
+from ..errors import InputError, first_line
 
 _TYPES = {  # what peft calls the tasks, by which its Auto classes choose theirs
     "causal": "CAUSAL_LM",

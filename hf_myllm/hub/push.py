@@ -25,11 +25,11 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file, save_file
 
-from . import checkpoint, lora
-from .errors import InputError, Parser, exit_on_input_error, first_line
-from .models import FAMILIES
-from .processes import end_with, quiet_the_libraries
-from .report import read_metrics, read_run, write_whole
+from .. import checkpoint
+from ..distributed import exit_with_parent, silence_libraries
+from ..errors import InputError, Parser, exit_on_input_error, first_line
+from ..models import FAMILIES, lora
+from ..reporting.metrics_log import read_metrics, read_run, write_whole
 
 # What is shared of a folder: the files of a model and its tokenizer, and nothing else that may lie there.
 SHARED = {
@@ -105,7 +105,7 @@ def push(run, repo, private=False, revision=None):
     """
     check_target(repo)
     folder = checkpoint.find_model(run)
-    if (folder / "trainer_state").is_dir() and (problem := checkpoint.damage(folder)):
+    if (folder / "trainer_state").is_dir() and (problem := checkpoint.find_corruption(folder)):
         raise InputError(f"{folder} is damaged, and was not pushed: {problem}")
     check(folder)
     api = HfApi()
@@ -557,10 +557,10 @@ def main(argv):
     one.add_argument("--private", action="store_true", help="make it a private one, where it is new")
     one.add_argument("--revision", help="branch to push to (default: main)")
     args = parser.parse_args(argv)
-    quiet_the_libraries()
+    silence_libraries()
     huggingface_hub.utils.disable_progress_bars()
     # of a run that is killed, nothing is pushed any more: one that goes on may have pushed what is newer
-    if (parent := os.environ.get(_PARENT)) and not end_with(int(parent)):
+    if (parent := os.environ.get(_PARENT)) and not exit_with_parent(int(parent)):
         raise InputError("the run has ended")
     print(f"pushed: {push(args.run, args.repo, args.private, args.revision)}")
 

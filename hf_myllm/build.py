@@ -1,0 +1,791 @@
+"""From a recipe to a run: everything that it names is found, checked and put together, before anything is written.
+
+`python -m hf_myllm.prepare recipe.yaml` does as much of it as takes long, ahead of a launch: the tokenizer is trained
+and the text tokenized, into the cache that a launch then finds.
+"""
+
+import math
+import os
+import stat
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
+
+from . import checkpoint
+from .data import corpus, sampler, sources, streaming
+from .data import tokenizer as tokenizers
+from .data.tokenizer import end_of_document
+from .distributed import cast_to_bf16, silence_libraries
+from .errors import InputError, exit_on_input_error, first_line
+from .evaluation import load_metric
+from .generate import encode_masked, encode_prompt
+from .models import FAMILIES, lora
+from .recipe import WORDS, Recipe, parse
+from .tasks import examples, objectives
+from .tasks import readers as tasks
+
+ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
+QUICK_LOOK = 4_000_000  # characters that a dry run reads of a large source
+LORA_WORDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
+
+
+@dataclass
+class Run:
+    """What a run consists of, once everything that its recipe names has been found and fits together."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    sources: object  # the sources
+    tokenizer: object  # None for a .bin without one
+    task: object  # of the task: see objectives
+    train_rows: object  # its rows; None when only evaluating
+    val_rows: object  # None when there is nothing to validate on
+    model: torch.nn.Module
+    newly_initialized: list  # names of weights that the model of init_from did not have
+    resume_from: Path | None
+    data_stats: dict
+    token_bytes: np.ndarray | None = None
+    optimizer: object = None
+    lock: object = None
+    signals: list = ()  # received so far: see train
+    restore_signals: object = None  # to what they did before
+    uploads: object = None  # to the Hub: see hub; of the first process
+    skipped_steps: int = 0  # steps in a row that were not finite
+    phase: str = "its preparation"  # for messages
+    start_step: int = 0
+    total_steps: int = 0
+    sampler: object = None
+    accumulation_steps: int = 1
+
+    @property
+    def scale(self):
+        """How much more text there is than was read: above 1 in a dry run that has read only the beginning."""
+        return 1 / max(1e-9, self.data_stats.get("share", 1.0))
+
+    def close(self):
+        """Let go of what others may wait for."""
+        if self.recipe.data.streaming and self.train_rows is not None:
+            self.train_rows.windows.close()
+        if self.uploads is not None:
+            self.uploads.stop()
+        if self.lock is not None:
+            self.lock.release()
+        if self.restore_signals is not None:
+            self.restore_signals()
+
+    def mixture(self):
+        """A line for each of several sources: its share of the rows, and how often it is gone through."""
+        total = sum(weight for _, _, weight in self.sampler.parts)
+        read = self.total_steps * self.recipe.training.total_batch_size
+        shares = self.data_stats.get("shares", [1.0] * len(self.sampler.parts))
+        for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.parts, shares, strict=False):
+            rows = round(rows / max(1e-9, share))
+            part = weight / total
+            yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * read / rows:.2f} times"
+
+
+@dataclass
+class Sources:
+    """The sources that a recipe names."""
+
+    training: list  # none when only evaluating on a val_file
+    weights: list  # of each, in any unit
+    validation: object  # None: a part of training is held out
+
+    @property
+    def all(self):
+        return [*self.training, *([self.validation] if self.validation else [])]
+
+    @property
+    def name(self):
+        return ", ".join(source.name for source in self.training)
+
+
+def check_folder(recipe):
+    """The checkpoint to resume from, if any; and whether the run's folder may be written to.
+
+    Checkpoints are looked at by the first process, which reads them whole; to the others it is told later.
+    """
+    folder = Path(recipe.run.save_model)
+    if recipe.evaluation.eval_only and not recipe.run.resume:
+        return None
+    try:
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise InputError(f"save_model {folder} is a file; name a folder")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"save_model {str(folder)[:100]!r} cannot be a folder: {error}") from None
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"save_model {folder} cannot be written: no permission in {existing}")
+    if recipe.run.resume:
+        newest = None
+        if is_first_process():
+            newest = checkpoint.find_latest(folder, lambda line: print(f"warning: {line}", file=sys.stderr))
+        has_none = not checkpoint.has_checkpoints(folder)
+        if has_none and recipe.evaluation.eval_only:
+            raise InputError(f"{folder} holds no checkpoint to evaluate; give --load_model FOLDER")
+        if has_none and recipe.run.init_from == "scratch" and (folder / "recipe.yaml").exists():
+            recipe.run.init_from = what_it_started_from(folder / "recipe.yaml")
+        return newest
+    if checkpoint.has_model(folder):
+        raise InputError(
+            f"{folder} already holds a finished run: continue it with --init_from resume, or write elsewhere with "
+            "--save_model FOLDER"
+        )
+    if checkpoint.has_checkpoints(folder):
+        raise InputError(
+            f"{folder} holds the checkpoints of an unfinished run: continue it with --init_from resume, or write "
+            "elsewhere with --save_model FOLDER"
+        )
+    return None
+
+
+def what_it_started_from(path):
+    """The init_from of a run that was stopped before its first checkpoint."""
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["init_from"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise InputError(f"{path} is not the recipe that the run wrote there; remove it to start anew") from None
+
+
+def prepare(recipe, accelerator, resume_from):
+    """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
+    data, section = recipe.data, recipe.run
+    for name in recipe.evaluation.metrics or []:
+        load_metric(name)
+    given = find_sources(data, recipe.evaluation.eval_only)
+    if section.dry_run and not data.streaming and recipe.task not in tasks.TASKS:
+        given = Sources(
+            [quick_look(one) for one in given.training],
+            given.weights,
+            given.validation and quick_look(given.validation),
+        )
+    pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
+    check_family(recipe, pretrained)
+    is_trained = resume_from is not None or recipe.evaluation.eval_only
+    tokenizer = find_tokenizer(recipe, given, pretrained, is_trained)
+    task = find_task(recipe, given, tokenizer, pretrained, is_trained)
+    config = build_config(recipe, tokenizer, pretrained, task)
+    objective = build_objective(recipe, tokenizer, config, task)
+    if tokenizer is not None and tokenizer.model_max_length > config.max_position_embeddings:
+        tokenizer.model_max_length = config.max_position_embeddings  # so that stock pipelines know where to cut
+    if recipe.lora.r and accelerator.is_fsdp2:
+        raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
+    state = checkpoint.load_state(resume_from) if resume_from else None
+    resolve(recipe, config, objective, accelerator, state)
+    if state is not None and not recipe.evaluation.eval_only:
+        check_same_recipe(recipe, state, resume_from)
+    if pretrained:
+        check_architecture(recipe, pretrained, is_trained)
+    if recipe.evaluation.start_context is not None and tokenizer is not None:
+        encode = encode_masked if recipe.task in ("mlm", "mlm_nsp") else encode_prompt
+        encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
+
+    is_maker = accelerator.is_local_main_process
+    if task:
+        training, validation, account = load_examples(recipe, given, task, objective)
+    elif data.streaming and not recipe.evaluation.eval_only:
+        training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
+    else:
+        training, validation, account = load_data(data, given, tokenizer, is_maker)
+    held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
+    for part, name in ((training, given.name), (validation, held_out)):
+        tokens = part.tokens if task and part else part
+        if tokens is None or tokens.max_id < config.vocab_size:
+            continue
+        if (place := tokens.first_beyond(config.vocab_size)) is not None:
+            raise InputError(
+                f"{name} has the token id {int(tokens.read(place, 1)[0])} (at position {place}, and up to "
+                f"{tokens.max_id}), and the model a vocabulary of {config.vocab_size}: raise vocab_size, or give the "
+                "data's own tokenizer"
+            )
+    model, fresh = build_model(recipe, config, pretrained, is_trained, task)
+    # asked of accelerate too, which would draw other dropout when it computes a layer again; the models' own does not
+    if recipe.training.gradient_checkpointing or (
+        accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
+    ):
+        # before transformers 5.23 it had the second name
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
+        cast_to_bf16(model)
+    if objective.isolates:
+        use_fast_isolation(model, config, accelerator)
+    # validation rows do not overlap, whatever the stride: each token is predicted once
+    apart = data.max_len - objective.specials
+    run = Run(
+        recipe,
+        accelerator,
+        given,
+        tokenizer,
+        objective,
+        None if training is None else objective.rows(training, data.max_len, data.stride, given.name),
+        None if validation is None else objective.rows(validation, data.max_len, apart, held_out),
+        model,
+        fresh,
+        resume_from,
+        account,
+    )
+    if recipe.task == "instruction" and account["train"].get("ends"):  # where a turn ends, a text does
+        ends = {*account["train"]["ends"], tokenizer.eos_token_id} - {None}
+        model.generation_config.eos_token_id = sorted(ends)
+    if recipe.evaluation.metric_for_best and run.val_rows is None:
+        raise InputError("metric_for_best needs rows to validate on: give --val_file FILE, or a val_fraction above 0")
+    if tokenizer is not None and recipe.task in ("causal", "instruction"):  # what is masked adds up to no text
+        run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
+    if not recipe.evaluation.eval_only:
+        plan(run, state, sampler.integer_weights(given.weights))
+    return run
+
+
+def find_sources(data, eval_only):
+    """Where the text comes from."""
+    validation = None
+    if data.val_file:
+        validation = sources.file_source(data.val_file, data.text_column or "text", data.document)
+    if eval_only and validation:
+        return Sources([], [], validation)
+    named = data.datasets or [asdict(data)]
+    return Sources([find_source(one, data) for one in named], [one.get("weight", 1.0) for one in named], validation)
+
+
+def find_source(one, data):
+    """The source that a mapping names, with `data`'s words where it has none."""
+    column = one.get("text_column", data.text_column) or "text"
+    if one.get("dataset"):
+        split = one.get("dataset_split", data.dataset_split)
+        return sources.hub_source(one["dataset"], one.get("dataset_config"), split, one.get("dataset_revision"), column)
+    return sources.file_source(one["train_file"], column, one.get("document", data.document))
+
+
+def quick_look(source):
+    """The source as a dry run reads it: only its beginning, unless it is small or prepared already."""
+    if source.kind == "hub":
+        return replace(source, limit=QUICK_LOOK, is_streamed=True)
+    size = 0 if source.kind in sources.OF_IDS else sources.total_size(source)
+    is_large = size is None or size > (QUICK_LOOK / 200 if source.kind == "parquet" else 5 * QUICK_LOOK)
+    return replace(source, limit=QUICK_LOOK) if is_large else source
+
+
+def find_tokenizer(recipe, given, pretrained, keep):
+    """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from; with the tokens that
+    the recipe adds.
+
+    Args:
+        keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
+    """
+    tokenizer, added = find_base_tokenizer(recipe, given, pretrained, keep), recipe.data.add_tokens or []
+    if added and tokenizer is None:
+        raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
+    if added and not keep:
+        tokenizer.add_tokens(added)
+    elif unknown := [token for token in added if token not in tokenizer.get_vocab()]:
+        raise InputError(
+            f"add_tokens: {pretrained} does not know {unknown[0]!r}, and a model grows only when a new run starts from "
+            f"it: --init_from {pretrained} --save_model FOLDER"
+        )
+    return tokenizer
+
+
+def find_base_tokenizer(recipe, given, pretrained, keep):
+    data, model_type = recipe.data, FAMILIES[recipe.model].config.model_type
+    if keep:
+        try:
+            return tokenizers.load(str(pretrained), model_type)
+        except InputError:  # trained on a .bin without one
+            pass
+    if isinstance(data.tokenizer, str):
+        try:
+            return tokenizers.load(data.tokenizer)
+        except InputError as error:
+            if not any(source.kind == "hub" for source in given.training):
+                raise
+            raise InputError(f"{error}; and without the Hub, pass --train_file FILE in place of the data set") from None
+    if isinstance(data.tokenizer, dict):
+        kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
+
+        texts, of_task = sources.Texts(text), []
+        if recipe.task in tasks.TASKS:
+            texts = tasks.PlainTexts(text, recipe.task, **columns(data))
+            of_task = [recipe.task, columns(data)]
+
+        def train_tokenizer(folder):
+            tokenizers.save(tokenizers.TRAINERS[kind](texts, size), folder)
+
+        key = [kind, size, *of_task, *(sources.source_key(replace(source, limit=0)) for source in text)]
+        if not corpus.cached_path(key).exists():  # for a quick look at large text, another is trained on its beginning
+            key = [kind, size, *of_task, *map(sources.source_key, text)]
+        return tokenizers.load(str(corpus.cached_folder(key, train_tokenizer)))
+    if pretrained and not keep:
+        return tokenizers.load(str(pretrained), model_type)
+    if any(source.kind not in sources.OF_IDS for source in given.all):
+        kind = "wordpiece" if recipe.model == "bert" else "bpe"
+        raise InputError(
+            f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
+        )
+    return None
+
+
+def find_task(recipe, given, tokenizer, pretrained, is_trained):
+    """How labelled rows are read, with the labels that there are: those that the model was trained for, or those of the
+    training data. None where the task needs no labels."""
+    if recipe.task not in tasks.TASKS:
+        return None
+    if tokenizer is None:
+        raise InputError(f"task {recipe.task} needs a tokenizer: give --tokenizer, or a model that has one")
+    data, config_class = recipe.data, FAMILIES[recipe.model].config
+    if tokenizer.pad_token is None and recipe.task != "instruction":  # stock pipelines fill their batches with it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_of_document(tokenizer)[0])
+    if data.chat_template and (not is_trained or tokenizer.chat_template is None):
+        tokenizer.chat_template = read_template(data.chat_template)
+    more = {"stride": data.stride} if recipe.task == "question_answering" else {}
+    task = tasks.TASKS[recipe.task](tokenizer, data.max_len, **columns(data), **more)
+    if not hasattr(task, "find_labels"):
+        return task
+    stored = trained_labels(config_class.from_pretrained(lora.config_of(pretrained))) if pretrained else None
+    if is_trained:
+        task.labels = stored
+        return task
+    found = task.find_labels(given.training[0], data.problem_type, data.skip_bad_rows)
+    if stored and set(stored.names) == set(found.names):  # in the order that the model's head has them
+        task.labels = replace(found, names=stored.names)
+    return task
+
+
+def columns(data):
+    return {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
+
+
+def trained_labels(config):
+    """What a classifier was trained to tell apart."""
+    if config.problem_type == tasks.REGRESSION or (config.problem_type is None and config.num_labels == 1):
+        return tasks.Labels(tasks.REGRESSION)
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return tasks.Labels(config.problem_type or tasks.CLASSIFICATION, names)
+
+
+def read_template(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"chat_template {path[:100]!r} is not a file that can be read: {error}") from None
+
+
+def build_objective(recipe, tokenizer, config, task=None):
+    data = recipe.data
+    if task:
+        return objectives.build_labelled(task, config, data.packing)
+    settings = data.packing, data.mlm_probability, data.whole_word_masking
+    return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
+
+
+def build_config(recipe, tokenizer, pretrained, task=None):
+    """The model's configuration: that of the checkpoint it starts from, or the family's own, with the recipe's
+    `config` over it."""
+    config_class = FAMILIES[recipe.model].config
+    settings = dict(recipe.config)
+    try:
+        if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
+            for name in SPECIAL_TOKENS:
+                settings.setdefault(name, getattr(tokenizer, name))
+        if task and task.labels:
+            names = task.labels.names or ("LABEL_0",)
+            settings |= {"id2label": dict(enumerate(names))}
+            settings["label2id"] = {name: number for number, name in enumerate(names)}
+            settings["problem_type"] = task.labels.kind  # not that of the model which it starts from
+        if task and recipe.task != "instruction":  # the last token of a row is the last that is not this one
+            settings["pad_token_id"] = tokenizer.pad_token_id
+        if pretrained:
+            config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
+            if recipe.data.add_tokens and "vocab_size" not in settings:
+                config.vocab_size = max(config.vocab_size, len(tokenizer))
+        else:
+            if tokenizer is not None:
+                settings.setdefault("vocab_size", len(tokenizer))
+            if recipe.data.max_len:  # positions that no row reaches would never be trained
+                settings.setdefault(positions_key(config_class), recipe.data.max_len)
+            config = config_class(**settings)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"config of {pretrained or recipe.model}: {first_line(error.__cause__ or error)}") from None
+    for name in SPECIAL_TOKENS:
+        value = getattr(config, name)
+        if isinstance(value, int) and not 0 <= value < config.vocab_size and name in recipe.config:
+            raise InputError(f"{name} is {value}, which the vocabulary of {config.vocab_size} does not have")
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: "
+            f"raise it (--vocab_size {len(tokenizer)}), or give the model's own tokenizer"
+        )
+    return config
+
+
+def check_family(recipe, pretrained):
+    """Refuse to start from a model that is not there, or of another family."""
+    if not pretrained:
+        return
+    config_class = FAMILIES[recipe.model].config
+    try:
+        stored, _ = config_class.get_config_dict(lora.config_of(pretrained))
+        kind = stored.get("model_type")
+    except Exception as error:  # the library's own errors are of many classes, and all mean this
+        if (Path(pretrained) / "config.json").exists():
+            raise InputError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
+        raise InputError(
+            f"the model {pretrained} cannot be found: it is not a folder with a config.json here, and the Hugging Face "
+            f"Hub did not give it ({first_line(error)[:200]})"
+        ) from None
+    if kind not in (None, config_class.model_type):
+        families = [name for name, family in FAMILIES.items() if family.config.model_type == kind]
+        hint = f": give --model {families[0]}" if families else ""
+        raise InputError(f"{pretrained} is a {kind} model, and the recipe's model is {recipe.model}{hint}")
+
+
+def check_architecture(recipe, pretrained, is_trained):
+    """Refuse to compute with a model's weights what they were not trained for."""
+    stored = FAMILIES[recipe.model].config.from_pretrained(lora.config_of(pretrained))
+    free = {*SPECIAL_TOKENS, "use_cache", "initializer_range"}
+    free |= {"max_position_embeddings", "rope_parameters"}  # how a context is made longer
+    for name, value in recipe.config.items():
+        trained = getattr(stored, name)
+        if name == "vocab_size" and value > trained and not is_trained:
+            continue  # asked for more: see build_model
+        if trained != value and name not in free and "drop" not in name:
+            raise InputError(
+                f"config of {pretrained}: {name} is {trained!r}; the recipe's {value!r} is another model's"
+            )
+
+
+def positions_key(config_class):
+    return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+
+
+def build_model(recipe, config, pretrained, is_trained, task=None):
+    """The model, with fresh weights that only the seed decides, or with those of a checkpoint; and the names of the
+    weights that the checkpoint did not have, which only a head may lack. With LoRA, where the recipe or the checkpoint
+    has it."""
+    base, section = lora.base_of(pretrained), recipe.lora
+    if section.r and not pretrained:
+        raise InputError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
+    if section.r and base and not is_trained:
+        raise InputError(
+            f"{pretrained} is an adapter itself: make a whole model of it first, by its own run's recipe with "
+            "--init_from resume --merge_lora"
+        )
+    try:
+        model, fresh = build_whole_model(recipe, config, base or pretrained, is_trained and not base)
+    except InputError as error:
+        if not base:
+            raise
+        where = f"{pretrained}/adapter_config.json names it as base_model_name_or_path"
+        raise InputError(f"{error}; {where}, and can be changed there") from None
+    if base:  # what it lacks, the adapter has
+        model, fresh = lora.load(model, pretrained), []
+        if is_trained:
+            return model, fresh
+        model = model.merge_and_unload().requires_grad_(True)
+    is_whole = not any(name.startswith(head) for name in fresh for head in heads_of(model))
+    if task and task.labels and pretrained and not is_trained and is_whole:
+        stored = trained_labels(type(config).from_pretrained(lora.config_of(pretrained)))
+        if not means_the_same(task.labels, stored):
+            fresh = [*fresh, *start_head(model)]
+    if section.r and not recipe.evaluation.eval_only:
+        settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
+        model = lora.add(model, recipe.task, fresh, *settings)
+    return model, fresh
+
+
+def means_the_same(labels, stored):
+    """Whether a head that was trained for some labels may go on with others."""
+    if tasks.REGRESSION in (labels.kind, stored.kind):
+        return labels.kind == stored.kind
+    return set(stored.names) in (set(labels.names), {f"LABEL_{name}" for name in labels.names})
+
+
+def heads_of(model):
+    """name -> module, of what stands on the body."""
+    return {name: head for name, head in model.named_children() if name != model.base_model_prefix}
+
+
+def start_head(model):
+    """Draw the weights of a head anew, which was trained for other labels; their names."""
+    fresh = []
+    for name, head in heads_of(model).items():
+        for part, parameter in head.named_parameters():
+            parameter._is_hf_initialized = False  # or it would be taken for loaded
+            fresh.append(f"{name}.{part}")
+        for module in head.modules():
+            module._is_hf_initialized = False
+            model._init_weights(module)
+    return fresh
+
+
+def build_whole_model(recipe, config, pretrained, is_trained):
+    """See [`build_model`]."""
+    model_class = FAMILIES[recipe.model].tasks[recipe.task]
+    dtype = getattr(torch, recipe.training.dtype)
+    torch.manual_seed(sampler.derive_seed(recipe.run.seed, "initial weights"))
+    if not pretrained:
+        try:
+            model = model_class(config)
+            for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact, as when loaded
+                parameter.data = parameter.data.to(dtype)
+            return model, []
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(f"a {recipe.model} of this config cannot be made: {first_line(error)}") from None
+    vocab_size = config.vocab_size
+    try:
+        config.vocab_size = type(config).from_pretrained(str(pretrained)).vocab_size  # what the file has; grown below
+        model, loading = model_class.from_pretrained(
+            str(pretrained),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, in one line
+        )
+    except Exception as error:
+        raise InputError(f"the model {pretrained} cannot be loaded: {first_line(error)}") from None
+    fresh, body = sorted(loading["missing_keys"]), f"{model_class.base_model_prefix}."
+    mismatched = sorted(loading["mismatched_keys"])
+    if not is_trained and recipe.task in tasks.TASKS:  # a head for other labels
+        fresh += [name for name, *_ in mismatched if not name.startswith(body)]
+        mismatched = [one for one in mismatched if one[0].startswith(body)]
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise InputError(
+            f"the model {pretrained} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
+            f"{tuple(wanted)} by the config ({len(mismatched)} such)"
+        )
+    if missing := [name for name in fresh if is_trained or (name.startswith(body) and ".pooler." not in name)]:
+        stored = (type(config).from_pretrained(str(pretrained)).architectures or [""])[0]
+        others = [name for name, one in FAMILIES[recipe.model].tasks.items() if stored.endswith(_head(one))]
+        hint = f"; what it was trained for is --task {others[0]}" if others and others[0] != recipe.task else ""
+        lacks = f"lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
+        raise InputError(f"the model {pretrained} {lacks}{hint}")
+    if vocab_size > config.vocab_size:
+        # new rows start close around the mean of the old ones (Hewitt 2021), so that no token starts out likely
+        model.resize_token_embeddings(vocab_size)
+        fresh.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
+        config.vocab_size = vocab_size
+    if recipe.data.tokenizer and model.can_generate():  # another tokenizer may end its text with another token
+        for name in SPECIAL_TOKENS:
+            setattr(model.generation_config, name, getattr(config, name))
+    return model, fresh
+
+
+def _head(model_class):
+    """What a class has in common with its stock one, as ForSequenceClassification."""
+    return "For" + model_class.__name__.rpartition("For")[2]
+
+
+def use_fast_isolation(model, config, accelerator):
+    """On a GPU, flex attention skips the blocks between documents, where a mask would have them computed and thrown
+    away. It has no dropout; with attention dropout, the mask stays."""
+    has_dropout = any(getattr(config, name, 0) for name in ATTENTION_DROPOUTS)
+    if accelerator.device.type == "cuda" and not has_dropout:
+        model.set_attn_implementation("flex_attention")
+
+
+def resolve(recipe, config, objective, accelerator, state):
+    """Fill in the sizes that follow from others."""
+    data, training = recipe.data, recipe.training
+    positions = config.max_position_embeddings
+    data.max_len = data.max_len or positions
+    if data.max_len > positions:
+        raise InputError(f"max_len {data.max_len} is more than the {positions} positions of the model")
+    if recipe.task == "mlm_nsp" and config.type_vocab_size < 2:
+        raise InputError(
+            f"type_vocab_size is {config.type_vocab_size}, and task mlm_nsp tells two sentences apart by it"
+        )
+    if data.max_len <= objective.specials + (recipe.task == "mlm_nsp"):
+        raise InputError(
+            f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
+        )
+    if recipe.task in ("causal", "mlm") and data.packing in ("stream", "documents") and not data.streaming:
+        data.stride = data.stride or data.max_len - objective.specials
+    if training.total_batch_size is None:
+        micro = training.gradient_accumulation_steps or 1
+        training.total_batch_size = training.batch_size * micro * accelerator.num_processes
+        asked = training.gradient_accumulation_steps is not None
+        if state is not None and not (asked and state["num_processes"] == accelerator.num_processes):
+            # on another number of processes, the step stays what it was
+            training.total_batch_size = state["recipe"]["total_batch_size"]
+    training.gradient_accumulation_steps = None
+    if training.epochs is None and training.max_steps is None:
+        training.epochs = 1.0
+
+
+def load_data(data, given, tokenizer, show):
+    """Training and validation tokens, either None where there are none, and the account of both."""
+    fraction = 0.0 if given.validation else data.val_fraction
+    loaded = [corpus.load_tokens(one, tokenizer, fraction, data.bin_dtype, show) for one in given.training]
+    training, validation, account = None, None, {}
+    if loaded:
+        training = corpus.join([tokens for tokens, _, _ in loaded])
+        account = loaded[0][2] if len(loaded) == 1 else corpus.add_up([one for _, _, one in loaded])
+        if held_out := [tokens for _, tokens, _ in loaded if tokens is not None]:
+            validation = corpus.join(held_out)
+    if given.validation:
+        validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, show)
+    return training, validation, account
+
+
+def load_examples(recipe, given, task, objective):
+    """What `load_data` gives, of labelled data."""
+    data, skip = recipe.data, recipe.data.skip_bad_rows
+    training, validation, account = None, None, {"train": {}}
+    task.max_len = data.max_len
+    if given.training:
+        fraction = 0.0 if given.validation else data.val_fraction
+        training, validation = examples.load_examples(given.training[0], task, fraction, skip)
+        account["train"] = training.account
+    if given.validation:
+        validation, _ = examples.load_examples(given.validation, task, skip=skip)
+        account["validation"] = validation.account
+    if recipe.task == "question_answering":
+        if data.unanswerable is None and training is not None:
+            data.unanswerable = training.account["unanswerable"] > 0
+        objective.may_refuse, objective.longest = data.unanswerable, data.max_answer_len
+    return training, validation, account
+
+
+def open_stream(recipe, given, tokenizer, state, is_maker):
+    """What `load_data` gives, of a corpus that is read a window at a time."""
+    data, (source,), validation = recipe.data, given.training, None
+    places = state.get("stream") if state else None
+    if source.kind in sources.OF_IDS:
+        raise InputError(f"streaming has no meaning with token ids, which are read where they are: {source.name}")
+    if given.validation:
+        validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    if places and state["recipe"].get("streaming_window") != data.streaming_window:
+        raise InputError(
+            f"streaming_window was {state['recipe'].get('streaming_window')}, and cannot be another in the middle of a "
+            "run: the places in the corpus that it knows are of such windows"
+        )
+    size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
+    owner = os.path.abspath(recipe.run.save_model)
+    stream = streaming.Windows(replace(source, is_streamed=True), tokenizer, size, owner, places, is_maker)
+    return stream, validation, {"train": {}}
+
+
+def plan(run, state, weights):
+    """From which step to which, of how many micro-batches, over which rows.
+
+    Args:
+        state: that of the checkpoint to go on from, or None.
+        weights: of each source, whole numbers.
+    """
+    section = run.recipe.training
+    # no larger micro-batches than the step can fill
+    section.batch_size = min(section.batch_size, math.ceil(section.total_batch_size / run.accelerator.num_processes))
+    run.accumulation_steps = math.ceil(section.total_batch_size / (section.batch_size * run.accelerator.num_processes))
+    last_position = None
+    if section.max_steps:
+        run.total_steps = section.max_steps
+    else:
+        last_position = max(1, int(section.epochs * len(run.train_rows)))
+        run.total_steps = math.ceil(last_position / section.total_batch_size)
+    parts = ()
+    if len(run.train_rows.parts) > 1:
+        edges = [*run.train_rows.parts, len(run.train_rows)]
+        parts = [(a, b - a, weight) for a, b, weight in zip(edges, edges[1:], weights, strict=False)]
+        for source, (_, rows, _) in zip(run.sources.training, parts, strict=True):
+            if rows < 1:
+                raise InputError(
+                    f"{source.name} is too small to have a row of its own: give more of it, or leave it out"
+                )
+    run.sampler = sampler.Sampler(
+        len(run.train_rows),
+        section.total_batch_size,
+        run.recipe.run.seed,
+        last_position,
+        tuple(parts),
+        run.recipe.data.streaming,
+        run.train_rows.lengths,
+        # of fewer steps where length may say what the label is, and a batch should not have one kind alone
+        8 if isinstance(run.train_rows, examples.Examples) else 32,
+    )
+    if section.warmup_steps > run.total_steps:
+        raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")
+    if state is not None:
+        run.start_step = state["step"]
+        if run.recipe.data.streaming:
+            run.train_rows.base = run.sampler.first_row(run.start_step) // len(run.train_rows)
+        changed = [name for name, value in fingerprints(run).items() if state["data"].get(name) != value]
+        if changed and not run.recipe.run.allow_changed:
+            raise InputError(
+                f"{run.resume_from} was trained on other data: the {' and the '.join(changed)} has other tokens now. "
+                "Give the data that it had, or --allow_changed to go on with the new"
+            )
+        if run.start_step > run.total_steps:
+            raise InputError(
+                f"{run.resume_from} is beyond the {run.total_steps} steps of this recipe: raise max_steps or epochs"
+            )
+
+
+def fingerprints(run):
+    return {
+        name: rows.tokens.fingerprint
+        for name, rows in (("training data", run.train_rows), ("validation data", run.val_rows))
+        if rows is not None
+    }
+
+
+def check_same_recipe(recipe, state, resume_from):
+    """Refuse to go on from a checkpoint of another recipe: the run would be neither of the two."""
+    then, now = state["recipe"], recipe.identity()
+    then = {key: word.default for key, (_, _, word) in WORDS.items() if key in now} | then  # words that came later
+    keys = [key for key in now | then if then.get(key) != now.get(key)]
+    changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    if own := [one for one in changed if one.partition(" was ")[0] in LORA_WORDS]:
+        raise InputError(f"{resume_from} has the matrices of its own lora: {'; '.join(own)}. Give what it had")
+    if "tokenizer" in keys:
+        raise InputError(f"{resume_from} was trained with another tokenizer: {then['tokenizer']!r}; give that one")
+    if changed and not recipe.run.allow_changed:
+        raise InputError(
+            f"{resume_from} belongs to another recipe: {'; '.join(changed)}. Give what it had, or --allow_changed to "
+            "go on with the new, or --save_model FOLDER for a run of its own"
+        )
+
+
+def is_first_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
+@exit_on_input_error
+def main(argv):
+    recipe = parse(argv, FAMILIES)
+    silence_libraries()
+    data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
+    given = find_sources(data, False)
+    check_family(recipe, pretrained)
+    tokenizer = find_tokenizer(recipe, given, pretrained, False)
+    task = find_task(recipe, given, tokenizer, pretrained, False)
+    config = build_config(recipe, tokenizer, pretrained, task)
+    objective, length = build_objective(recipe, tokenizer, config, task), data.max_len or config.max_position_embeddings
+    if task:
+        data.max_len = length
+        for name, rows in zip(("training", "validation"), load_examples(recipe, given, task, objective), strict=False):
+            if rows is not None:
+                print(f"{name:<12}{len(rows):,} rows are prepared")
+        print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
+        return
+    if data.streaming:
+        given.training = []  # which is prepared as it is read
+    for name, tokens in zip(("training", "validation"), load_data(data, given, tokenizer, show=True), strict=False):
+        if tokens is not None:
+            objective.rows(tokens, length, data.stride or length, f"the {name} data")
+            print(f"{name:<12}{len(tokens):,} tokens are prepared")
+    print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Share a run on the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""What a run reports: terminal, metrics.jsonl, trackers, plots, report.html."""

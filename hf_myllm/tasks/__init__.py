@@ -1,0 +1,1 @@
+"""Tasks: what a model learns. One file per task."""
