@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import InputError
+from .files import PARTIAL, atomic_path
 
 _MARKER = "trainer_state/complete.json"
 _STATE = "trainer_state/state.json"
 _OPTIMIZER = "trainer_state/optimizer"
-_PARTIAL = ".partial"
 _OF_A_MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"}
 _OF_A_MODEL |= {"adapter_config.json", "adapter_model.safetensors", "model_config.json"}
 
@@ -55,7 +55,7 @@ def save(
         InputError: it cannot be written (no space, no permission); the checkpoints before it are untouched.
     """
     final = Path(run) / f"checkpoint-{step}"
-    aside = final.with_name(final.name + _PARTIAL)
+    aside = final.with_name(final.name + PARTIAL)
     number, count = shard
     theirs = OSError("another process could not write its part")
     part = aside / (_OPTIMIZER + (f"-{number + 1:05}-of-{count:05}" if count > 1 else "") + ".safetensors")
@@ -225,13 +225,13 @@ class OptimizerFiles:
 
 def remove_partial(run):
     """Remove what a killed process left half-written or half-removed."""
-    for path in Path(run).glob(f"checkpoint-*{_PARTIAL}"):
+    for path in Path(run).glob(f"checkpoint-*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def stage(checkpoint):
     """Return a folder beside a checkpoint with a copy of its model, kept until [`unstage`] or [`remove_partial`]."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.upload{_PARTIAL}")
+    aside = checkpoint.with_name(f"{checkpoint.name}.upload{PARTIAL}")
     unstage(aside)
     aside.mkdir()
     for path in checkpoint.iterdir():
@@ -265,12 +265,10 @@ def publish(checkpoint, run):
         for name in _OF_A_MODEL - {path.name for path in files}:  # of a model of the other kind: whole, or an adapter
             (Path(run) / name).unlink(missing_ok=True)
         for path in files:
-            aside = Path(run) / (path.name + _PARTIAL)
-            aside.unlink(missing_ok=True)
-            if path.suffix != ".safetensors" or not _link(path, aside):
-                shutil.copyfile(path, aside)
-                _flush(aside)
-            aside.replace(Path(run) / path.name)
+            with atomic_path(Path(run) / path.name) as partial:
+                if path.suffix != ".safetensors" or not _link(path, partial):
+                    shutil.copyfile(path, partial)
+                    _flush(partial)
         _flush(run)
     except OSError as error:
         raise InputError(f"cannot write the model into {run}: {error}; {checkpoint} has it whole") from None
@@ -278,7 +276,7 @@ def publish(checkpoint, run):
 
 def publish_new(write_model, run):
     """Make what `write_model(folder)` writes the model at the run's root; see [`publish`]."""
-    aside = Path(run) / f"checkpoint-merged{_PARTIAL}"
+    aside = Path(run) / f"checkpoint-merged{PARTIAL}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -337,7 +335,7 @@ def _complete(run):
 
 def _remove(path):
     # renamed first: a removal that is cut short leaves nothing by a checkpoint's name
-    doomed = path.with_name(path.name + ".old" + _PARTIAL)
+    doomed = path.with_name(path.name + ".old" + PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

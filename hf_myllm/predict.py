@@ -25,6 +25,7 @@ from .build import trained_labels
 from .data import sources
 from .distributed import silence_libraries
 from .errors import InputError, Parser, exit_on_input_error, first_line
+from .files import atomic_path
 from .generate import find_model
 from .models import lora
 from .tasks import examples, objectives
@@ -155,15 +156,11 @@ def _opened(path):
     if path is None:
         yield sys.stdout
         return
-    aside = Path(f"{path}.partial")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             yield file
-        os.replace(aside, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _words_of(run):

@@ -41,6 +41,7 @@ from .distributed import (
 )
 from .errors import InputError, RankError, exit_on_input_error, first_line
 from .evaluation import evaluate
+from .files import write_text_atomically
 from .generate import fill_in, generate_text
 from .hub import push as hub
 from .models import FAMILIES, lora
@@ -537,13 +538,11 @@ def open_folder(run, folder):
         checkpoint.remove_partial(folder)
         if run.start_step == 0 or run.recipe.run.allow_changed:
             kept = replace(run.recipe, run=replace(run.recipe.run, resume=False, allow_changed=False))
-            aside = folder / "recipe.yaml.partial"
-            aside.write_text(
+            write_text_atomically(
+                folder / "recipe.yaml",
                 f"# to repeat: accelerate launch -m hf_myllm.train {folder / 'recipe.yaml'} --save_model ANOTHER\n"
                 + kept.to_yaml(),
-                encoding="utf-8",
             )
-            aside.replace(folder / "recipe.yaml")
     except OSError as error:
         raise InputError(f"the run's folder {folder} cannot be written: {error}") from None
 

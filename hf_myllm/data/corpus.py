@@ -8,7 +8,6 @@ flat stream ([`Tokens`]).
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -22,6 +21,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import atomic_path
 from . import packing
 from .pickled import read_ids
 from .sources import OF_IDS, read_pieces, source_key, total_size
@@ -149,18 +149,13 @@ def cached_folder(key, make):
     folder = cached_path(key)
     if folder.exists():
         return folder
-    aside = folder.with_suffix(".partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                shutil.rmtree(aside, ignore_errors=True)  # a process that was killed may have left one
-                aside.mkdir()
-                try:
-                    make(aside)
-                    aside.rename(folder)
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
+                with atomic_path(folder) as partial:
+                    partial.mkdir()
+                    make(partial)
     except OSError as error:
         raise InputError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
     return folder

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from .. import checkpoint
 from ..distributed import exit_with_parent, silence_libraries
 from ..errors import InputError, Parser, exit_on_input_error, first_line
+from ..files import write_text_atomically
 from ..models import FAMILIES, lora
-from ..reporting.metrics_log import read_metrics, read_run, write_whole
+from ..reporting.metrics_log import read_metrics, read_run
 
 # What is shared of a folder: the files of a model and its tokenizer, and nothing else that may lie there.
 SHARED = {
@@ -256,7 +257,7 @@ def write_card(folder):
     """Write RUN/README.md, unless somebody has made it his own."""
     path = Path(folder) / "README.md"
     if not is_edited(path):
-        write_whole(path, card(folder, has_curves=(Path(folder) / "loss.png").is_file()))
+        write_text_atomically(path, card(folder, has_curves=(Path(folder) / "loss.png").is_file()))
 
 
 def is_edited(path):

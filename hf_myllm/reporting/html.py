@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from ..errors import InputError, Parser, exit_on_input_error, printable
+from ..files import write_text_atomically
 from . import plots as plot
-from .metrics_log import read_metrics, read_run, write_whole
+from .metrics_log import read_metrics, read_run
 
 _SAMPLES = 12  # shown at most, evenly spread
 _STYLE = """
@@ -69,7 +70,7 @@ def make(folder):
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
         f'<p class="dim">{kind}</p>\n{"".join(parts)}</body>\n</html>\n'
     )
-    write_whole(folder / "report.html", text)
+    write_text_atomically(folder / "report.html", text)
 
 
 def _section(title, content):

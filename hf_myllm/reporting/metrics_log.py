@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import secrets
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import InputError, first_line, printable
+from ..files import write_text_atomically
 
 UNTRACKED = ("step", "rows", "time")  # of a line of metrics.jsonl: a number that is no measure
 
@@ -231,7 +231,7 @@ def _forget_after(path, step, total_steps):
     lines = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
     if step == total_steps:
         lines = [line for line in lines if line["step"] < step or "train_loss" not in line]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
@@ -263,11 +263,4 @@ def amend_run(folder, **facts):
 
 
 def _write_run(folder, found):
-    write_whole(Path(folder) / "run.json", json.dumps(found, indent=1) + "\n")
-
-
-def write_whole(path, text):
-    """Write a file under another name, and give it its own when all is there."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text_atomically(Path(folder) / "run.json", json.dumps(found, indent=1) + "\n")

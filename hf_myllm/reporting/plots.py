@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, Parser, exit_on_input_error
+from ..files import atomic_path
 from .metrics_log import read_metrics, read_run
 
 AXES = {"step": "step", "tokens": "tokens", "time": "training time"}
@@ -145,13 +146,11 @@ def draw(runs, files, by="step", is_dark=False):
             top.legend(frameon=False, fontsize=9)
         try:
             for path in map(Path, files):
-                aside = path.with_name(path.name + ".partial")
                 kind = path.suffix[1:].lower()
                 metadata = {"Date": None} if kind == "svg" else None  # the same run, the same file
-                with warnings.catch_warnings():
+                with atomic_path(path) as aside, warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of characters that no font here has
                     figure.savefig(aside, format=kind, metadata=metadata, facecolor="none" if is_dark else "white")
-                os.replace(aside, path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from None
 

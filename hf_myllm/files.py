@@ -1,0 +1,38 @@
+"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"  # suffix of the temporary names
+
+
+@contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path` to write a file or a folder to.
+
+    When the block ends, the temporary path is renamed to `path`, replacing a file that exists. When the block raises,
+    it is removed. A leftover of a killed process is removed first.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + PARTIAL)
+    _remove(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def write_text_atomically(path, text):
+    """Write a text file in UTF-8, complete or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
