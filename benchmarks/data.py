@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_myllm.data import packing, sampler, sources
-from hf_myllm.data.corpus import Tokens, load_tokens
+from hf_myllm.data.corpus import TokenStream, load_tokens
 from hf_myllm.tasks import objectives
 
 
@@ -68,7 +68,7 @@ def feed(rows_per_batch, batches, length=1024, count=200_000_000):
         np.random.default_rng(0).integers(0, 50_000, count, dtype=np.uint16).tofile(path)
         ids = np.memmap(path, dtype=np.uint16, mode="r")
         int(ids.astype(np.uint32).sum())  # read once, so that both find it in memory
-        rows = packing.Rows(Tokens([ids], "", 50_000), length, length, "x")
+        rows = packing.StridedRows(TokenStream([ids], "", 50_000), length, length, "x")
         objective, plan = objectives.Causal(), sampler.Sampler(len(rows), rows_per_batch, 1)
         start = time.perf_counter()
         for step in range(batches):
@@ -103,7 +103,9 @@ def main():
         if not arguments.tokenizer:
             from hf_myllm.data import tokenizer as tokenizers
 
-            tokenizers.train_bpe(sources.Texts([sources.file_source(arguments.text)]), 4096).save_pretrained(folder)
+            tokenizers.train_bpe(sources.SourceTexts([sources.file_source(arguments.text)]), 4096).save_pretrained(
+                folder
+            )
         figures = {
             name: in_its_own_process(name, arguments.text, arguments.tokenizer or folder) for name in ("map", "ours")
         }

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint
-from .data import corpus, sampler, sources, streaming
+from .data import cache, corpus, sampler, sources, streaming
 from .data import tokenizer as tokenizers
 from .data.tokenizer import end_of_document
 from .distributed import cast_to_bf16, silence_libraries
@@ -83,10 +83,10 @@ class Run:
 
     def mixture(self):
         """A line for each of several sources: its share of the rows, and how often it is gone through."""
-        total = sum(weight for _, _, weight in self.sampler.parts)
+        total = sum(weight for _, _, weight in self.sampler.mixture)
         read = self.total_steps * self.recipe.training.total_batch_size
-        shares = self.data_stats.get("shares", [1.0] * len(self.sampler.parts))
-        for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.parts, shares, strict=False):
+        shares = self.data_stats.get("shares", [1.0] * len(self.sampler.mixture))
+        for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.mixture, shares, strict=False):
             rows = round(rows / max(1e-9, share))
             part = weight / total
             yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * read / rows:.2f} times"
@@ -203,7 +203,7 @@ def prepare(recipe, accelerator, resume_from):
         tokens = part.tokens if task and part else part
         if tokens is None or tokens.max_id < config.vocab_size:
             continue
-        if (place := tokens.first_beyond(config.vocab_size)) is not None:
+        if (place := tokens.find_out_of_vocabulary(config.vocab_size)) is not None:
             raise InputError(
                 f"{name} has the token id {int(tokens.read(place, 1)[0])} (at position {place}, and up to "
                 f"{tokens.max_id}), and the model a vocabulary of {config.vocab_size}: raise vocab_size, or give the "
@@ -269,11 +269,11 @@ def find_source(one, data):
 
 def quick_look(source):
     """The source as a dry run reads it: only its beginning, unless it is small or prepared already."""
-    if source.kind == "hub":
-        return replace(source, limit=QUICK_LOOK, is_streamed=True)
-    size = 0 if source.kind in sources.OF_IDS else sources.total_size(source)
-    is_large = size is None or size > (QUICK_LOOK / 200 if source.kind == "parquet" else 5 * QUICK_LOOK)
-    return replace(source, limit=QUICK_LOOK) if is_large else source
+    if source.format == "hub":
+        return replace(source, max_chars=QUICK_LOOK, is_streamed=True)
+    size = 0 if source.format in sources.TOKEN_ID_FORMATS else sources.total_size(source)
+    is_large = size is None or size > (QUICK_LOOK / 200 if source.format == "parquet" else 5 * QUICK_LOOK)
+    return replace(source, max_chars=QUICK_LOOK) if is_large else source
 
 
 def find_tokenizer(recipe, given, pretrained, keep):
@@ -307,13 +307,13 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
         try:
             return tokenizers.load(data.tokenizer)
         except InputError as error:
-            if not any(source.kind == "hub" for source in given.training):
+            if not any(source.format == "hub" for source in given.training):
                 raise
             raise InputError(f"{error}; and without the Hub, pass --train_file FILE in place of the data set") from None
     if isinstance(data.tokenizer, dict):
         kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
 
-        texts, of_task = sources.Texts(text), []
+        texts, of_task = sources.SourceTexts(text), []
         if recipe.task in tasks.TASKS:
             texts = tasks.PlainTexts(text, recipe.task, **columns(data))
             of_task = [recipe.task, columns(data)]
@@ -321,13 +321,13 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
         def train_tokenizer(folder):
             tokenizers.save(tokenizers.TRAINERS[kind](texts, size), folder)
 
-        key = [kind, size, *of_task, *(sources.source_key(replace(source, limit=0)) for source in text)]
-        if not corpus.cached_path(key).exists():  # for a quick look at large text, another is trained on its beginning
+        key = [kind, size, *of_task, *(sources.source_key(replace(source, max_chars=0)) for source in text)]
+        if not cache.cached_path(key).exists():  # for a quick look at large text, another is trained on its beginning
             key = [kind, size, *of_task, *map(sources.source_key, text)]
-        return tokenizers.load(str(corpus.cached_folder(key, train_tokenizer)))
+        return tokenizers.load(str(cache.cached_folder(key, train_tokenizer)))
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), model_type)
-    if any(source.kind not in sources.OF_IDS for source in given.all):
+    if any(source.format not in sources.TOKEN_ID_FORMATS for source in given.all):
         kind = "wordpiece" if recipe.model == "bert" else "bpe"
         raise InputError(
             f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
@@ -629,10 +629,10 @@ def load_data(data, given, tokenizer, show):
     loaded = [corpus.load_tokens(one, tokenizer, fraction, data.bin_dtype, show) for one in given.training]
     training, validation, account = None, None, {}
     if loaded:
-        training = corpus.join([tokens for tokens, _, _ in loaded])
-        account = loaded[0][2] if len(loaded) == 1 else corpus.add_up([one for _, _, one in loaded])
+        training = corpus.concatenate([tokens for tokens, _, _ in loaded])
+        account = loaded[0][2] if len(loaded) == 1 else corpus.merge_stats([one for _, _, one in loaded])
         if held_out := [tokens for _, tokens, _ in loaded if tokens is not None]:
-            validation = corpus.join(held_out)
+            validation = corpus.concatenate(held_out)
     if given.validation:
         validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, show)
     return training, validation, account
@@ -661,7 +661,7 @@ def open_stream(recipe, given, tokenizer, state, is_maker):
     """What `load_data` gives, of a corpus that is read a window at a time."""
     data, (source,), validation = recipe.data, given.training, None
     places = state.get("stream") if state else None
-    if source.kind in sources.OF_IDS:
+    if source.format in sources.TOKEN_ID_FORMATS:
         raise InputError(f"streaming has no meaning with token ids, which are read where they are: {source.name}")
     if given.validation:
         validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
@@ -672,7 +672,7 @@ def open_stream(recipe, given, tokenizer, state, is_maker):
         )
     size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
     owner = os.path.abspath(recipe.run.save_model)
-    stream = streaming.Windows(replace(source, is_streamed=True), tokenizer, size, owner, places, is_maker)
+    stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, places, is_maker)
     return stream, validation, {"train": {}}
 
 
@@ -694,8 +694,8 @@ def plan(run, state, weights):
         last_position = max(1, int(section.epochs * len(run.train_rows)))
         run.total_steps = math.ceil(last_position / section.total_batch_size)
     parts = ()
-    if len(run.train_rows.parts) > 1:
-        edges = [*run.train_rows.parts, len(run.train_rows)]
+    if len(run.train_rows.source_starts) > 1:
+        edges = [*run.train_rows.source_starts, len(run.train_rows)]
         parts = [(a, b - a, weight) for a, b, weight in zip(edges, edges[1:], weights, strict=False)]
         for source, (_, rows, _) in zip(run.sources.training, parts, strict=True):
             if rows < 1:

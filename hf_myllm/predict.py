@@ -134,19 +134,19 @@ class _Lines(tasks.Texts):
     """Texts, of which a plain file has one a line."""
 
     def read(self, source):
-        return _lines(source, self.text_column) if source.kind == "text" else super().read(source)
+        return _lines(source, self.text_column) if source.format == "text" else super().read(source)
 
 
 class _Sentences(tasks.Words):
     """Sentences, of which a .txt file has one a line, with spaces between the words."""
 
     def read(self, source):
-        is_plain = source.kind == "text" and all(file.endswith(".txt") for file in source.files)
+        is_plain = source.format == "text" and all(file.endswith(".txt") for file in source.files)
         return _lines(source, self.text_column) if is_plain else super().read(source)
 
 
 def _lines(source, column):
-    for number, (text, _) in enumerate(sources.read_pieces(replace(source, document="line")), start=1):
+    for number, (text, _) in enumerate(sources.read_documents(replace(source, document="line")), start=1):
         yield f"{source.name} text {number}", {column: text.strip()}
 
 

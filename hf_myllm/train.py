@@ -581,7 +581,7 @@ def save_checkpoint(run, step):
         "skipped": run.skipped_steps,
     }
     if recipe.data.streaming:
-        state["stream"] = run.train_rows.windows.recent_places()
+        state["stream"] = run.train_rows.windows.recent_positions()
     if accelerator.scaler is not None:  # fp16's loss scale is learned too
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process or is_sharded:

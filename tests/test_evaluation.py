@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.packing import Rows
+from hf_myllm.data.corpus import TokenStream
+from hf_myllm.data.packing import StridedRows
 from hf_myllm.evaluation import evaluate, unigram_level
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
 from hf_myllm.tasks.objectives import Causal
@@ -19,7 +19,7 @@ def setting():
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0))
     ids = np.random.default_rng(0).integers(0, 50, 333).astype(np.uint16)
-    rows = Rows(Tokens([ids], "f", 49), 16, 16, "x")
+    rows = StridedRows(TokenStream([ids], "f", 49), 16, 16, "x")
     return model, ids, rows
 
 
@@ -59,7 +59,7 @@ def test_bits_per_byte(setting):
 
 def test_the_unigram_level_is_the_cross_entropy_of_frequencies():
     training, validation = np.array([0, 0, 0, 1], dtype=np.uint16), np.array([1, 0, 1], dtype=np.uint16)
-    level = unigram_level(Tokens([training], "f", 1), Tokens([validation], "g", 1), 3, np.array([1, 1, 1]))
+    level = unigram_level(TokenStream([training], "f", 1), TokenStream([validation], "g", 1), 3, np.array([1, 1, 1]))
     # counts plus one: 4, 2, 1 of 7; the first token of the data is no target
     assert level["loss"] == pytest.approx(-(math.log(4 / 7) + math.log(2 / 7)) / 2)
     assert level["bits_per_byte"] == pytest.approx(level["loss"] / math.log(2))

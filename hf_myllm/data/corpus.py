@@ -2,7 +2,7 @@
 
 The tokens of a text corpus lie in an Arrow file of the `datasets` cache, each document closed by the end-of-text token;
 a `.bin` of token ids is read where it is, and a `.pkl` of them is copied into such a file. Either way a run sees one
-flat stream ([`Tokens`]).
+flat stream ([`TokenStream`]).
 """
 
 import hashlib
@@ -11,28 +11,25 @@ import os
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
-from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import atomic_path
 from . import packing
-from .pickled import read_ids
-from .sources import OF_IDS, read_pieces, source_key, total_size
-from .tokenizer import end_of_document, place_to_cut
+from .cache import cached_folder, cached_path
+from .pickled import read_token_ids
+from .sources import TOKEN_ID_FORMATS, read_documents, source_key, total_size
+from .tokenizer import end_of_document, safe_split_pattern
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-_FORMAT = 5  # of the cache: raise it when what is cached changes
 _BATCH = 1_000_000  # characters tokenized at once: enough for every core, and some 200 bytes of memory for each
 
 
-class Tokens:
+class TokenStream:
     """A stream of token ids, in one or more arrays of which only what is read comes into memory.
 
     Args:
@@ -41,7 +38,7 @@ class Tokens:
         max_id: the largest id in it.
     """
 
-    parts = (0,)  # where each of several sources begins
+    source_starts = (0,)  # where each of several sources begins
 
     def __init__(self, chunks, fingerprint, max_id):
         self.chunks = [chunk for chunk in chunks if len(chunk)]
@@ -63,7 +60,7 @@ class Tokens:
             missing -= len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def first_beyond(self, size):
+    def find_out_of_vocabulary(self, size):
         """The position of the first id that a vocabulary of this size does not have; there must be one."""
         for start in range(0, len(self), 1 << 24):
             found = np.flatnonzero(self.read(start, 1 << 24) >= size)
@@ -77,23 +74,23 @@ class Tokens:
         before = [*self.chunks[:number], self.chunks[number][:offset]]
         after = [self.chunks[number][offset:], *self.chunks[number + 1 :]]
         return (
-            Tokens(before, f"{self.fingerprint}[:{position}]", self.max_id),
-            Tokens(after, f"{self.fingerprint}[{position}:]", self.max_id),
+            TokenStream(before, f"{self.fingerprint}[:{position}]", self.max_id),
+            TokenStream(after, f"{self.fingerprint}[{position}:]", self.max_id),
         )
 
 
-def join(streams):
-    """Streams one after another, as one; `parts` are where each begins."""
+def concatenate(streams):
+    """Streams one after another, as one; `source_starts` are where each begins."""
     if len(streams) == 1:
         return streams[0]
     chunks = [chunk for stream in streams for chunk in stream.chunks]
     fingerprint = hashlib.sha256(repr([stream.fingerprint for stream in streams]).encode()).hexdigest()
-    joined = Tokens(chunks, fingerprint, max(stream.max_id for stream in streams))
-    joined.parts = np.cumsum([0, *map(len, streams)])[:-1].tolist()
+    joined = TokenStream(chunks, fingerprint, max(stream.max_id for stream in streams))
+    joined.source_starts = np.cumsum([0, *map(len, streams)])[:-1].tolist()
     return joined
 
 
-def add_up(accounts):
+def merge_stats(accounts):
     """The accounts of several sources as one."""
     shares = [account.get("share", 1.0) for account in accounts]
     tokens = [account["train"]["tokens"] for account in accounts]
@@ -117,12 +114,12 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
         val_fraction: share of the documents to hold out, evenly spread over the corpus. Where there are too few
             documents to hold one out, and in a .bin, it is that share of the tokens, at the end.
     Returns:
-        training and validation [`Tokens`], and a dict with the counts of documents, tokens and bytes of text;
+        training and validation [`TokenStream`], and a dict with the counts of documents, tokens and bytes of text;
         validation is None when val_fraction is 0.
     Raises:
         InputError: the source cannot be read, or holds no token.
     """
-    if source.kind in OF_IDS:
+    if source.format in TOKEN_ID_FORMATS:
         training, account = _open_ids(source, tokenizer, bin_dtype)
         held_out = None
     else:
@@ -135,36 +132,10 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
     return training, held_out, account
 
 
-def cached_path(key):
-    """Where the cache has, or would have, what this key says."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_myllm" / digest_of(key)
-
-
-def digest_of(key):
-    return hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def cached_folder(key, make):
-    """The folder of the cache that `make(folder)` fills, made now unless it is there already; whole or not at all."""
-    folder = cached_path(key)
-    if folder.exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                with atomic_path(folder) as partial:
-                    partial.mkdir()
-                    make(partial)
-    except OSError as error:
-        raise InputError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
-    return folder
-
-
 def _open_tokenized(source, tokenizer, val_fraction, show_progress):
     cut = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
-    if source.limit and cached_path(["tokens", source_key(replace(source, limit=0)), *cut]).exists():
-        source = replace(source, limit=0)
+    if source.max_chars and cached_path(["tokens", source_key(replace(source, max_chars=0)), *cut]).exists():
+        source = replace(source, max_chars=0)
     key = ["tokens", source_key(source), *cut]
     folder = cached_folder(key, lambda aside: _tokenize(source, tokenizer, val_fraction, aside, show_progress))
     account = json.loads((folder / "account.json").read_text())
@@ -173,7 +144,7 @@ def _open_tokenized(source, tokenizer, val_fraction, show_progress):
         if account[part]["tokens"]:
             column = datasets.Dataset.from_file(str(folder / f"{part}.arrow")).data.column("input_ids")
             chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-            streams[part] = Tokens(chunks, account[part]["fingerprint"], account[part]["max_id"])
+            streams[part] = TokenStream(chunks, account[part]["fingerprint"], account[part]["max_id"])
     return streams["train"], streams.get("validation"), account
 
 
@@ -183,11 +154,11 @@ def is_held_out(number, share):
 
 
 def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
-    dtype, end = id_type(tokenizer), end_of_document(tokenizer)
+    dtype, end = token_dtype(tokenizer), end_of_document(tokenizer)
     parts = {part: _Part(folder / f"{part}.arrow", dtype) for part in ("train", "validation")}
     unknown, number = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id, 0
     with Progress(total_size(source), show_progress) as progress:
-        for batch in encode(read_pieces(source, place_to_cut(tokenizer), progress.read), tokenizer):
+        for batch in encode(read_documents(source, safe_split_pattern(tokenizer), progress.read), tokenizer):
             rows = {"train": [], "validation": []}
             for (text, is_end), ids in batch:
                 part = "validation" if is_held_out(number, val_fraction) else "train"
@@ -201,7 +172,7 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
                 parts[part].write(pieces)
             progress.wrote(sum(len(piece) for pieces in rows.values() for piece in pieces))
     account = {part: writer.close() for part, writer in parts.items()}
-    account["share"] = progress.share if source.limit else 1.0  # of the source that was read
+    account["share"] = progress.share if source.max_chars else 1.0  # of the source that was read
     if account["train"]["tokens"] == 0:
         if account["validation"]["tokens"]:
             raise InputError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
@@ -252,7 +223,7 @@ class Progress:
             print(f"tokenizing  {far}{self.tokens:,} tokens, {speed / 1e6:.2f}M tokens/s{left}", file=sys.stderr)
 
 
-def id_type(tokenizer):
+def token_dtype(tokenizer):
     """The smallest number type that holds a tokenizer's ids."""
     return np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
 
@@ -263,7 +234,7 @@ def encode(pieces, tokenizer):
     Args:
         pieces: (text, is_end, ...), of which the ids get the marks that close a document where it ends.
     """
-    end, dtype = end_of_document(tokenizer), id_type(tokenizer)
+    end, dtype = end_of_document(tokenizer), token_dtype(tokenizer)
     for batch in _batches(pieces):
         found = tokenizer.backend_tokenizer.encode_batch_fast([piece[0] for piece in batch], add_special_tokens=False)
         ids = (
@@ -320,7 +291,7 @@ class _Part:
 
 def _open_ids(source, tokenizer, bin_dtype):
     files = [file for file in source.files if os.path.getsize(file)]
-    if source.kind == "bin":
+    if source.format == "bin":
         chunks = [_map_bin(file, tokenizer, bin_dtype) for file in files]
     else:
         chunks = [_map_pickle(replace(source, files=(file,))) for file in files]
@@ -336,7 +307,7 @@ def _open_ids(source, tokenizer, bin_dtype):
         (folder / "account.json").write_text(json.dumps(account))
 
     folder = cached_folder(["ids", source_key(source), [str(chunk.dtype) for chunk in chunks]], measure)
-    tokens = Tokens(chunks, **json.loads((folder / "account.json").read_text()))
+    tokens = TokenStream(chunks, **json.loads((folder / "account.json").read_text()))
     return tokens, {"train": {"tokens": len(tokens)}}
 
 
@@ -361,7 +332,7 @@ def find_documents(tokens, marks):
     return np.load(folder / "documents.npy", mmap_mode="r")
 
 
-def find_spans(tokens, marks, length, edges, is_fitted, ahead):
+def pack_documents(tokens, marks, length, edges, is_fitted, ahead):
     """The documents of a stream as rows: found once and kept in the cache, and memory-mapped.
 
     Args:
@@ -372,7 +343,7 @@ def find_spans(tokens, marks, length, edges, is_fitted, ahead):
         ahead: 1 where the tokens are targets, of which the mark that closes a document is one and the first token of
             all, which nothing predicts, is none.
     Returns:
-        spans, the first span of each row, and the first row of each source, as [`packing.Spans`] takes them.
+        spans, the first span of each row, and the first row of each source, as [`packing.DocumentRows`] takes them.
     """
 
     def find(folder):
@@ -380,10 +351,10 @@ def find_spans(tokens, marks, length, edges, is_fitted, ahead):
         if ahead:
             documents = np.stack([np.maximum(documents[:, 0], 1), np.minimum(documents[:, 1] + 1, len(tokens))], axis=1)
             documents = documents[documents[:, 0] < documents[:, 1]]
-        spans = packing.cut(documents, length - edges)
-        owners = np.searchsorted(tokens.parts, spans[:, 0], side="right") - 1
+        spans = packing.split_spans(documents, length - edges)
+        owners = np.searchsorted(tokens.source_starts, spans[:, 0], side="right") - 1
         rows, count = np.arange(len(spans)), 0
-        for part in range(len(tokens.parts)) if is_fitted else ():  # no row has documents of two sources
+        for part in range(len(tokens.source_starts)) if is_fitted else ():  # no row has documents of two sources
             mine = np.flatnonzero(owners == part)
             if len(mine) == 0:
                 continue
@@ -391,11 +362,12 @@ def find_spans(tokens, marks, length, edges, is_fitted, ahead):
             order = np.argsort(row_of, kind="stable")
             spans[mine], rows[mine] = spans[mine[order]], row_of[order] + count
             count += int(row_of.max()) + 1
-        first = packing.first_of_each(rows)
+        first = packing.group_offsets(rows)
         np.save(folder / "spans.npy", spans)
         np.save(folder / "first.npy", first)
         np.save(
-            folder / "parts.npy", [np.searchsorted(first, np.searchsorted(owners, p)) for p in range(len(tokens.parts))]
+            folder / "parts.npy",
+            [np.searchsorted(first, np.searchsorted(owners, p)) for p in range(len(tokens.source_starts))],
         )
 
     key = ["spans", tokens.fingerprint, list(marks), length, edges, is_fitted, ahead]
@@ -406,7 +378,7 @@ def find_spans(tokens, marks, length, edges, is_fitted, ahead):
 def _map_pickle(source):
     """The ids of one pickle, memory-mapped: unpickled once, and kept in the cache."""
     folder = cached_folder(
-        ["pickle", source_key(source)], lambda aside: np.save(aside / "ids.npy", read_ids(source.files[0]))
+        ["pickle", source_key(source)], lambda aside: np.save(aside / "ids.npy", read_token_ids(source.files[0]))
     )
     return np.load(folder / "ids.npy", mmap_mode="r")
 

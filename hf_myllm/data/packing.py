@@ -1,12 +1,12 @@
 """Tokens into rows.
 
-[`Rows`]: row k starts at token k * stride and goes on for a fixed length, over the ends of documents. No token is lost:
-the last row reaches back so that it is full, and leaves out the targets that it would not have had in its own place.
-[`Spans`]: each row is one whole document, or several that fit, with padding.
-[`Passages`]: each row is a piece of one document, for pairs of sentences.
+[`StridedRows`]: row k starts at token k * stride and has a fixed length, across the ends of documents. No token is
+lost: the last row starts earlier so that it is full, and its repeated targets are left out.
+[`DocumentRows`]: each row is one whole document, or several that fit, with padding.
+[`SentencePassages`]: each row is a piece of one document, for pairs of sentences.
 
-All have `tokens`, `name`, a length in rows, `parts` (the first row of each of several sources), `lengths` (of rows, by
-their numbers; None where all are equal) and `accounted()`, how many of the tokens are targets or stand in a row.
+All have `tokens`, `name`, a length in rows, `source_starts` (the first row of each source), `lengths` (a function from
+row numbers to row lengths; None if all are equal) and `num_used_tokens()`, how many tokens are targets or in a row.
 """
 
 import bisect
@@ -16,11 +16,11 @@ import numpy as np
 from ..errors import InputError
 
 
-class Rows:
+class StridedRows:
     """A token stream cut into rows of equal length.
 
     Args:
-        tokens: a [`Tokens`].
+        tokens: a [`TokenStream`].
         length: positions per row that predict something.
         stride: tokens from one row's start to the next; smaller than length, rows overlap; larger, tokens are skipped.
         name: what to call the data in messages.
@@ -41,11 +41,11 @@ class Rows:
         self.num_rows = -(-self.last_start // stride) + 1
         if stride > length:  # what would be a last row's new part may lie in a gap
             self.num_rows = (len(tokens) - ahead - 1) // stride + 1
-        self.parts = [min(-(-start // stride), self.num_rows - 1) for start in tokens.parts]
+        self.source_starts = [min(-(-start // stride), self.num_rows - 1) for start in tokens.source_starts]
 
     lengths = None
 
-    def accounted(self):
+    def num_used_tokens(self):
         if self.stride <= self.length:
             return len(self.tokens) - self.ahead
         whole = (self.num_rows - 1) * self.length  # with gaps between rows
@@ -69,34 +69,34 @@ class Rows:
         return windows, first
 
 
-class Spans:
+class DocumentRows:
     """Rows of one or more whole documents; a document longer than a row is cut.
 
     Args:
-        tokens: a [`Tokens`].
+        tokens: a [`TokenStream`].
         spans: (spans, 2) int64, where each document, or piece of one, starts and stops, in the order of the rows.
         first: (rows + 1,) int64, the first span of each row, and the number of spans.
         edges: how many positions of a row each span takes beyond its tokens.
         name: what to call the data in messages.
-        parts: the first row of each source.
+        source_starts: the first row of each source.
 
     Raises:
         InputError: there is no document.
     """
 
-    is_learned = None  # of each token, where not all are targets
+    loss_mask = None  # of each token, where not all are targets
 
-    def __init__(self, tokens, spans, first, edges, name, parts=(0,)):
+    def __init__(self, tokens, spans, first, edges, name, source_starts=(0,)):
         if len(spans) == 0:
             raise InputError(f"{name} has no document in its {len(tokens)} tokens; give more text")
         self.tokens, self.spans, self.first, self.edges, self.name = tokens, spans, first, edges, name
-        self.parts = list(parts)
+        self.source_starts = list(source_starts)
         self.lengths = self._lengths if len(self) == len(spans) else None
 
     def __len__(self):
         return len(self.first) - 1
 
-    def accounted(self):
+    def num_used_tokens(self):
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
     def _lengths(self, rows):
@@ -107,7 +107,7 @@ class Spans:
         return [(int(a), int(b)) for a, b in self.spans[int(self.first[row]) : int(self.first[row + 1])]]
 
 
-def cut(spans, length):
+def split_spans(spans, length):
     """Spans of at most `length` tokens, in the order of the text."""
     counts = -(-(spans[:, 1] - spans[:, 0]) // length)
     owner = np.repeat(np.arange(len(spans)), counts)
@@ -116,7 +116,7 @@ def cut(spans, length):
     return np.stack([starts, np.minimum(starts + length, spans[owner, 1])], axis=1)
 
 
-def first_of_each(row_of):
+def group_offsets(row_of):
     """Where each row begins, and where the last ends, in a sorted array of row numbers."""
     return np.append(np.flatnonzero(np.diff(row_of, prepend=-1)), len(row_of))
 
@@ -152,11 +152,11 @@ def best_fit(lengths, room):
     return row_of
 
 
-class Passages:
+class SentencePassages:
     """A token stream cut into passages, each of one document: a document longer than `length` into equal parts.
 
     Args:
-        tokens: a [`Tokens`].
+        tokens: a [`TokenStream`].
         documents: (documents, 2) int64, where each document starts and stops, as [`corpus.find_documents`] gives it.
         length: tokens per passage, at most.
         name: what to call the data in messages.
@@ -174,11 +174,11 @@ class Passages:
         self.tokens, self.documents, self.length, self.name = tokens, documents, length, name
         counts = -(-(documents[:, 1] - documents[:, 0]) // length)
         self.first = np.concatenate([[0], np.cumsum(counts)])  # the first passage of each document
-        self.parts = self.first[np.searchsorted(documents[:, 0], tokens.parts)].tolist()
+        self.source_starts = self.first[np.searchsorted(documents[:, 0], tokens.source_starts)].tolist()
 
     lengths = None
 
-    def accounted(self):
+    def num_used_tokens(self):
         return int((self.documents[:, 1] - self.documents[:, 0]).sum())
 
     def __len__(self):

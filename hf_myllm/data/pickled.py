@@ -2,7 +2,7 @@
 
 A pickle is a program, and loading one calls whatever it names, with arguments of its own choosing. Here a name stands
 for nothing but a part of this file: what a list, numpy array or torch tensor of numbers consists of is described by
-inert objects, from which [`read_ids`] makes arrays itself. Any other name is refused.
+inert objects, from which [`read_token_ids`] makes arrays itself. Any other name is refused.
 """
 
 import io
@@ -141,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused("an object outside the file")
 
 
-def read_ids(path):
+def read_token_ids(path):
     """The token ids in a pickle: a list, numpy array or torch tensor of them, or lists of such, joined in their order;
     of several pickles in one file, one after another.
 

@@ -45,7 +45,7 @@ def shuffle(indices, size, seed, epoch):
     return values.astype(np.int64)
 
 
-def random_numbers(keys, count):
+def random_uint64(keys, count):
     """`count` random 64-bit numbers for each key, which depend on nothing else (SplitMix64, as [`_mix`]).
 
     Args:
@@ -70,23 +70,23 @@ class Sampler:
 
     Args:
         num_rows: of all sources together, which are numbered one after another.
-        last_position: where the stream ends (epochs * num_rows), or None when only the number of steps ends the run.
-        parts: of several sources, (first row, number of rows, weight) of each; a weight is the share of the positions
+        total_rows: where the stream ends (epochs * num_rows), or None when only the number of steps ends the run.
+        mixture: of several sources, (first row, number of rows, weight) of each; a weight is the share of the positions
             that the source gets, each time in an order of its own.
-        is_fresh: whether each epoch has rows of its own, numbered on, as the windows of a stream have.
+        is_streamed: whether each epoch has rows of its own, numbered on, as the windows of a stream have.
         lengths: called with row numbers, gives the length of each, where rows of like length are to come together;
             None where all are equal.
-        grouped: steps whose rows are sorted by length together.
+        group_steps: steps whose rows are sorted by length together.
     """
 
     num_rows: int
     total_batch_size: int
     seed: int
-    last_position: int | None = None
-    parts: tuple = ()
-    is_fresh: bool = False
+    total_rows: int | None = None
+    mixture: tuple = ()
+    is_streamed: bool = False
     lengths: object = None
-    grouped: int = 32
+    group_steps: int = 32
 
     def rows_of_step(self, step):
         """The rows that all processes together read at a step, counted from 0.
@@ -97,9 +97,9 @@ class Sampler:
         if self.lengths is None:
             return self._rows_at(step * self.total_batch_size, (step + 1) * self.total_batch_size)
         # rows of some steps sorted by length, and dealt out to these steps in random order
-        group, place = divmod(step, self.grouped)
-        first = group * self.grouped * self.total_batch_size
-        rows = self._rows_at(first, first + self.grouped * self.total_batch_size)
+        group, place = divmod(step, self.group_steps)
+        first = group * self.group_steps * self.total_batch_size
+        rows = self._rows_at(first, first + self.group_steps * self.total_batch_size)
         rows = rows[np.argsort(self.lengths(rows), kind="stable")]
         steps = -(-len(rows) // self.total_batch_size)
         chunk = int(shuffle(np.array([place]), steps, self.seed, f"group {group}")[0])
@@ -107,19 +107,19 @@ class Sampler:
 
     def first_row(self, step):
         """The first row of those among which a step's are."""
-        return step * self.total_batch_size // self.num_rows * self.num_rows if self.is_fresh else 0
+        return step * self.total_batch_size // self.num_rows * self.num_rows if self.is_streamed else 0
 
     def _rows_at(self, start, stop):
         """The rows at these positions of the stream."""
-        stop = stop if self.last_position is None else min(stop, self.last_position)
+        stop = stop if self.total_rows is None else min(stop, self.total_rows)
         positions = np.arange(start, stop, dtype=np.int64)
-        if not self.parts:
+        if not self.mixture:
             rows = _reshuffled(positions, self.num_rows, self.seed)
-            return rows + positions // self.num_rows * self.num_rows if self.is_fresh else rows
+            return rows + positions // self.num_rows * self.num_rows if self.is_streamed else rows
         rows = np.empty_like(positions)
-        left = sum(weight for _, _, weight in self.parts)
+        left = sum(weight for _, _, weight in self.mixture)
         places, at = np.arange(len(positions)), positions
-        for number, (first, count, weight) in enumerate(self.parts):
+        for number, (first, count, weight) in enumerate(self.mixture):
             # of each stretch of positions, this source gets weight / left, and those after it the rest: its k-th is
             # where k first reaches that share, which is found without counting
             before = at * weight // left

@@ -26,7 +26,7 @@ from ..errors import InputError, first_line
 # any other suffix is plain text
 _KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _KINDS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
-OF_IDS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
+TOKEN_ID_FORMATS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda raw: _unpack_zst(raw)}
 _PIECE = 100_000  # characters: a longer document comes in pieces
 _LONGEST = 8_000_000  # characters that are looked through for a place to cut
@@ -39,7 +39,7 @@ _ANY_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
 class Source:
     """Files of one kind ("text", "jsonl", "json", "csv", "parquet", "bin", "pkl"), or a Hub data set ("hub")."""
 
-    kind: str
+    format: str
     name: str
     files: tuple[str, ...] = ()
     text_column: str = "text"
@@ -47,9 +47,9 @@ class Source:
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    repeated: int = 0  # files that were named twice, and are read once
+    num_duplicates: int = 0  # files that were named twice, and are read once
     is_streamed: bool = False  # of the Hub: read from there, rather than downloaded first
-    limit: int = 0  # characters after which reading stops, for a quick look; 0: none
+    max_chars: int = 0  # characters after which reading stops, for a quick look; 0: none
 
 
 def file_source(spec, text_column="text", document="file"):
@@ -69,19 +69,19 @@ def file_source(spec, text_column="text", document="file"):
             raise InputError(f"{file} cannot be read: no permission")
         if Path(file).suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".rar"):
             raise InputError(f"{file} is an archive: unpack it first")
-        if kind_of(file) in ("parquet", *OF_IDS) and Path(file).suffix.lower() in _COMPRESSED:
+        if file_format(file) in ("parquet", *TOKEN_ID_FORMATS) and Path(file).suffix.lower() in _COMPRESSED:
             raise InputError(f"{file} is compressed, and its kind is read in place: decompress it first")
         files.setdefault(os.path.realpath(file), file)  # one file by two names, or by a link that leads back
-    kinds = {kind_of(file) for file in files.values()}
+    kinds = {file_format(file) for file in files.values()}
     if len(kinds) > 1:
         raise InputError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}); give one kind")
     if all(os.path.getsize(file) == 0 for file in files):
         raise InputError(f"{name} is empty; give a file with text in it")
     repeated = len(found) - len(files)
-    return Source(kinds.pop(), name, tuple(files.values()), text_column, document, repeated=repeated)
+    return Source(kinds.pop(), name, tuple(files.values()), text_column, document, num_duplicates=repeated)
 
 
-def kind_of(file):
+def file_format(file):
     path = Path(file)
     return _KINDS.get(Path(path.stem if path.suffix.lower() in _COMPRESSED else path).suffix.lower(), "text")
 
@@ -91,7 +91,7 @@ def _expand(pattern):
     if os.path.isdir(path):
         endings = (".txt", *_KINDS)
         found = [file for file in Path(path).rglob("*") if file.suffix.lower() in (*endings, *_COMPRESSED)]
-        found = sorted(str(file) for file in found if kind_of(file) != "text" or ".txt" in file.name.lower())
+        found = sorted(str(file) for file in found if file_format(file) != "text" or ".txt" in file.name.lower())
         if found := [file for file in found if not os.path.isdir(file)]:
             return found
         raise InputError(f"folder {pattern} holds no {', '.join(endings)}; give a glob: {pattern}/*.md")
@@ -120,36 +120,36 @@ def source_key(source):
     Raises:
         InputError: a file is no longer there.
     """
-    if source.kind == "hub" and source.is_streamed:
+    if source.format == "hub" and source.is_streamed:
         return asdict(source)
-    if source.kind == "hub":  # an unpinned revision may have moved on
+    if source.format == "hub":  # an unpinned revision may have moved on
         return asdict(source) | {"fingerprint": _load_hub(source)._fingerprint}
     try:
         stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
     except OSError as error:
         raise InputError(f"{source.name} cannot be read: {error}") from None
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return asdict(replace(source, files=(), name="", repeated=0)) | {"files": files}
+    return asdict(replace(source, files=(), name="", num_duplicates=0)) | {"files": files}
 
 
 # ---- documents
 
 
 @dataclass(frozen=True)
-class Texts:
+class SourceTexts:
     """The text of some sources, to be read as often as one likes, long documents in pieces cut before a space."""
 
     sources: list
 
     def __iter__(self):
-        return (text for source in self.sources for text, _ in read_pieces(source, _ANY_SPACE))
+        return (text for source in self.sources for text, _ in read_documents(source, _ANY_SPACE))
 
 
 def total_size(source):
     """How much there is to read, in what `progress` is told: bytes, or the rows of a data set."""
-    if source.kind == "hub":
+    if source.format == "hub":
         return _count_rows(source) if source.is_streamed else len(_load_hub(source))
-    if source.kind == "parquet":
+    if source.format == "parquet":
         try:
             return sum(parquet.read_metadata(file).num_rows for file in source.files)
         except (OSError, pa.ArrowException):
@@ -157,7 +157,7 @@ def total_size(source):
     return sum(os.path.getsize(file) for file in source.files)
 
 
-def read_pieces(source, cut=None, progress=lambda count: None):
+def read_documents(source, cut=None, progress=lambda count: None):
     """The documents of a source, one after another; empty ones are left out.
 
     Args:
@@ -173,19 +173,19 @@ def read_pieces(source, cut=None, progress=lambda count: None):
     seen = 0
     for text, is_end in _read_all_pieces(source, cut, progress):
         seen += len(text)
-        is_last = bool(source.limit) and seen >= source.limit
+        is_last = bool(source.max_chars) and seen >= source.max_chars
         yield text, is_end or is_last
         if is_last:
             return
 
 
 def _read_all_pieces(source, cut, progress):
-    if source.kind in OF_IDS:
+    if source.format in TOKEN_ID_FORMATS:
         raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
-    if source.kind == "text" and source.document == "file":
+    if source.format == "text" and source.document == "file":
         for file in source.files:
             yield from _in_pieces(_read_blocks(file, progress), cut)
-    elif source.kind == "text":
+    elif source.format == "text":
         for file in source.files:
             for _, line in _read_lines(file, progress, is_plain=True):
                 yield from _in_pieces([line], cut)
@@ -324,16 +324,16 @@ def read_rows(source, progress=lambda count: None):
     """(where it stands, the row as a dict) of each row.
 
     Raises:
-        InputError: see [`read_pieces`]; or the source has no columns.
+        InputError: see [`read_documents`]; or the source has no columns.
     """
-    if source.kind in ("text", *OF_IDS):
+    if source.format in ("text", *TOKEN_ID_FORMATS):
         raise InputError(
             f"{source.name} has no columns: give .jsonl, .json, .csv, .tsv, .parquet or a data set of the Hub"
         )
-    if source.kind in ("hub", "parquet"):
+    if source.format in ("hub", "parquet"):
         yield from _load_rows(source, progress)
         return
-    read = {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[source.kind]
+    read = {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[source.format]
     for file in source.files:
         for where, row in read(file, progress):
             if not isinstance(row, dict):
@@ -341,7 +341,7 @@ def read_rows(source, progress=lambda count: None):
             yield where, row
 
 
-def read_sentences(source, words="tokens", labels="label"):
+def read_conll(source, words="tokens", labels="label"):
     """The sentences of CoNLL files, as rows with two columns: a word a line, its label last on the line, and an empty
     line after each sentence (Tjong Kim Sang and De Meulder 2003). A word without a label has None.
 
@@ -451,7 +451,7 @@ def _read_csv(file, progress):
 
 def _load_rows(source, progress):
     try:
-        if source.kind == "hub":
+        if source.format == "hub":
             rows = _stream_hub(source) if source.is_streamed else _load_hub(source)
         else:
             if not any(parquet.read_metadata(file).num_rows for file in source.files):
@@ -467,7 +467,7 @@ def _load_rows(source, progress):
         raise
     except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
         raise InputError(
-            f"{source.name} cannot be read as {source.kind}: {first_line(error.__cause__ or error)[:300]}"
+            f"{source.name} cannot be read as {source.format}: {first_line(error.__cause__ or error)[:300]}"
         ) from None
 
 
@@ -481,17 +481,17 @@ def _names_of(value, feature):
     return None if value is None or value < 0 else feature.int2str(value)  # -1: the library's "no label"
 
 
-def stream_rows(source, cut, state=None):
+def stream_documents(source, cut, state=None):
     """The documents of a Hub data set, read from the network as they come.
 
     Args:
-        cut: see [`read_pieces`].
+        cut: see [`read_documents`].
         state: where to begin, as this gave it.
     Yields:
         (text, is_end, state, count): a piece, whether its document ends with it, where the row of the document begins,
         and which piece of it this is.
     Raises:
-        InputError: see [`read_pieces`].
+        InputError: see [`read_documents`].
     """
     try:
         rows = _stream_hub(source)

@@ -18,12 +18,13 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import InputError
-from .corpus import Progress, Tokens, cached_folder, cached_path, digest_of, encode, id_type
-from .sources import read_pieces, source_key, stream_rows
-from .tokenizer import end_of_document, fingerprint, place_to_cut
+from .cache import cached_folder, cached_path, key_digest
+from .corpus import Progress, TokenStream, encode, token_dtype
+from .sources import read_documents, source_key, stream_documents
+from .tokenizer import end_of_document, fingerprint, safe_split_pattern
 
 
-class Windows:
+class TokenWindows:
     """The windows of a source, made when they are asked for.
 
     Args:
@@ -40,7 +41,7 @@ class Windows:
     def __init__(self, source, tokenizer, size, owner="", places=None, is_maker=True):
         self.source, self.tokenizer, self.size, self.is_maker = source, tokenizer, size, is_maker
         self.key = ["window", source_key(source), fingerprint(tokenizer), end_of_document(tokenizer), size]
-        self.fingerprint = digest_of(self.key)
+        self.fingerprint = key_digest(self.key)
         self.key.append(owner)
         self.places = {0: {}} | {int(number): place for number, place in (places or {}).items()}
         self.opened, self.ahead, self.is_closed = {}, None, threading.Event()
@@ -67,7 +68,7 @@ class Windows:
         for number in [*self.opened, max(self.opened, default=0) + 1] if self.is_maker else ():
             shutil.rmtree(cached_path([*self.key, number]), ignore_errors=True)
 
-    def recent_places(self):
+    def recent_positions(self):
         """What a checkpoint keeps: where the windows from the present one on begin."""
         first = min(self.opened, default=0) - 1
         return {number: place for number, place in self.places.items() if number >= first}
@@ -88,7 +89,7 @@ class Windows:
             return
 
     def _fill(self, folder, place):
-        dtype, shape = id_type(self.tokenizer), (self.size + 1,)
+        dtype, shape = token_dtype(self.tokenizer), (self.size + 1,)
         ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=dtype, shape=shape)
         filled, skip, after = 0, place.get("tokens", 0), None
         is_awaited = self.is_maker and threading.current_thread() is threading.main_thread()
@@ -112,12 +113,12 @@ class Windows:
 
     def _pieces_from(self, place):
         """(text, is_end, place) of each piece from a place on, again and again; `place` is where the piece begins."""
-        cut, file, pieces = place_to_cut(self.tokenizer), place.get("file", 0), place.get("pieces", 0)
+        cut, file, pieces = safe_split_pattern(self.tokenizer), place.get("file", 0), place.get("pieces", 0)
         while True:
             is_empty = file == 0 and pieces == 0
-            if self.source.kind == "hub":
+            if self.source.format == "hub":
                 state = place.get("dataset")
-                for text, is_end, before, count in stream_rows(self.source, cut, state):
+                for text, is_end, before, count in stream_documents(self.source, cut, state):
                     if count >= pieces:
                         yield text, is_end, {"dataset": before, "pieces": count}
                         is_empty = False
@@ -127,7 +128,7 @@ class Windows:
             else:
                 for number in range(file, len(self.source.files)):
                     one = replace(self.source, files=self.source.files[number : number + 1])
-                    for count, (text, is_end) in enumerate(read_pieces(one, cut)):
+                    for count, (text, is_end) in enumerate(read_documents(one, cut)):
                         if count >= pieces:
                             yield text, is_end, {"file": number, "pieces": count}
                             is_empty = False
@@ -138,14 +139,14 @@ class Windows:
 
 
 class StreamedRows:
-    """Rows of a stream of [`Windows`]: row k of window w has the number w * len(self) + k.
+    """Rows of a stream of [`TokenWindows`]: row k of window w has the number w * len(self) + k.
 
     Args:
-        length, ahead: see [`packing.Rows`].
+        length, ahead: see [`packing.StridedRows`].
     """
 
     lengths = None
-    parts = (0,)
+    source_starts = (0,)
 
     def __init__(self, windows, length, name, ahead=1):
         self.windows, self.length, self.stride, self.name, self.ahead = windows, length, length, name, ahead
@@ -161,13 +162,13 @@ class StreamedRows:
     def tokens(self):
         """The tokens of the present window, which stand for the corpus where it is looked at as a whole."""
         ids = self.windows.open(self.base)
-        return Tokens([ids[:-1]], self.windows.fingerprint, len(self.windows.tokenizer) - 1)
+        return TokenStream([ids[:-1]], self.windows.fingerprint, len(self.windows.tokenizer) - 1)
 
-    def accounted(self):
+    def num_used_tokens(self):
         return self.num_rows * self.length
 
     def read(self, rows):
-        """See [`packing.Rows.read`]."""
+        """See [`packing.StridedRows.read`]."""
         width = self.length + self.ahead
         result = np.empty((len(rows), width), dtype=np.int64)
         for place, row in enumerate(np.asarray(rows, dtype=np.int64).tolist()):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 from ..errors import InputError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
-BERTS_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SENTENCE_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\n")  # and the ellipsis and the wide ones of East Asia
 
 
@@ -84,7 +84,7 @@ def train_wordpiece(texts, vocab_size):
     counts = Counter()
     for text in texts:
         counts.update(text)
-    alphabet, room = [], (vocab_size - len(BERTS_TOKENS)) * 3 // 4
+    alphabet, room = [], (vocab_size - len(BERT_SPECIAL_TOKENS)) * 3 // 4
     for character, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
         forms = [character] if _stands_alone(character) else [character, "##" + character]
         if not character.isspace() and len(alphabet) + len(forms) <= room:
@@ -95,7 +95,7 @@ def train_wordpiece(texts, vocab_size):
     single = [form for form in alphabet if not form.startswith("##")]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*BERTS_TOKENS, *sorted(alphabet)],
+        special_tokens=[*BERT_SPECIAL_TOKENS, *sorted(alphabet)],
         initial_alphabet=single,
         limit_alphabet=len(single),
         continuing_subword_prefix="##",
@@ -159,7 +159,7 @@ def end_of_document(tokenizer):
     )
 
 
-def place_to_cut(tokenizer):
+def safe_split_pattern(tokenizer):
     """A pattern of where text may be cut and still give the same tokens (what it matches is left out), or None where
     none is known."""
     added = tokenizer.added_tokens_decoder.values()

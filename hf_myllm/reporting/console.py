@@ -63,7 +63,7 @@ def introduce(run, reporter):
     if recipe.data.streaming:
         tokens = f"{run.sources.name}, {run.train_rows.windows.size:,} tokens at a time, {len(run.train_rows):,} rows"
     reporter.info(f"training    {tokens}")
-    if repeated := sum(source.repeated for source in run.sources.all):
+    if repeated := sum(source.num_duplicates for source in run.sources.all):
         reporter.warning(f"            named more than once, and read once: {repeated} files")
     for line in run.mixture():
         reporter.info(f"            {line}")
@@ -216,7 +216,7 @@ def facts(run, unigram):
 
 def _sources(source):
     """A source by names that tell nobody where it lies: of files their own, where they are few."""
-    if source.kind == "hub":
+    if source.format == "hub":
         return [{"name": source.name.split(" ")[0], "is_hub": True}]
     if "{stdlib}" in source.name:
         return [{"name": source.name, "is_hub": False}]

@@ -97,7 +97,7 @@ def _show_tokens(run, about):
             print(f"training    {run.sources.name} as a stream, {run.recipe.data.streaming_window:,} tokens at a time")
             continue
         scale = run.scale if name == "training" or "held_out" not in run.data_stats else 1.0
-        total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.accounted()) * scale)
+        total, dropped = round(len(rows.tokens) * scale), round((len(rows.tokens) - rows.num_used_tokens()) * scale)
         is_whole = (
             name == "validation"
             or run.recipe.data.stride is None

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.corpus import Tokens, cached_folder, is_held_out
+from ..data.cache import cached_folder
+from ..data.corpus import TokenStream, is_held_out
 from ..data.sources import source_key
 from ..errors import InputError
 
@@ -43,7 +44,7 @@ class Examples:
             rows); spans.
     """
 
-    parts = (0,)
+    source_starts = (0,)
 
     def __init__(self, arrays, account, records, name):
         self.ids, self.starts, self.second, self.labels, self.first = (
@@ -51,7 +52,7 @@ class Examples:
         )
         self.spans = arrays.get("spans")
         self.account, self.name, self._records = account, name, records
-        self.tokens = Tokens([self.ids], account["fingerprint"], account["max_id"])
+        self.tokens = TokenStream([self.ids], account["fingerprint"], account["max_id"])
 
     def __len__(self):
         return len(self.starts) - 1
@@ -75,7 +76,7 @@ class Examples:
             found.setdefault(item, []).append(value)
         return found
 
-    def accounted(self):
+    def num_used_tokens(self):
         return len(self.ids)
 
     def lengths(self, rows):

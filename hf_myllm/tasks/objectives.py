@@ -16,10 +16,10 @@ from itertools import chain
 import numpy as np
 import torch
 
-from ..data.corpus import find_documents, find_spans
-from ..data.packing import Passages, Rows, Spans, best_fit, first_of_each
-from ..data.sampler import derive_seed, random_numbers
-from ..data.streaming import StreamedRows, Windows
+from ..data.corpus import find_documents, pack_documents
+from ..data.packing import DocumentRows, SentencePassages, StridedRows, best_fit, group_offsets
+from ..data.sampler import derive_seed, random_uint64
+from ..data.streaming import StreamedRows, TokenWindows
 from ..data.tokenizer import continues_word, end_of_document, ends_sentence, special_ids
 from ..errors import InputError
 from .readers import CLASSIFICATION, IGNORED, REGRESSION, Conversations, Questions, Texts, Words
@@ -115,20 +115,20 @@ class Causal:
         self.isolates = bool(self.marks) and packing != "pad"
 
     def rows(self, tokens, max_len, stride, name):
-        if isinstance(tokens, Windows):
+        if isinstance(tokens, TokenWindows):
             return StreamedRows(tokens, max_len, name)
         if self.marks:
             _require_marks(tokens, self.marks, name)
         if self.packing not in ("pad", "best_fit"):
-            return Rows(tokens, max_len, stride, name)
+            return StridedRows(tokens, max_len, stride, name)
         self.width = max_len
-        spans, first, parts = find_spans(tokens, self.marks, max_len, 0, self.packing == "best_fit", ahead=1)
-        return Spans(tokens, spans, first, 0, name, parts)
+        spans, first, parts = pack_documents(tokens, self.marks, max_len, 0, self.packing == "best_fit", ahead=1)
+        return DocumentRows(tokens, spans, first, 0, name, parts)
 
     def batch(self, rows, numbers, step=None, size=None):
         """input_ids and shift_labels, (rows, max_len); position_ids too when documents are kept apart. Rows of one
         document each are as long as the longest of them, rounded up."""
-        if isinstance(rows, Spans):
+        if isinstance(rows, DocumentRows):
             return self._batch_of_spans(rows, numbers, size)
         windows, first = rows.read(numbers)
         inputs, labels = windows[:, :-1], windows[:, 1:].copy()
@@ -149,8 +149,8 @@ class Causal:
                 window = rows.tokens.read(start - 1, stop - start + 1)
                 end = place + stop - start
                 inputs[row, place:end], labels[row, place:end] = window[:-1], window[1:]
-                if rows.is_learned is not None:
-                    labels[row, place:end][rows.is_learned[start:stop] == 0] = IGNORED
+                if rows.loss_mask is not None:
+                    labels[row, place:end][rows.loss_mask[start:stop] == 0] = IGNORED
                 starts[row, place] = True
                 place = end
             starts[row, place : place + 1] = True  # what fills the row is nobody's
@@ -189,21 +189,21 @@ class MaskedLM:
             self.joins, self.joinable = continues_word(tokenizer, vocab_size)
 
     def rows(self, tokens, max_len, stride, name):
-        if isinstance(tokens, Windows):
+        if isinstance(tokens, TokenWindows):
             return StreamedRows(tokens, max_len - self.specials, name, ahead=0)
         if self.packing != "stream":
             _require_marks(tokens, self.ends, name)
         if self.packing not in ("pad", "best_fit"):
-            return Rows(tokens, max_len - self.specials, stride, name, ahead=0)
+            return StridedRows(tokens, max_len - self.specials, stride, name, ahead=0)
         self.width, marks = max_len, sorted({*self.ends, self.cls})
-        spans, first, parts = find_spans(tokens, marks, max_len, self.specials, self.packing == "best_fit", ahead=0)
-        return Spans(tokens, spans, first, self.specials, name, parts)
+        spans, first, parts = pack_documents(tokens, marks, max_len, self.specials, self.packing == "best_fit", ahead=0)
+        return DocumentRows(tokens, spans, first, self.specials, name, parts)
 
     def batch(self, rows, numbers, step=None, size=None):
         """input_ids (rows, max_len); masked_positions and labels (rows, masked), the same number of slots for each row,
         of which those that a row does not need have the label -100; document_ids and position_ids (rows, max_len) when
         documents are kept apart; attention_mask where rows are as long as the longest of them."""
-        if isinstance(rows, Spans):
+        if isinstance(rows, DocumentRows):
             return self._batch_of_spans(rows, numbers, step, size)
         windows, first = rows.read(numbers)
         edges = np.full((len(windows), 1), self.cls), np.full((len(windows), 1), self.sep)
@@ -240,7 +240,7 @@ class MaskedLM:
         """Choose among the positions that may be masked, and mask them; inputs, positions and labels."""
         rows, length = ids.shape
         keys = [derive_seed(self.seed, "mask", step, int(number)) for number in numbers]
-        draws = random_numbers(keys, 3 * length).reshape(rows, 3, length)
+        draws = random_uint64(keys, 3 * length).reshape(rows, 3, length)
         wanted = np.rint(may_mask.sum(axis=1) * self.share).astype(np.int64)
         wanted = np.maximum(wanted, may_mask.any(axis=1))
         slots = max(1, round(length * self.share)) + (_LONGEST_WORD if self.whole_words else 0)
@@ -305,7 +305,7 @@ class SentencePairs(MaskedLM):
 
     def rows(self, tokens, max_len, stride, name):
         documents = find_documents(tokens, (self.cls, self.sep))
-        return Passages(tokens, documents, max_len - self.specials, name)
+        return SentencePassages(tokens, documents, max_len - self.specials, name)
 
     def batch(self, rows, numbers, step=None, size=None):
         """input_ids, token_type_ids and attention_mask (rows, max_len), masked_positions and labels as in [`MaskedLM`],
@@ -325,7 +325,7 @@ class SentencePairs(MaskedLM):
 
     def draw_pair(self, passages, number, step):
         """Two spans of tokens, and whether the second follows the first in the text."""
-        draws = random_numbers([derive_seed(self.seed, "pair", step, number)], 4)[0].tolist()
+        draws = random_uint64([derive_seed(self.seed, "pair", step, number)], 4)[0].tolist()
         half = passages.length // 2
         before, after = self._cut(passages.read(number), draws[0])
         own = passages.document_of(number)
@@ -541,9 +541,9 @@ class Instruction(Causal):
         if self.packing == "best_fit":
             row_of = best_fit(spans[:, 1] - spans[:, 0], max_len)
             order = np.argsort(row_of, kind="stable")
-            first = first_of_each(row_of[order])
-        rows = Spans(examples.tokens, spans[order], first, 0, name)
-        rows.is_learned = examples.labels
+            first = group_offsets(row_of[order])
+        rows = DocumentRows(examples.tokens, spans[order], first, 0, name)
+        rows.loss_mask = examples.labels
         return rows
 
 

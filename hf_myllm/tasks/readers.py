@@ -21,7 +21,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..data.sources import check_text, read_rows, read_sentences
+from ..data.sources import check_text, read_conll, read_rows
 from ..data.tokenizer import end_of_document, special_ids
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import InputError, first_line
@@ -268,8 +268,8 @@ class Words(Task):
     columns = (("text_column", "tokens"), ("label_column", "label"))
 
     def read(self, source):
-        if source.kind == "text":
-            return read_sentences(source, self.text_column, self.label_column)
+        if source.format == "text":
+            return read_conll(source, self.text_column, self.label_column)
         return read_rows(source)
 
     def texts(self, row, where):

@@ -18,7 +18,7 @@ from hf_myllm.errors import InputError
 
 @pytest.fixture(scope="module")
 def bpe(stories):
-    return tokenizer.train_bpe(sources.Texts([sources.file_source(str(stories))]), 300)
+    return tokenizer.train_bpe(sources.SourceTexts([sources.file_source(str(stories))]), 300)
 
 
 def documents(stories):
@@ -110,7 +110,7 @@ def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, nam
     """Python, with its indentation, and all sorts of white space and characters, cut as often as may be."""
     loaded = bpe if name == "bpe" else tokenizer.load(str(assets / "tokenizers" / name))
     monkeypatch.setattr(sources, "_PIECE", 50)
-    texts = list(sources.Texts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
+    texts = list(sources.SourceTexts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
     draw = np.random.default_rng(0)
     parts = [
         "a",
@@ -133,7 +133,7 @@ def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, nam
     ]
     parts += [*loaded.all_special_tokens[:3], "▁x"]
     texts += ["".join(draw.choice(parts, 400)) for _ in range(50)]
-    place = tokenizer.place_to_cut(loaded)
+    place = tokenizer.safe_split_pattern(loaded)
     cuts = 0
     for text in texts:
         pieces = list(sources._in_pieces([text[:90], text[90:]], place))
@@ -197,13 +197,13 @@ def test_bin_files_of_both_widths(tmp_path, bpe, dtype):
     ids.tofile(tmp_path / "a.bin")
     tokens, held_out, _ = load(str(tmp_path / "a.bin"), bpe, 0.2)
     assert everything(tokens) + everything(held_out) == ids.tolist()
-    assert (tokens.max_id, tokens.first_beyond(299), tokens.first_beyond(300)) == (299, 299, None)
+    assert (tokens.max_id, tokens.find_out_of_vocabulary(299), tokens.find_out_of_vocabulary(300)) == (299, 299, None)
 
 
 def test_a_stream_in_pieces_reads_as_one():
     whole = np.arange(100, dtype=np.uint16)
-    tokens = corpus.Tokens([whole[:1], whole[1:40], whole[40:41], whole[41:]], "f", 99)
-    many = corpus.Tokens(np.array_split(np.arange(6000, dtype=np.uint16), 3000), "f", 5999)
+    tokens = corpus.TokenStream([whole[:1], whole[1:40], whole[40:41], whole[41:]], "f", 99)
+    many = corpus.TokenStream(np.array_split(np.arange(6000, dtype=np.uint16), 3000), "f", 5999)
     assert many.read(1, 5999).tolist() == list(range(1, 6000))
     for start, length in ((0, 100), (0, 1), (1, 39), (39, 3), (99, 1), (0, 42)):
         assert tokens.read(start, length).tolist() == list(range(start, start + length))
@@ -279,7 +279,7 @@ def test_a_file_named_twice_is_read_once(tmp_path, bpe):
     (tmp_path / "loop").symlink_to(tmp_path)
     source = sources.file_source([str(tmp_path / "a.txt"), f"{tmp_path}/**/*.txt"])
     assert len(source.files) == 1
-    assert source.repeated > 1
+    assert source.num_duplicates > 1
     assert len(sources.file_source(str(tmp_path)).files) == 1
     (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
     with pytest.raises(InputError, match=r"self.txt (is not a file|does not exist)"):
@@ -291,14 +291,14 @@ def test_a_file_that_disappears_is_named(tmp_path, bpe, monkeypatch):
         (tmp_path / f"{name}.txt").write_text("Anna finds a king.")
     source = sources.file_source(str(tmp_path))
     monkeypatch.setattr(corpus, "_BATCH", 1)
-    read = corpus.read_pieces
+    read = corpus.read_documents
 
     def losing(*arguments):
         for piece in read(*arguments):
             (tmp_path / "b.txt").unlink(missing_ok=True)
             yield piece
 
-    monkeypatch.setattr(corpus, "read_pieces", losing)
+    monkeypatch.setattr(corpus, "read_documents", losing)
     with pytest.raises(InputError, match="b.txt cannot be read: .*No such file"):
         corpus.load_tokens(source, bpe)
     with pytest.raises(InputError, match="cannot be read: .*No such file"):
@@ -309,8 +309,10 @@ def test_several_sources_are_one_stream_that_knows_where_each_begins(tmp_path, b
     for name, text in (("a", "Anna finds a king."), ("b", "the cat sees my friend.")):
         (tmp_path / f"{name}.txt").write_text(text)
     streams = [load(str(tmp_path / f"{name}.txt"), bpe)[0] for name in "ab"]
-    joined = corpus.join(streams)
+    joined = corpus.concatenate(streams)
     assert everything(joined) == everything(streams[0]) + everything(streams[1])
-    assert joined.parts == [0, len(streams[0])]
-    assert joined.fingerprint != corpus.join(streams[::-1]).fingerprint
-    assert joined.first_beyond(5) == next(place for place, token in enumerate(everything(joined)) if token >= 5)
+    assert joined.source_starts == [0, len(streams[0])]
+    assert joined.fingerprint != corpus.concatenate(streams[::-1]).fingerprint
+    assert joined.find_out_of_vocabulary(5) == next(
+        place for place, token in enumerate(everything(joined)) if token >= 5
+    )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_myllm.data import tokenizer as tokenizers
-from hf_myllm.data.corpus import Tokens
+from hf_myllm.data.corpus import TokenStream
 from hf_myllm.errors import InputError
 from hf_myllm.tasks.objectives import IGNORED, build, counts
 
@@ -26,7 +26,7 @@ def corpus(wordpiece):
     end = tokenizers.end_of_document(wordpiece)
     assert end == [wordpiece.sep_token_id, wordpiece.cls_token_id]
     documents = [wordpiece(TEXT * (1 + number % 4), add_special_tokens=False)["input_ids"] for number in range(30)]
-    return Tokens([np.array([*ids, *end], dtype=np.uint16) for ids in documents], "objectives", len(wordpiece) - 1)
+    return TokenStream([np.array([*ids, *end], dtype=np.uint16) for ids in documents], "objectives", len(wordpiece) - 1)
 
 
 def stream(count, name, **marks):
@@ -34,7 +34,7 @@ def stream(count, name, **marks):
     ids = np.arange(10, 10 + count, dtype=np.uint16)
     for place, mark in marks.get("at", {}).items():
         ids[place] = mark
-    return Tokens([ids], name, count + 9)
+    return TokenStream([ids], name, count + 9)
 
 
 class Ends:
@@ -192,7 +192,7 @@ def test_the_second_sentence_comes_from_another_document(wordpiece):
     cls, sep = wordpiece.cls_token_id, wordpiece.sep_token_id
     ids = np.concatenate([[20 + number] * 9 + [sep, cls] for number in range(5)]).astype(np.uint16)
     objective = build("mlm_nsp", wordpiece, len(wordpiece), 0)
-    rows = objective.rows(Tokens([ids], "five documents", 30), 12, None, "x")
+    rows = objective.rows(TokenStream([ids], "five documents", 30), 12, None, "x")
     seen = set()
     for step in range(200):
         a, b, is_next = objective.draw_pair(rows, 0, step)
@@ -201,7 +201,7 @@ def test_the_second_sentence_comes_from_another_document(wordpiece):
         seen |= set(b.tolist())
     assert seen == {20, 21, 22, 23, 24}
     with pytest.raises(InputError, match="is one document"):
-        objective.rows(Tokens([ids[:10]], "one document", 30), 12, None, "x")
+        objective.rows(TokenStream([ids[:10]], "one document", 30), 12, None, "x")
 
 
 def test_what_a_task_needs_of_a_tokenizer():

@@ -5,21 +5,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hf_myllm.data.corpus import Tokens
-from hf_myllm.data.packing import Rows, best_fit, cut
+from hf_myllm.data.corpus import TokenStream
+from hf_myllm.data.packing import StridedRows, best_fit, split_spans
 from hf_myllm.errors import InputError
 from hf_myllm.tasks.objectives import Causal, build
 
 
 def stream(count, pieces=1):
-    return Tokens(np.array_split(np.arange(count, dtype=np.uint16), pieces), "fingerprint", count - 1)
+    return TokenStream(np.array_split(np.arange(count, dtype=np.uint16), pieces), "fingerprint", count - 1)
 
 
 @pytest.mark.parametrize("pieces", [1, 7])
 @pytest.mark.parametrize("max_len", [1, 4, 16, 99])
 @pytest.mark.parametrize("count", [100, 101, 113, 128])
 def test_rows_that_do_not_overlap_predict_each_token_once(count, max_len, pieces):
-    rows = Rows(stream(count, pieces), max_len, max_len, "x")
+    rows = StridedRows(stream(count, pieces), max_len, max_len, "x")
     batch = Causal().batch(rows, np.arange(len(rows)))
     inputs, labels = batch["input_ids"].numpy(), batch["shift_labels"].numpy()
     assert inputs.shape == labels.shape == (len(rows), max_len)
@@ -29,7 +29,7 @@ def test_rows_that_do_not_overlap_predict_each_token_once(count, max_len, pieces
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 16])
 def test_overlapping_rows_cover_everything(stride):
-    rows = Rows(stream(75), 16, stride, "x")
+    rows = StridedRows(stream(75), 16, stride, "x")
     windows, first = rows.read(np.arange(len(rows)))
     assert set(windows[:, 1:].ravel()) == set(range(1, 75))
     assert windows[:-1, 0].tolist() == list(range(0, stride * (len(rows) - 1), stride))
@@ -38,20 +38,20 @@ def test_overlapping_rows_cover_everything(stride):
 
 
 def test_a_stride_beyond_the_row_skips_what_it_says():
-    rows = Rows(stream(100), 4, 10, "x")
+    rows = StridedRows(stream(100), 4, 10, "x")
     windows, first = rows.read(np.arange(len(rows)))
     kept = [int(token) for window, skip in zip(windows, first, strict=True) for token in window[1 + skip :]]
     assert kept == [start + offset for start in range(0, 99, 10) for offset in range(1, 5) if start + offset < 100]
 
 
 def test_one_row_exactly_and_one_token_too_few():
-    assert len(Rows(stream(17), 16, 16, "x")) == 1
+    assert len(StridedRows(stream(17), 16, 16, "x")) == 1
     with pytest.raises(InputError, match="corpus.txt has 16 tokens"):
-        Rows(stream(16), 16, 16, "corpus.txt")
+        StridedRows(stream(16), 16, 16, "corpus.txt")
 
 
 def test_empty_rows_fill_a_batch_and_count_for_nothing():
-    rows = Rows(stream(50), 8, 8, "x")
+    rows = StridedRows(stream(50), 8, 8, "x")
     batch = Causal().batch(rows, np.arange(2), size=5)
     assert batch["input_ids"].shape == (5, 8)
     assert (batch["shift_labels"][2:] == -100).all()
@@ -59,7 +59,7 @@ def test_empty_rows_fill_a_batch_and_count_for_nothing():
 
 
 def test_long_spans_are_cut_and_short_ones_left():
-    spans = cut(np.array([[0, 3], [4, 4 + 25], [30, 40]]), 10)
+    spans = split_spans(np.array([[0, 3], [4, 4 + 25], [30, 40]]), 10)
     assert spans.tolist() == [[0, 3], [4, 14], [14, 24], [24, 29], [30, 40]]
 
 
@@ -69,7 +69,7 @@ def test_best_fit_fills_rows_with_whole_documents():
     used = np.bincount(row_of, weights=lengths)
     assert used.max() <= 100
     assert used.min() > 0
-    assert len(used) < 1.03 * lengths.sum() / 100  # hardly more rows than if documents could be cut
+    assert len(used) < 1.03 * lengths.sum() / 100  # hardly more rows than if documents could be split_spans
     assert best_fit(np.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
 
 
@@ -83,8 +83,8 @@ BERT = SimpleNamespace(
 def written(documents, between):
     """Documents of token ids, with marks after each, the last one's left out; in two sources."""
     ids = np.concatenate([np.array([*document, *between]) for document in documents])[: -len(between)]
-    tokens = Tokens([ids.astype(np.uint16)], f"{ids.tolist()}", int(ids.max()))
-    tokens.parts = [0, sum(len(document) + len(between) for document in documents[:10])]
+    tokens = TokenStream([ids.astype(np.uint16)], f"{ids.tolist()}", int(ids.max()))
+    tokens.source_starts = [0, sum(len(document) + len(between) for document in documents[:10])]
     return tokens
 
 
@@ -95,7 +95,7 @@ def test_whole_documents_are_predicted_once_and_alone(packing):
     tokens = written(documents, [9])
     objective = build("causal", END, 100, 0, packing=packing)
     rows = objective.rows(tokens, 32, None, "x")
-    assert rows.accounted() == len(tokens) - 1
+    assert rows.num_used_tokens() == len(tokens) - 1
     seen = []
     for start in range(0, len(rows), 3):
         numbers = np.arange(start, min(start + 3, len(rows)))
@@ -116,14 +116,14 @@ def test_whole_documents_are_predicted_once_and_alone(packing):
             seen += labels[kept].tolist()
     whole = tokens.read(0, len(tokens))[1:].tolist()
     assert sorted(seen) == sorted(whole)
-    assert len(rows.parts) == 2
-    first_of_second = [stop for row in range(rows.parts[1]) for _, stop in rows.read(row)]
-    assert max(first_of_second) <= tokens.parts[1]
+    assert len(rows.source_starts) == 2
+    first_of_second = [stop for row in range(rows.source_starts[1]) for _, stop in rows.read(row)]
+    assert max(first_of_second) <= tokens.source_starts[1]
     if packing == "best_fit":
         assert len(rows) < 31
     tokens = written(documents, [9])
-    tokens.parts = [0, len(tokens) - 1]  # a source that has no document of its own
-    assert objective.rows(tokens, 32, None, "x").parts[1] >= 1
+    tokens.source_starts = [0, len(tokens) - 1]  # a source that has no document of its own
+    assert objective.rows(tokens, 32, None, "x").source_starts[1] >= 1
 
 
 @pytest.mark.parametrize("packing", ["pad", "best_fit"])
@@ -134,7 +134,7 @@ def test_whole_documents_are_masked_between_their_own_marks(packing):
     bert = type("Bert", (), {**vars(BERT), "__len__": lambda self: 100})()
     objective = build("mlm", bert, 100, 0, packing=packing)
     rows = objective.rows(tokens, 32, None, "x")
-    assert rows.accounted() == sum(map(len, documents))
+    assert rows.num_used_tokens() == sum(map(len, documents))
     batch = {name: values.numpy() for name, values in objective.batch(rows, np.arange(len(rows)), size=40).items()}
     ids, positions, labels = batch["input_ids"].copy(), batch["masked_positions"], batch["labels"]
     for row in range(len(rows)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hf_myllm.data.pickled import read_ids
+from hf_myllm.data.pickled import read_token_ids
 from hf_myllm.errors import InputError
 
 IDS = [5, 0, 70000, 12, 7, 7]
@@ -37,14 +37,14 @@ CONTENTS = {
 def test_lists_arrays_and_tensors(tmp_path, content, protocol):
     path = tmp_path / "ids.pkl"
     path.write_bytes(pickle.dumps(content, protocol=protocol))
-    ids = read_ids(path)
+    ids = read_token_ids(path)
     assert ids.dtype == np.uint32
     assert ids.tolist() == IDS
 
 
 def test_what_torch_saves_and_small_ids(tmp_path):
     torch.save(torch.arange(10), tmp_path / "ids.pkl")
-    ids = read_ids(tmp_path / "ids.pkl")
+    ids = read_token_ids(tmp_path / "ids.pkl")
     assert ids.dtype == np.uint16
     assert ids.tolist() == list(range(10))
 
@@ -96,7 +96,7 @@ def test_a_pickle_that_tries_anything_else_is_refused_by_name(tmp_path, content,
     data = pickle.dumps(content, protocol=protocol)
     path.write_bytes(data)
     with pytest.raises(InputError, match=f"asks for {name}"):
-        read_ids(path)
+        read_token_ids(path)
     assert not os.path.exists(place)
 
 
@@ -124,7 +124,7 @@ def test_attacks_by_allowed_names_end_in_a_message(tmp_path, attack):
     """In a process of its own: what is tried here has ended one by a segmentation fault."""
     path = tmp_path / "ids.pkl"
     path.write_bytes(attack if isinstance(attack, bytes) else pickle.dumps(attack))
-    code = f"from hf_myllm.data.pickled import read_ids; print(len(read_ids({str(path)!r})))"
+    code = f"from hf_myllm.data.pickled import read_token_ids; print(len(read_token_ids({str(path)!r})))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 1, result
     assert "InputError" in result.stderr.splitlines()[-1]
@@ -136,15 +136,15 @@ def test_a_tensor_cannot_be_rebuilt_beyond_what_it_has(tmp_path):
     for offset, size, stride in ((0, (100,), (1,)), (2, (4,), (1,)), (0, (1 << 40,), (0,)), (0, (4,), (1 << 40,))):
         path.write_bytes(pickle.dumps(Command(rebuild, storage, offset, size, stride, False, OrderedDict())))
         with pytest.raises(InputError, match=r"more numbers|cannot be read"):
-            read_ids(path)
+            read_token_ids(path)
 
 
 def test_several_pickles_in_one_file_and_the_old_kind_of_torchs(tmp_path):
     path = tmp_path / "ids.pkl"
     path.write_bytes(pickle.dumps(IDS[:2]) + pickle.dumps(np.array(IDS[2:])))
-    assert read_ids(path).tolist() == IDS
+    assert read_token_ids(path).tolist() == IDS
     torch.save(torch.tensor(IDS), path, _use_new_zipfile_serialization=False)
-    assert read_ids(path).tolist() == IDS
+    assert read_token_ids(path).tolist() == IDS
 
 
 def test_a_tensor_that_hides_a_pickle_is_refused(tmp_path):
@@ -153,10 +153,10 @@ def test_a_tensor_that_hides_a_pickle_is_refused(tmp_path):
     path = tmp_path / "ids.pkl"
     path.write_bytes(pickle.dumps(Command(torch.storage._load_from_bytes, inner.getvalue())))
     with pytest.raises(InputError, match=r"cannot be read|asks for"):
-        read_ids(path)
+        read_token_ids(path)
     torch.save(Command(os.system, f"touch {tmp_path / 'touched'}"), path)
     with pytest.raises(InputError, match=r"cannot be read|asks for"):
-        read_ids(path)
+        read_token_ids(path)
     assert not (tmp_path / "touched").exists()
 
 
@@ -182,7 +182,7 @@ def test_what_is_not_token_ids(tmp_path, content, message):
     path = tmp_path / "ids.pkl"
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(InputError, match=message):
-        read_ids(path)
+        read_token_ids(path)
 
 
 @pytest.mark.parametrize(
@@ -192,4 +192,4 @@ def test_damaged_pickles(tmp_path, data):
     path = tmp_path / "ids.pkl"
     path.write_bytes(data)
     with pytest.raises(InputError, match="ids.pkl"):
-        read_ids(path)
+        read_token_ids(path)

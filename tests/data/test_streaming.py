@@ -6,13 +6,13 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_myllm.data import corpus, sources, streaming, tokenizer
+from hf_myllm.data import cache, corpus, sources, streaming, tokenizer
 from hf_myllm.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def bpe(stories):
-    return tokenizer.train_bpe(sources.Texts([sources.file_source(str(stories))]), 300)
+    return tokenizer.train_bpe(sources.SourceTexts([sources.file_source(str(stories))]), 300)
 
 
 @pytest.fixture
@@ -49,20 +49,20 @@ def test_windows_are_the_stream_whatever_is_known_of_it(stories, bpe, source, hu
     stream = whole(stories, bpe)
     size, total = 500, len(stream)
     endless = np.tile(stream.read(0, total), 3)
-    windows = streaming.Windows(source, bpe, size, owner=str(tmp_path))
+    windows = streaming.TokenWindows(source, bpe, size, owner=str(tmp_path))
     last = 2 * total // size  # into the third time through
     for number in range(last):
         assert np.array_equal(windows.open(number), endless[number * size : (number + 1) * size + 1]), number
     windows.ahead.join()
-    there = [number for number in range(last + 2) if corpus.cached_path([*windows.key, number]).exists()]
+    there = [number for number in range(last + 2) if cache.cached_path([*windows.key, number]).exists()]
     assert there == [last - 2, last - 1, last]
-    places = json.loads(json.dumps(windows.recent_places()))
+    places = json.loads(json.dumps(windows.recent_positions()))
     assert min(map(int, places)) >= last - 3
     windows.close()
-    assert not any(corpus.cached_path([*windows.key, number]).exists() for number in range(last + 2))
+    assert not any(cache.cached_path([*windows.key, number]).exists() for number in range(last + 2))
 
     # another machine goes on from what a checkpoint knows, and tokenizes no more than that
-    again = streaming.Windows(source, bpe, size, owner="elsewhere", places=places)
+    again = streaming.TokenWindows(source, bpe, size, owner="elsewhere", places=places)
     begun = []
     fill = again._fill
     monkeypatch.setattr(again, "_fill", lambda folder, place: begun.append(place) or fill(folder, place))
@@ -76,7 +76,7 @@ def test_windows_are_the_stream_whatever_is_known_of_it(stories, bpe, source, hu
 @pytest.mark.parametrize("source", ["files"], indirect=True)
 def test_rows_are_of_the_window_that_their_number_says(stories, bpe, source, tmp_path):
     stream = whole(stories, bpe).read(0, 2000)
-    windows = streaming.Windows(source, bpe, 330, owner=str(tmp_path))
+    windows = streaming.TokenWindows(source, bpe, 330, owner=str(tmp_path))
     rows = streaming.StreamedRows(windows, 32, "x")
     assert len(rows) == 10
     read, first = rows.read(np.array([3, 17, 12]))
@@ -88,6 +88,6 @@ def test_rows_are_of_the_window_that_their_number_says(stories, bpe, source, tmp
 
 def test_a_corpus_of_nothing_is_said(bpe, tmp_path):
     (tmp_path / "blank.txt").write_text("  \n")
-    windows = streaming.Windows(sources.file_source(str(tmp_path / "blank.txt")), bpe, 100)
+    windows = streaming.TokenWindows(sources.file_source(str(tmp_path / "blank.txt")), bpe, 100)
     with pytest.raises(InputError, match="holds no text"):
         windows.open(0)

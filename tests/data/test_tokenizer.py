@@ -34,7 +34,7 @@ def test_a_unigram_tokenizer_knows_all_text(tmp_path):
     counts = tokenizer.token_bytes(loaded, 320)
     assert counts[loaded(TEXT)["input_ids"]].sum() == len(TEXT.encode())
     assert [loaded.eos_token_id, loaded.bos_token_id] == [0, 0]
-    assert tokenizer.place_to_cut(loaded) is not None
+    assert tokenizer.safe_split_pattern(loaded) is not None
 
 
 def test_wordpiece_is_the_same_each_time_and_what_autotokenizer_loads(tmp_path):
