@@ -195,7 +195,7 @@ def check(folder):
         family = next((one for one in FAMILIES.values() if one.config.model_type == config.model_type), None)
         if family is None:
             raise ValueError(f"it is a {config.model_type}, and not one of {', '.join(FAMILIES)}")
-        ours = {family.config._stock_architectures[one.__name__]: one for one in family.tasks.values()}[architecture]
+        ours = {family.config.stock_name(one.__name__): one for one in family.tasks.values()}[architecture]
     except (KeyError, TypeError, OSError, ValueError) as error:
         raise InputError(f"{folder} holds no model that can be pushed: {first_line(error)[:200]}") from None
     draw = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import find_labels
 
 from hf_myllm.distributed import cast_to_bf16
-from hf_myllm.models import FAMILIES
+from hf_myllm.models import FAMILIES, decoder
 
 
 class Family:
@@ -254,8 +254,10 @@ def test_causal_training_builds_no_mask(family, compiled, monkeypatch):
         raise AssertionError("a mask was built")
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
-    module = importlib.import_module(family.model_class.__module__)
-    monkeypatch.setattr(module, "create_causal_mask", forbid)
+    for module in (decoder, importlib.import_module(family.model_class.__module__)):
+        for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, forbid)
     model = family.make().train()
     # aot_eager traces the whole graph, forward and backward, without a C++ compiler
     step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model

@@ -1,13 +1,12 @@
 from .configuration_bert import MyBertConfig
-from .modeling_bert import (
+from .heads_bert import (
     MyBertForMaskedLM,
     MyBertForPreTraining,
     MyBertForQuestionAnswering,
     MyBertForSequenceClassification,
     MyBertForTokenClassification,
-    MyBertModel,
-    MyBertPreTrainedModel,
 )
+from .modeling_bert import MyBertModel, MyBertPreTrainedModel
 
 __all__ = [
     "MyBertConfig",

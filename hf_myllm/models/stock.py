@@ -1,0 +1,126 @@
+"""Shared base classes of all families. They keep what we write on disk a stock checkpoint of transformers."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# Standard names of the sizes; a family may store one under another name (see `attribute_map` of its configuration).
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "n_inner", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window",
+)  # fmt: skip
+
+
+class StockConfigMixin:
+    """Mixin for a subclass of a stock configuration, with the same fields and the same `model_type`.
+
+    The configuration is written as the stock one: `architectures` contains the stock class names. It is not registered
+    with `AutoConfig`.
+    """
+
+    _stock_names = {}  # our class name -> stock class name, where removing the prefix "My" does not give it
+
+    @classmethod
+    def stock_name(cls, class_name):
+        """Return the name of the stock class for one of our classes: MyLlamaModel -> LlamaModel."""
+        return cls._stock_names.get(class_name, class_name.removeprefix("My"))
+
+    def to_dict(self):
+        # Not in save_pretrained: push_to_hub and to_json_file must write the same.
+        config = super().to_dict()
+        config["architectures"] = [self.stock_name(name) for name in config.get("architectures") or []] or None
+        # transformers 4 reads rope_theta and rope_scaling; transformers 5 reads rope_parameters.
+        rope = dict(config.get("rope_parameters") or {})
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+        return config
+
+    def validate_architecture(self):
+        """Check the values that every family has. Called by `@strict` when a configuration is created.
+
+        Raises:
+            ValueError: a size is below 1, the heads do not divide the width, or a value is out of range.
+        """
+        names = {name: self.attribute_map.get(name, name) for name in _SIZES}
+        sizes = {key: getattr(self, name) for key, name in names.items() if getattr(self, name, None) is not None}
+        for key, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{names[key]} is {size}; it must be at least 1")
+        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        # A family whose head_dim has a default of its own (Qwen3) does not derive it from the width.
+        if getattr(type(self), "head_dim", None) is None and width % heads:
+            raise ValueError(f"{names['num_attention_heads']} ({heads}) must divide {names['hidden_size']} ({width})")
+        if heads % sizes.get("num_key_value_heads", heads):
+            raise ValueError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads ({heads})"
+            )
+        if getattr(self, "rope_parameters", None) and sizes["head_dim"] % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings rotate pairs, so it must be even")
+        self._check_ranges()
+        self._check_layer_types()
+
+    def _check_ranges(self):
+        for name in type(self).__dataclass_fields__:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if ("dropout" in name or name.endswith("_pdrop")) and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; a dropout must be at least 0 and below 1")
+            if name.endswith(("norm_eps", "norm_epsilon")) and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+            if name == "initializer_range" and value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+            if name in ("hidden_act", "activation_function") and value not in ACT2FN:
+                raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(ACT2FN)}")
+
+    def _check_layer_types(self):
+        for layer_type in getattr(self, "layer_types", None) or ():
+            if layer_type not in LAYER_TYPES:
+                raise ValueError(f"layer_types contains '{layer_type}'; choose from {', '.join(LAYER_TYPES)}")
+            if layer_type == "sliding_attention" and self.sliding_window is None:
+                raise ValueError("layer_types contains 'sliding_attention'; set sliding_window too")
+
+
+class StockPreTrainedModel(PreTrainedModel):
+    """Base class of all models: what the library may do with them, and their name in the library."""
+
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _get_name(self):
+        # The Trainer looks this name up in the library's lists, for example to shift the labels of a causal model.
+        return self.config.stock_name(type(self).__name__)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Compute attention in plain operations, which gives access to the weights.
+
+    Args:
+        module: the attention module. Its `num_key_value_groups` repeats the key-value heads; its `softmax_in_fp32`
+            computes the softmax in fp32.
+        query: (batch, heads, length, head size).
+        key, value: (batch, key-value heads, length, head size).
+        attention_mask: added to the scores, broadcast to (batch, heads, query length, key length); None for no mask.
+
+    Returns:
+        The output (batch, length, heads, head size) and the weights (batch, heads, query length, key length).
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    softmax_dtype = torch.float32 if getattr(module, "softmax_in_fp32", False) else None
+    weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
