@@ -11,12 +11,11 @@ import os
 import sys
 import traceback
 from collections import Counter
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
@@ -47,11 +46,21 @@ from .hub import push as hub
 from .models import FAMILIES, lora
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, step_if, to_full, to_local
 from .recipe import parse
-from .reporting import console, dry_run
+from .reporting import dry_run
 from .reporting import html as page
 from .reporting import plots as plot
-from .reporting.metrics_log import Reporter, amend_run, best_evaluation, format_loss, write_run
+from .reporting.console import Reporter, format_loss
+from .reporting.metrics_log import amend_run, best_evaluation, write_run
 from .reporting.profiling import Profiler
+from .reporting.summary import (
+    describe_metrics,
+    launch_facts,
+    print_result,
+    print_summary,
+    run_facts,
+    skipped_rows,
+)
+from .reporting.trackers import start_trackers
 from .tasks import examples, objectives
 
 MAX_STEPS_IN_FLIGHT = {
@@ -193,12 +202,21 @@ def train(run, before):
     accelerator.wait_for_everyone()
     reporter = open_report(run, ends)
     reporter.pause()
-    unigram = console.introduce(run, reporter)
+    unigram = print_summary(run, reporter)
     if is_main:
         identity = write_run(
-            folder, console.facts(run, unigram), console.launch(run), run.start_step > 0 or recipe.run.resume
+            folder, run_facts(run, unigram), launch_facts(run), run.start_step > 0 or recipe.run.resume
         )
-        start_trackers(run, reporter, identity)
+        start_trackers(
+            reporter,
+            accelerator,
+            recipe.run.log_with or [],
+            recipe.run.project_name,
+            folder,
+            identity,
+            recipe.identity(),
+            run.start_step,
+        )
         if (shared := recipe.hub).push_to_hub:
             run.uploads = hub.Uploads(folder, shared.push_to_hub, shared.hub_private_repo, shared.hub_revision)
     if was != section.optimizer:
@@ -443,7 +461,7 @@ def report_evaluation(run, model, reporter, step, is_final=False):
         if "metrics" in validation:  # whose tokens are labels
             del flat["tokens"]
         line |= {f"val_{key}": value for key, value in (flat | validation.get("metrics", {})).items()}
-        shown += f", validation {console.describe(validation, width=7)}"
+        shown += f", validation {describe_metrics(validation, width=7)}"
         if metric and metric not in line:
             known = ", ".join(key for key in line if key.startswith("val_"))
             raise InputError(f"metric_for_best {metric} is no figure of task {recipe.task}, which has {known}")
@@ -489,34 +507,6 @@ def open_report(run, ends):
         flops=flops / peak if peak else 0.0,
         memory=lambda: peak_memory(accelerator),
     )
-
-
-def start_trackers(run, reporter, identity):
-    """Let the recipe's trackers have what is logged; a run that goes on goes on in them too."""
-    recipe, folder = run.recipe, Path(run.recipe.run.save_model).absolute()
-    if not recipe.run.log_with:
-        return
-    settings = {
-        "tensorboard": {"purge_step": run.start_step + 1} if run.start_step else {},
-        "wandb": {"id": identity, "name": folder.name, "resume": "allow", "dir": str(folder)},
-        "trackio": {"name": f"{folder.name}-{identity}", "resume": "allow", "embed": False},
-    }
-    flat = {key: str(value) for key, value in recipe.identity().items() if value is not None}
-    for name in recipe.run.log_with:  # one by one, so that one that fails takes no other with it
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        place = [run.accelerator.logging_dir] if kind.requires_logging_directory else []
-        try:
-            with redirect_stdout(None):  # trackio's introduction
-                tracker = kind(recipe.run.project_name, *place, **settings[name])
-                tracker.start()
-                tracker.store_init_configuration(flat)
-        except Exception as error:
-            reporter.warning(f"warning: {name} cannot be used: {first_line(error)[:200]}")
-            continue
-        run.accelerator.trackers.append(tracker)
-        reporter.trackers[name] = tracker.log
-    if reporter.trackers:
-        reporter.info(f"tracked     by {', '.join(reporter.trackers)}, as {identity} of {recipe.run.project_name}")
 
 
 def lock_folder(folder):
@@ -613,7 +603,7 @@ def finish(run, model, reporter, last, unigram, validation=None):
     if not run.accelerator.is_main_process:
         return True
     show(folder, reporter.warning)
-    console.conclude(run, reporter, last, validation, unigram)
+    print_result(run, reporter, last, validation, unigram)
     if run.uploads is not None:
         reporter.info(f"push        to {run.uploads.repo} ... (Ctrl-C leaves it)")
         said, is_there = run.uploads.finish(lambda: bool(run.signals))
@@ -683,13 +673,13 @@ def evaluate_only(run):
         run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     figures = evaluate_rows(run, run.model, run.val_rows, None)
     if run.accelerator.is_main_process:
-        print("".join(f"{line}\n" for line in console.left_out(run)), end="")
+        print("".join(f"{line}\n" for line in skipped_rows(run)), end="")
     if run.accelerator.is_main_process and "metrics" in figures:
         print(
-            f"validation loss {console.describe(figures)}\nover all {len(run.val_rows):,} rows of {run.val_rows.name}"
+            f"validation loss {describe_metrics(figures)}\nover all {len(run.val_rows):,} rows of {run.val_rows.name}"
         )
     elif run.accelerator.is_main_process:
-        print(f"validation loss {console.describe(figures)}, perplexity {figures['perplexity']:.3f}")
+        print(f"validation loss {describe_metrics(figures)}, perplexity {figures['perplexity']:.3f}")
         print(f"over all {figures['tokens']:,} tokens of {run.val_rows.name}")
     return 0
 

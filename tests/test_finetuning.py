@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from hf_myllm.predict import main as predict_main
-from hf_myllm.reporting.metrics_log import best_evaluation, format_loss
+from hf_myllm.reporting.console import format_loss
+from hf_myllm.reporting.metrics_log import best_evaluation
 
 BERT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 DROPOUT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from hf_myllm.errors import InputError
 from hf_myllm.hub import push as hub
 from hf_myllm.recipe import Recipe
-from hf_myllm.reporting import console
+from hf_myllm.reporting import summary
 
 NAME = "user/a-model"
 
@@ -223,7 +223,7 @@ def test_the_card_has_no_path_and_no_secret(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_a_way_to_a_file_is_known_by_its_looks(value, shown):
-    assert console._named({"tokenizer": [value]}) == {"tokenizer": [shown]}
+    assert summary._named({"tokenizer": [value]}) == {"tokenizer": [shown]}
 
 
 def test_the_recipe_of_the_card_trains_the_same_model(tiny, tmp_path):

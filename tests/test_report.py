@@ -12,7 +12,8 @@ import termios
 import pytest
 from conftest import ROOT, command, run_command, train
 
-from hf_myllm.reporting.metrics_log import Reporter, read_metrics
+from hf_myllm.reporting.console import Reporter
+from hf_myllm.reporting.metrics_log import read_metrics
 
 
 def write(folder, lines, tail=""):
@@ -36,7 +37,7 @@ def test_only_the_main_process_speaks(tmp_path, capsys):
 
 def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_myllm.reporting.metrics_log.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("hf_myllm.reporting.console.time.monotonic", lambda: clock[0])
     reporter = Reporter(tmp_path, 0, 2)
     clock[0] = 2.0
     reporter.log_step(1, 1.0, 1e-3, 100, 0.5, 7)
@@ -146,7 +147,7 @@ def test_debug_lets_the_libraries_speak(tiny):
 
 def test_what_can_be_known_of_memory_and_of_the_devices_is_logged(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_myllm.reporting.metrics_log.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("hf_myllm.reporting.console.time.monotonic", lambda: clock[0])
     reporter = Reporter(tmp_path, 0, 1, flops=6e9 / 989e12, memory=lambda: 2_500_000_000)
     clock[0] = 2.0
     reporter.log_step(1, 1.0, 1e-3, 100_000, 0.5, 7)
@@ -158,7 +159,7 @@ def test_what_can_be_known_of_memory_and_of_the_devices_is_logged(tmp_path, monk
 
 def test_the_time_of_training_goes_on_where_a_run_goes_on(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_myllm.reporting.metrics_log.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("hf_myllm.reporting.console.time.monotonic", lambda: clock[0])
     for start in (0, 2):
         reporter = Reporter(tmp_path, start, 4)
         for step in (start + 1, start + 2):

@@ -7,7 +7,8 @@ import struct
 import pytest
 from conftest import run_command, train
 
-from hf_myllm.reporting.metrics_log import Reporter, read_metrics, read_run
+from hf_myllm.reporting.console import Reporter
+from hf_myllm.reporting.metrics_log import read_metrics, read_run
 
 
 @pytest.fixture(scope="module")
