@@ -216,7 +216,7 @@ def run_facts(run, unigram):
 
 def _sources(source):
     """A source by names that tell nobody where it lies: of files their own, where they are few."""
-    if source.kind == "hub":
+    if source.format == "hub":
         return [{"name": source.name.split(" ")[0], "is_hub": True}]
     if "{stdlib}" in source.name:
         return [{"name": source.name, "is_hub": False}]
