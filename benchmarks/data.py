@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_myllm.data import packing, sampler, sources
+from hf_myllm.data import packing, readers, sampler, sources
 from hf_myllm.data.corpus import TokenStream, load_tokens
 from hf_myllm.tasks import objectives
 
@@ -103,7 +103,7 @@ def main():
         if not arguments.tokenizer:
             from hf_myllm.data import tokenizer as tokenizers
 
-            tokenizers.train_bpe(sources.SourceTexts([sources.file_source(arguments.text)]), 4096).save_pretrained(
+            tokenizers.train_bpe(readers.SourceTexts([sources.file_source(arguments.text)]), 4096).save_pretrained(
                 folder
             )
         figures = {

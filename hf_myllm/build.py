@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint
-from .data import cache, corpus, sampler, sources, streaming
+from .data import cache, corpus, readers, sampler, sources, streaming
 from .data import tokenizer as tokenizers
 from .data.tokenizer import end_of_document
 from .distributed import cast_to_bf16, silence_libraries
@@ -313,7 +313,7 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     if isinstance(data.tokenizer, dict):
         kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
 
-        texts, of_task = sources.SourceTexts(text), []
+        texts, of_task = readers.SourceTexts(text), []
         if recipe.task in tasks.TASKS:
             texts = tasks.PlainTexts(text, recipe.task, **columns(data))
             of_task = [recipe.task, columns(data)]

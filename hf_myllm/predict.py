@@ -22,7 +22,7 @@ from transformers import AutoModelForTokenClassification as ForWords
 
 from . import checkpoint
 from .build import trained_labels
-from .data import sources
+from .data import readers, sources
 from .distributed import silence_libraries
 from .errors import InputError, Parser, exit_on_input_error, first_line
 from .files import atomic_path
@@ -146,7 +146,7 @@ class _Sentences(tasks.Words):
 
 
 def _lines(source, column):
-    for number, (text, _) in enumerate(sources.read_documents(replace(source, document="line")), start=1):
+    for number, (text, _) in enumerate(readers.read_documents(replace(source, document="line")), start=1):
         yield f"{source.name} text {number}", {column: text.strip()}
 
 

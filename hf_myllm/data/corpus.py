@@ -22,7 +22,8 @@ from ..errors import InputError
 from . import packing
 from .cache import cached_folder, cached_path
 from .pickled import read_token_ids
-from .sources import TOKEN_ID_FORMATS, read_documents, source_key, total_size
+from .readers import read_documents
+from .sources import TOKEN_ID_FORMATS, source_key, total_size
 from .tokenizer import end_of_document, safe_split_pattern
 from .tokenizer import fingerprint as tokenizer_fingerprint
 

@@ -20,7 +20,8 @@ import numpy as np
 from ..errors import InputError
 from .cache import cached_folder, cached_path, key_digest
 from .corpus import Progress, TokenStream, encode, token_dtype
-from .sources import read_documents, source_key, stream_documents
+from .readers import read_documents, stream_documents
+from .sources import source_key
 from .tokenizer import end_of_document, fingerprint, safe_split_pattern
 
 

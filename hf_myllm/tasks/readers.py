@@ -21,7 +21,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..data.sources import check_text, read_conll, read_rows
+from ..data.readers import check_text, read_conll, read_rows
 from ..data.tokenizer import end_of_document, special_ids
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import InputError, first_line

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hf_myllm.data import corpus, sources, tokenizer
+from hf_myllm.data import corpus, readers, sources, tokenizer
 from hf_myllm.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def bpe(stories):
-    return tokenizer.train_bpe(sources.SourceTexts([sources.file_source(str(stories))]), 300)
+    return tokenizer.train_bpe(readers.SourceTexts([sources.file_source(str(stories))]), 300)
 
 
 def documents(stories):
@@ -96,7 +96,7 @@ def test_validation_is_every_so_manieth_document(stories, bpe):
 def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name):
     loaded = tokenizer.load(str(assets / "tokenizers" / name))
     file = assets / "corpora" / "tinyshakespeare.txt"
-    monkeypatch.setattr(sources, "_PIECE", 1000)
+    monkeypatch.setattr(readers, "_PIECE", 1000)
     monkeypatch.setattr(corpus, "_BATCH", 20_000)
     tokens, _, account = load(str(file), loaded)
     assert account["train"]["documents"] == 1
@@ -109,8 +109,8 @@ def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name)
 def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, name):
     """Python, with its indentation, and all sorts of white space and characters, cut as often as may be."""
     loaded = bpe if name == "bpe" else tokenizer.load(str(assets / "tokenizers" / name))
-    monkeypatch.setattr(sources, "_PIECE", 50)
-    texts = list(sources.SourceTexts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
+    monkeypatch.setattr(readers, "_PIECE", 50)
+    texts = list(readers.SourceTexts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
     draw = np.random.default_rng(0)
     parts = [
         "a",
@@ -136,7 +136,7 @@ def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, nam
     place = tokenizer.safe_split_pattern(loaded)
     cuts = 0
     for text in texts:
-        pieces = list(sources._in_pieces([text[:90], text[90:]], place))
+        pieces = list(readers._in_pieces([text[:90], text[90:]], place))
         cuts += len(pieces) - 1
         assert [is_end for _, is_end in pieces] == [False] * (len(pieces) - 1) + [True]
         ids = [i for piece, _ in pieces for i in loaded(piece, add_special_tokens=False)["input_ids"]]
@@ -145,9 +145,9 @@ def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, nam
 
 
 def test_one_endless_line_is_cut_all_the_same(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(sources, "_LONGEST", 10_000)
-    monkeypatch.setattr(sources, "_PIECE", 1000)
-    monkeypatch.setattr(sources, "_BLOCK", 700)
+    monkeypatch.setattr(readers, "_LONGEST", 10_000)
+    monkeypatch.setattr(readers, "_PIECE", 1000)
+    monkeypatch.setattr(readers, "_BLOCK", 700)
     (tmp_path / "line.txt").write_text("\u00e9" * 50_000)
     tokens, _, account = load(str(tmp_path / "line.txt"), bpe)
     assert account["train"]["documents"] == 1

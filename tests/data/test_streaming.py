@@ -6,13 +6,13 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_myllm.data import cache, corpus, sources, streaming, tokenizer
+from hf_myllm.data import cache, corpus, readers, sources, streaming, tokenizer
 from hf_myllm.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def bpe(stories):
-    return tokenizer.train_bpe(sources.SourceTexts([sources.file_source(str(stories))]), 300)
+    return tokenizer.train_bpe(readers.SourceTexts([sources.file_source(str(stories))]), 300)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def whole(stories, bpe):
 
 @pytest.mark.parametrize("source", ["files", "lines", "hub"], indirect=True)
 def test_windows_are_the_stream_whatever_is_known_of_it(stories, bpe, source, hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "_PIECE", 200)  # documents in pieces, too
+    monkeypatch.setattr(readers, "_PIECE", 200)  # documents in pieces, too
     monkeypatch.setattr(corpus, "_BATCH", 1000)
     stream = whole(stories, bpe)
     size, total = 500, len(stream)
