@@ -49,11 +49,10 @@ from .recipe import parse
 from .reporting import dry_run
 from .reporting import html as page
 from .reporting import plots as plot
-from .reporting.console import Reporter, format_loss
+from .reporting.console import Reporter, describe_loss
 from .reporting.metrics_log import amend_run, best_evaluation, write_run
 from .reporting.profiling import Profiler
 from .reporting.summary import (
-    describe_metrics,
     launch_facts,
     print_result,
     print_summary,
@@ -237,7 +236,7 @@ def train(run, before):
         if run.start_step and has_lost_patience(run, run.start_step):
             ends = run.start_step
     model.train()
-    profiler = Profiler(folder, recipe.run.profile, ends - run.start_step) if is_main and recipe.run.profile else None
+    profiler = Profiler(folder, recipe.run.profile, ends - run.start_step)
     reporter.resume()
     under_way, ahead = [], MAX_STEPS_IN_FLIGHT.get(accelerator.device.type, 0)
     for step in range(run.start_step, ends):
@@ -263,9 +262,7 @@ def train(run, before):
             must_stop = settle(run, reporter, *under_way.pop(0)) or must_stop
 
         reporter.pause()
-        if profiler is not None and (summary := profiler.step()):
-            for line in summary.splitlines():
-                reporter.info(line)
+        profiler.step(reporter)
         is_best = False
         if is_evaluated and not must_stop:
             validation = report_evaluation(run, model, reporter, done)
@@ -283,8 +280,7 @@ def train(run, before):
         if must_stop and not is_last:
             reporter.info(f"stopped by a signal after step {done}, which is saved: --init_from resume goes on from it")
             return leave(run, reporter)
-    if profiler is not None:
-        profiler.close()
+    profiler.close()
     # one that lost patience has just been evaluated on all rows
     if not finish(run, model, reporter, ends, unigram, validation if ends < run.total_steps else None):
         reporter.info("stopped by a signal in the last evaluation; --init_from resume goes on from it")
@@ -455,17 +451,15 @@ def report_evaluation(run, model, reporter, step, is_final=False):
     if training is None or validation is None:
         return None
     line = {"step": step, "train_loss": training["loss"]}
-    shown = f"step {step:{len(str(run.total_steps))}}: training loss {format_loss(training['loss'], 7)}"
     if validation:
         flat = {key: value for key, value in validation.items() if key != "metrics"}
         if "metrics" in validation:  # whose tokens are labels
             del flat["tokens"]
         line |= {f"val_{key}": value for key, value in (flat | validation.get("metrics", {})).items()}
-        shown += f", validation {describe_metrics(validation, width=7)}"
         if metric and metric not in line:
             known = ", ".join(key for key in line if key.startswith("val_"))
             raise InputError(f"metric_for_best {metric} is no figure of task {recipe.task}, which has {known}")
-    reporter.info(shown)
+    reporter.evaluation(step, run.total_steps, training, validation)
     speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and speaks:
         line["sample"] = sample(run, step)
@@ -675,11 +669,9 @@ def evaluate_only(run):
     if run.accelerator.is_main_process:
         print("".join(f"{line}\n" for line in skipped_rows(run)), end="")
     if run.accelerator.is_main_process and "metrics" in figures:
-        print(
-            f"validation loss {describe_metrics(figures)}\nover all {len(run.val_rows):,} rows of {run.val_rows.name}"
-        )
+        print(f"validation loss {describe_loss(figures)}\nover all {len(run.val_rows):,} rows of {run.val_rows.name}")
     elif run.accelerator.is_main_process:
-        print(f"validation loss {describe_metrics(figures)}, perplexity {figures['perplexity']:.3f}")
+        print(f"validation loss {describe_loss(figures)}, perplexity {figures['perplexity']:.3f}")
         print(f"over all {figures['tokens']:,} tokens of {run.val_rows.name}")
     return 0
 

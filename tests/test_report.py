@@ -1,4 +1,4 @@
-"""What a run leaves to look at."""
+"""The terminal output of a run, and metrics.jsonl."""
 
 import fcntl
 import json
@@ -20,13 +20,13 @@ def write(folder, lines, tail=""):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
 
 
-def test_a_resumed_log_forgets_what_is_run_again_and_what_is_torn(tmp_path):
+def test_resuming_drops_logged_steps_that_run_again_and_incomplete_lines(tmp_path):
     write(tmp_path, [{"step": step, "loss": 1.0} for step in range(1, 9)], tail='{"step": 9, "lo')
-    Reporter(tmp_path, start=5, total_steps=20).close()
+    Reporter(tmp_path, start_step=5, total_steps=20).close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_only_the_main_process_speaks(tmp_path, capsys):
+def test_only_rank_0_prints_and_writes(tmp_path, capsys):
     reporter = Reporter(tmp_path, 0, 5, is_main=False)
     reporter.info("hello")
     reporter.log_step(1, 1.0, 1e-3, 10, 0.5, 7)
@@ -35,7 +35,7 @@ def test_only_the_main_process_speaks(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
+def test_tokens_per_second_exclude_evaluations(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("hf_myllm.reporting.console.time.monotonic", lambda: clock[0])
     reporter = Reporter(tmp_path, 0, 2)
@@ -50,7 +50,7 @@ def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     assert [line["tokens_per_second"] for line in read_metrics(tmp_path)] == [50.0, 50.0]
 
 
-def test_a_recipe_dump_and_a_log_hold_no_secret(tiny, tmp_path, monkeypatch):
+def test_no_file_of_a_run_holds_the_hub_token(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     assert train(*tiny(max_steps=5)) == 0
     for path in (tmp_path / "run").rglob("*"):
@@ -62,12 +62,12 @@ def test_a_recipe_dump_and_a_log_hold_no_secret(tiny, tmp_path, monkeypatch):
 
 
 def in_a_terminal(arguments, columns=80):
-    """What a command sends to a terminal of some columns, and its exit code."""
+    """Run a command in a terminal; return its output and exit code."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     job = subprocess.Popen(command(*arguments), stdin=other, stdout=other, stderr=other, cwd=ROOT)
     os.close(other)
-    sent = b""
+    output = b""
     while True:
         try:
             more = os.read(main, 65536)
@@ -75,16 +75,16 @@ def in_a_terminal(arguments, columns=80):
             break
         if not more:
             break
-        sent += more
+        output += more
     os.close(main)
-    return sent.decode(), job.wait(timeout=60)
+    return output.decode(), job.wait(timeout=60)
 
 
 def test_a_terminal_of_80_columns_has_one_line_of_progress(tiny):
-    sent, code = in_a_terminal(tiny(max_steps=60, eval_freq=30, temperature=1.5, max_new_tokens=90))
-    assert code == 0, sent
-    assert "\x1b[A" not in sent  # a second bar would move the cursor
-    lines = [line for line in re.split(r"[\r\n]+", sent.replace("\x1b[K", "")) if line.strip()]
+    output, code = in_a_terminal(tiny(max_steps=60, eval_freq=30, temperature=1.5, max_new_tokens=90))
+    assert code == 0, output
+    assert "\x1b[A" not in output  # a second bar would move the cursor
+    lines = [line for line in re.split(r"[\r\n]+", output.replace("\x1b[K", "")) if line.strip()]
     bars = [line for line in lines if line.startswith("step") and "|" in line]
     assert len(bars) > 1
     assert all(
@@ -93,47 +93,47 @@ def test_a_terminal_of_80_columns_has_one_line_of_progress(tiny):
         if "starting" not in bar
     )
     assert all(len(bar) <= 80 for bar in bars)
-    assert all(len(line) <= 80 for line in lines if line.startswith("  | "))  # what the model says
+    assert all(len(line) <= 80 for line in lines if line.startswith("  | "))  # samples
     assert not any("warning" in line.lower() or "Traceback" in line for line in lines)
 
 
-def test_a_pipe_has_lines_that_align_and_nothing_else(tiny):
-    result = run_command(*tiny(max_steps=120, eval_freq=60))
-    assert result.returncode == 0
-    assert result.stderr == ""
-    assert "\r" not in result.stdout
-    assert "\x1b" not in result.stdout
-    evaluations = [line for line in result.stdout.splitlines() if ": training loss" in line]
+def test_without_a_terminal_the_output_is_aligned_lines(tiny, capfd):
+    assert train(*tiny(max_steps=120, eval_freq=60)) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "\r" not in out
+    assert "\x1b" not in out
+    assert all(len(line) <= 80 for line in out.splitlines() if line.startswith("step "))
+    evaluations = [line for line in out.splitlines() if ": training loss" in line]
     assert [line[:9] for line in evaluations] == ["step   0:", "step  60:", "step 120:"]
     assert len({line.index(", validation") for line in evaluations}) == 1
-    heads = [line[:12] for line in result.stdout.splitlines() if line[:1].isalpha() and not line.startswith("step ")]
-    assert all(head[-1] == " " and head[0] != " " for head in heads)  # what a line is about, in a column of its own
+    heads = [line[:12] for line in out.splitlines() if line[:1].isalpha() and not line.startswith("step ")]
+    assert all(head[-1] == " " and head[0] != " " for head in heads)  # the label has a column of its own
 
 
-def test_quiet_says_nothing_when_all_is_well_and_what_is_wrong_when_it_is_not(tiny, tmp_path, capsys):
-    result = run_command(*tiny(max_steps=10), "--quiet")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+def test_a_quiet_run_prints_nothing_but_errors(tiny, tmp_path, capfd):
+    assert train(*tiny(max_steps=10), "--quiet") == 0
+    assert tuple(capfd.readouterr()) == ("", "")
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert train(*tiny(max_steps=10), "--quiet") == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert re.fullmatch("error: .*\n", said.err)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch("error: .*\n", err)
 
 
-def test_warnings_are_kept_by_quiet_and_dropped_by_error(tmp_path, capsys):
-    for level, said in (("info", "hello\nbeware\n"), ("warning", "beware\n"), ("error", "")):
+def test_log_levels(tmp_path, capsys):
+    for level, printed in (("info", "hello\nbeware\n"), ("warning", "beware\n"), ("error", "")):
         reporter = Reporter(None, 0, 1, log_level=level)
         reporter.info("hello")
         reporter.warning("beware")
-        assert capsys.readouterr().out == said
+        assert capsys.readouterr().out == printed
 
 
-def test_a_profile_says_where_a_step_spends_its_time(tiny, tmp_path):
-    result = run_command(*tiny(max_steps=14, eval_freq=None), "--profile", "3")
-    assert result.returncode == 0, result.stderr
+def test_a_profile_shows_the_time_of_a_step_by_category(tiny, tmp_path, capsys):
+    assert train(*tiny(max_steps=14, eval_freq=None), "--profile", "3") == 0
     summary = (tmp_path / "run" / "profile" / "summary.txt").read_text()
-    assert summary.strip() in result.stdout
-    assert "ms a step over 3 steps" in summary
+    assert summary.strip() in capsys.readouterr().out
+    assert "ms per step over 3 steps" in summary
     assert "matrix products" in summary
     assert "attention" in summary
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
@@ -141,11 +141,11 @@ def test_a_profile_says_where_a_step_spends_its_time(tiny, tmp_path):
     assert train(*tiny(max_steps=2, save_model=tmp_path / "short"), "--profile", "50") == 0
 
 
-def test_debug_lets_the_libraries_speak(tiny):
+def test_log_level_debug_shows_the_messages_of_libraries(tiny):
     assert "generation_config.json" in run_command(*tiny(max_steps=2), "--log_level", "debug").stderr
 
 
-def test_what_can_be_known_of_memory_and_of_the_devices_is_logged(tmp_path, monkeypatch):
+def test_memory_and_mfu_are_logged_where_they_are_known(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("hf_myllm.reporting.console.time.monotonic", lambda: clock[0])
     reporter = Reporter(tmp_path, 0, 1, flops=6e9 / 989e12, memory=lambda: 2_500_000_000)
@@ -157,7 +157,7 @@ def test_what_can_be_known_of_memory_and_of_the_devices_is_logged(tmp_path, monk
     assert line["mfu"] == pytest.approx(50_000 * 6e9 / 989e12, abs=1e-4)
 
 
-def test_the_time_of_training_goes_on_where_a_run_goes_on(tmp_path, monkeypatch):
+def test_training_time_adds_up_over_launches(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("hf_myllm.reporting.console.time.monotonic", lambda: clock[0])
     for start in (0, 2):
@@ -168,3 +168,42 @@ def test_the_time_of_training_goes_on_where_a_run_goes_on(tmp_path, monkeypatch)
         reporter.close()
         clock[0] += 1000.0
     assert [line["train_seconds"] for line in read_metrics(tmp_path)] == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_callbacks_get_what_is_logged(tmp_path):
+    logged, evaluated = [], []
+    reporter = Reporter(tmp_path, 0, 1, on_log=logged.append, on_evaluate=evaluated.append)
+    reporter.log_step(1, float("nan"), 1e-3, 100, 0.5, 7)
+    reporter.log({"step": 1, "train_loss": 2.0, "val_loss": 3.0})
+    reporter.close()
+    assert logged == read_metrics(tmp_path)
+    assert evaluated == logged[1:]
+    other_rank = Reporter(None, 0, 1, is_main=False, on_log=logged.append)
+    other_rank.log_step(1, 1.0, 1e-3, 100, 0.5, 7)
+    other_rank.log({"step": 1, "train_loss": 2.0})
+    assert len(logged) == 2
+
+
+def test_an_error_in_a_callback_propagates(tmp_path):
+    reporter = Reporter(tmp_path, 0, 1, on_log=lambda line: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reporter.log_step(1, 1.0, 1e-3, 100, 0.5, 7)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"loss": 12.3456, "bits_per_byte": 1.234, "tokens": 5},
+        {"loss": 12.3456, "nsp_loss": 0.6931, "nsp_accuracy": 0.5, "bits_per_byte": None, "tokens": 5},
+        {"loss": 0.6931, "tokens": 5, "metrics": dict.fromkeys(("accuracy", "f1", "precision", "recall"), 0.123456)},
+    ],
+)
+def test_lines_of_evaluations_fit_80_columns(capsys, metrics):
+    Reporter(None, 0, 100_000).evaluation(5, 100_000, {"loss": 12.3456}, metrics)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step      5: training loss 12.3456")
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(lines)
+    for name in metrics.get("metrics", ()):
+        assert f"{name} 0.1235" in text

@@ -1,93 +1,113 @@
-"""The terminal output of a run; what is logged also goes to metrics.jsonl and the trackers."""
+"""The terminal output of a run. What is logged also goes to metrics.jsonl, the trackers and the callbacks."""
 
-import json
 import math
 import shutil
 import sys
+import textwrap
 import time
 import unicodedata
 from collections import deque
-from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import InputError, first_line, printable
-from .metrics_log import read_metrics, truncate_metrics
+from ..errors import first_line, printable
+from .metrics_log import MetricsLog, read_metrics
 
-UNTRACKED = ("step", "rows", "time")  # of a line of metrics.jsonl: a number that is no measure
+UNTRACKED = ("step", "rows", "time")  # keys of a logged dict that are not metrics
+PIPE_INTERVAL = 10  # seconds between progress lines if the output is not a terminal
+SPEED_WINDOW = 50  # steps over which tokens per second are averaged
+COLUMNS = 80
 
 
 class Reporter:
-    """The terminal, the metrics file and the trackers of a run. Only the main process's speaks.
+    """Prints the progress of a run and logs its metrics. Only rank 0 prints and writes.
 
     Args:
-        folder: the run's folder; None writes no file.
-        start, total_steps: where the run begins and ends.
-        is_main: whether this process speaks.
-        log_level: what it says: "debug" and "info" all, "warning" what may be wrong, "error" nothing.
-        flops: floating-point operations per token over what all devices can do in a second, from which follows what
-            share of that is used (MFU; Chowdhery et al. 2022, "PaLM"); 0: not known.
-        memory: gives the most bytes that this process has used so far, or None.
+        run_dir: the run's folder; None writes no file.
+        start_step, total_steps: optimizer steps done already, and those at the end.
+        is_main: whether this is rank 0.
+        log_level: "debug" and "info" print everything, "warning" only warnings, "error" nothing.
+        flops: FLOPs per token divided by the peak FLOP/s of all devices, to compute the model FLOPs utilization (MFU;
+            Chowdhery et al. 2022, "PaLM"); 0 if unknown.
+        memory: a function that returns the peak memory of this process in bytes, or None.
+        on_log: called with each dict that is logged. Its exceptions propagate.
+        on_evaluate: called with each dict of an evaluation, likewise.
+
+    Attributes:
+        trackers: name -> function called as `log(metrics, step=step)`; see [`start_trackers`].
     """
 
     def __init__(
         self,
-        folder,
-        start,
+        run_dir,
+        start_step,
         total_steps,
         is_main=True,
         log_level="info",
         flops=0.0,
         memory=lambda: None,
+        on_log=None,
+        on_evaluate=None,
     ):
-        self.is_main, self.is_quiet, self.warns = is_main, log_level in ("warning", "error"), log_level != "error"
-        self.file, self.flops, self.memory = None, flops, memory
-        self.trackers = {}  # name -> what is called with the numbers of each line of metrics.jsonl, and its step
-        self.lines_seconds = 10  # between progress lines where there is no terminal to redraw
+        self.start_step, self.total_steps, self.is_main = start_step, total_steps, is_main
+        self.prints_info = is_main and log_level in ("debug", "info")
+        self.prints_warnings = is_main and log_level != "error"
+        self.flops, self.memory, self.on_log, self.on_evaluate = flops, memory, on_log, on_evaluate
+        self.trackers, self.bar = {}, None
         self.is_terminal = sys.stderr.isatty()
-        self.bar = None
-        self.last_line = time.monotonic()
-        self.clock, self.tokens, self.seconds_before = time.monotonic(), 0, 0.0
-        self.recent = deque([(0.0, 0)], maxlen=51)  # seconds and tokens after each of the last 50 steps
-        self.start, self.total_steps = start, total_steps
-        if is_main and folder is not None:
-            path = Path(folder) / "metrics.jsonl"
-            try:
-                kept = truncate_metrics(path, start, total_steps)
-                self.seconds_before = max((line.get("train_seconds", 0.0) for line in kept), default=0.0)
-                self.file = open(path, "a", encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"cannot write {path}: {error}") from None
-        if is_main and self.is_terminal and total_steps > start and not self.is_quiet:
+        writes_file = is_main and run_dir is not None
+        self.metrics_log = MetricsLog(run_dir, start_step, total_steps) if writes_file else None
+        self.clock = self.last_line = time.monotonic()
+        self.tokens = 0
+        self.history = deque([(0.0, 0)], maxlen=SPEED_WINDOW + 1)  # (seconds, tokens) after each of the last steps
+        if self.prints_info and self.is_terminal and total_steps > start_step:
             self.bar = tqdm(
                 total=total_steps,
-                initial=start,
+                initial=start_step,
                 desc="starting",
                 bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
                 dynamic_ncols=True,
                 leave=False,
             )
 
+    # ---- lines
+
     def info(self, text=""):
-        """A line for the reader, above the progress bar."""
-        if self.is_main and not self.is_quiet:
+        """Print a line above the progress bar."""
+        if self.prints_info:
             self._print(text)
 
     def warning(self, text):
-        """A line that a reader must see: something may be wrong."""
-        if self.is_main and self.warns:
+        """Print a line that a user should see: something may be wrong."""
+        if self.prints_warnings:
             self._print(text)
 
     def error(self, text):
-        """A line on stderr: what was asked for was not done, although the run has ended well."""
+        """Print a line on stderr: a request failed, but the run did not."""
         if self.is_main:
             print(printable(text), file=sys.stderr, flush=True)
 
+    def evaluation(self, step, total_steps, train_metrics, val_metrics):
+        """Print the losses of an evaluation, and its metrics, in lines of at most 80 columns.
+
+        Args:
+            train_metrics, val_metrics: as [`~hf_myllm.evaluation.evaluate`] returns them; the second may be empty.
+        """
+        line = f"step {step:{len(str(total_steps))}}: training loss {format_loss(train_metrics['loss'], 7)}"
+        details = describe_metrics(val_metrics) if val_metrics else ""
+        if val_metrics:
+            line += f", validation {format_loss(val_metrics['loss'], 7)}"
+        if details and len(line) + len(details) + 3 <= COLUMNS:
+            line, details = f"{line} ({details})", ""
+        self.info(line)
+        for more in textwrap.wrap(details, COLUMNS, initial_indent=" " * 12, subsequent_indent=" " * 12):
+            self.info(more)
+
     def show_sample(self, sample):
-        """A text of the model's, each line marked as such and no wider than the terminal."""
-        room = max(8, shutil.get_terminal_size().columns - 5) if self.is_terminal else 1 << 30
+        """Print text that the model generated, wrapped to the terminal's width, each line marked with a bar."""
+        width = max(8, shutil.get_terminal_size().columns - 5) if self.is_terminal else 1 << 30
         for line in sample.splitlines():
-            for piece in _pieces(printable(line), room):
+            for piece in _wrap(printable(line), width):
                 self.info(f"  | {piece}".rstrip())
 
     def _print(self, text):
@@ -97,93 +117,132 @@ class Reporter:
         else:
             print(text, flush=True)
 
+    # ---- metrics
+
     def log_step(self, step, loss, learning_rate, tokens, grad_norm, rows, write=True):
-        """A training step done: `step` counts from 1; `tokens` and the digest of the `rows` are over all processes."""
+        """Report a training step.
+
+        Args:
+            step: the number of the step, from 1.
+            tokens: read in this step by all ranks.
+            rows: a digest of the rows that all ranks read.
+            write: whether to log the step, beside the progress line.
+        """
         if not self.is_main:
             return
         self.tokens += tokens
-        elapsed = time.monotonic() - self.clock
-        self.recent.append((elapsed, self.tokens))
-        then, tokens_then = self.recent[0]
-        speed = (self.tokens - tokens_then) / (elapsed - then) if elapsed > then else 0.0
-        used = f", {speed * self.flops:.0%} MFU" if self.flops else ""
-        left = tqdm.format_interval(elapsed / max(1, step - self.start) * (self.total_steps - step))
-        status = f"{left} left, loss {format_loss(loss)}, lr {learning_rate:.2e}, {_short(speed)} tokens/s{used}"
+        seconds = time.monotonic() - self.clock
+        self.history.append((seconds, self.tokens))
+        seconds_before, tokens_before = self.history[0]
+        speed = (self.tokens - tokens_before) / (seconds - seconds_before) if seconds > seconds_before else 0.0
+        self._show_progress(step, seconds, loss, learning_rate, speed)
+        if not write:
+            return
+        line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
+        line |= {"grad_norm": grad_norm, "rows": rows, "tokens_per_second": round(speed, 1)}
+        line["train_seconds"] = round((self.metrics_log.train_seconds if self.metrics_log else 0.0) + seconds, 3)
+        if self.flops:
+            line["mfu"] = round(speed * self.flops, 4)
+        if (memory := self.memory()) is not None:
+            line["peak_memory_gb"] = round(memory / 1e9, 3)
+        self.log(line | {"time": round(time.time(), 3)})
+
+    def _show_progress(self, step, seconds, loss, learning_rate, speed):
+        """Update the progress bar or, without a terminal, print a line every few seconds."""
+        left = tqdm.format_interval(seconds / max(1, step - self.start_step) * (self.total_steps - step))
+        status = f"{left} left, loss {format_loss(loss)}, lr {learning_rate:.2e}, {_short(speed)} tokens/s"
+        status += f", {speed * self.flops:.0%} MFU" if self.flops else ""
         if self.bar is not None:
             self.bar.set_description_str(status, refresh=False)
             self.bar.update()
-        elif not self.is_quiet and time.monotonic() - self.last_line > self.lines_seconds:
+        elif self.prints_info and time.monotonic() - self.last_line > PIPE_INTERVAL:
             self.last_line = time.monotonic()
             print(f"step {step:{len(str(self.total_steps))}}/{self.total_steps}, {status}", flush=True)
-        if write:
-            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "tokens": tokens}
-            line |= {"grad_norm": grad_norm, "rows": rows}
-            line |= {"tokens_per_second": round(speed, 1), "train_seconds": round(self.seconds_before + elapsed, 3)}
-            if self.flops:
-                line["mfu"] = round(speed * self.flops, 4)
-            if (memory := self.memory()) is not None:
-                line["peak_memory_gb"] = round(memory / 1e9, 3)
-            self.log(line | {"time": round(time.time(), 3)})
+
+    def log(self, line):
+        """Write a dict to metrics.jsonl and the trackers, and call the callbacks. A NaN or infinity becomes None."""
+        if not self.is_main:
+            return
+        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        if self.metrics_log is not None:
+            self.metrics_log.append(line)
+        metrics = {key: value for key, value in line.items() if value is not None and key not in UNTRACKED}
+        for name, track in list(self.trackers.items()):
+            try:
+                track(metrics, step=line["step"])
+            except Exception as error:
+                self.warning(f"warning: {name} failed and is not used any more: {first_line(error)[:200]}")
+                del self.trackers[name]
+        if self.on_log is not None:
+            self.on_log(dict(line))
+        if self.on_evaluate is not None and "train_loss" in line:
+            self.on_evaluate(dict(line))
 
     def has_evaluation(self, step):
-        """Whether metrics.jsonl holds the evaluation after this step."""
-        lines = read_metrics(Path(self.file.name).parent) if self.file is not None else []
+        """Return whether metrics.jsonl holds the evaluation after this step."""
+        lines = read_metrics(self.metrics_log.run_dir) if self.metrics_log is not None else []
         return any(line["step"] == step and "train_loss" in line for line in lines)
 
+    # ---- time
+
     def pause(self):
-        """Leave what follows, until [`resume`], out of the tokens per second."""
+        """Stop the clock of the training time, for an evaluation or a save."""
         self._paused = time.monotonic()
 
     def resume(self):
         self.clock += time.monotonic() - self._paused
 
-    def log(self, line):
-        """A line of metrics.jsonl, and of the trackers."""
-        # JSON has no NaN
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        if self.file is not None:
-            try:
-                self.file.write(json.dumps(line) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise InputError(f"cannot write {self.file.name}: {error}; --init_from resume goes on") from None
-        values = {key: value for key, value in line.items() if value is not None and key not in UNTRACKED}
-        for name, track in list(self.trackers.items()):
-            try:
-                track(values, step=line["step"])
-            except Exception as error:  # whatever befalls a tracker, the run goes on
-                self.warning(f"warning: {name} failed, and gets nothing more: {first_line(error)[:200]}")
-                del self.trackers[name]
-
     def close(self):
+        """Close the progress bar and metrics.jsonl."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        if self.metrics_log is not None:
+            self.metrics_log.close()
+            self.metrics_log = None
+
+
+def describe_metrics(metrics):
+    """Return the metrics of an evaluation beside the loss, in words; "" if there are none."""
+    if "metrics" in metrics:
+        return ", ".join(f"{name} {value:.4f}" for name, value in metrics["metrics"].items())
+    if "nsp_loss" in metrics:
+        nsp_loss = metrics["nsp_loss"]
+        return (
+            f"masked tokens {metrics['loss'] - nsp_loss:.4f}, next sentence {nsp_loss:.4f}, "
+            f"{metrics['nsp_accuracy']:.1%} correct"
+        )
+    if metrics.get("bits_per_byte") is not None:
+        return f"{metrics['bits_per_byte']:.3f} bits per byte"
+    return ""
+
+
+def describe_loss(metrics):
+    """Return the loss of an evaluation, with its other metrics in parentheses."""
+    details = describe_metrics(metrics)
+    return format_loss(metrics["loss"]) + (f" ({details})" if details else "")
 
 
 def format_loss(value, width=0):
-    """A loss as people read it, whatever its size."""
+    """Return a loss with four decimals, or in scientific notation where that would not fit."""
     return f"{value:{width}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:{width}.2e}"
 
 
-def _pieces(line, room):
-    """A line in pieces of so many columns; characters of East Asia take two (Unicode annex 11)."""
+def _wrap(line, width):
+    """Yield a line in pieces of at most `width` columns; wide East Asian characters take two (Unicode annex 11)."""
     piece, used = "", 0
     for character in line:
         columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used + columns > room:
+        if used + columns > width:
             yield piece
             piece, used = "", 0
         piece, used = piece + character, used + columns
     yield piece
 
 
-def _short(number):
-    """Three digits that matter, and k or M: so that a line keeps its width."""
+def _short(count):
+    """Return three significant digits with k or M, so that the progress line keeps its width."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
-    return f"{number:.0f}"
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 1000 * size else f"{count / size:,.0f}{unit}"
+    return f"{count:.0f}"

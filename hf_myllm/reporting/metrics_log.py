@@ -1,17 +1,52 @@
-"""metrics.jsonl and run.json: what a run logs, as files."""
+"""The files that a run logs to: metrics.jsonl, one JSON object per logged step or evaluation, and run.json."""
 
 import json
 import re
 import secrets
 from pathlib import Path
 
+from ..errors import CheckpointError
 from ..files import write_text_atomically
 
 
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl; one that a killed process left unfinished is passed over."""
-    lines = []
-    path = Path(folder) / "metrics.jsonl"
+class MetricsLog:
+    """Appends to RUN/metrics.jsonl.
+
+    When a run resumes, the lines after its checkpoint are dropped: those steps run again. At the last step so does the
+    evaluation, which follows the checkpoint.
+
+    Attributes:
+        train_seconds: training time before this launch.
+    """
+
+    def __init__(self, run_dir, start_step, total_steps):
+        self.run_dir, path = Path(run_dir), Path(run_dir) / "metrics.jsonl"
+        lines = [line for line in read_metrics(run_dir) if line["step"] <= start_step] if start_step else []
+        if start_step == total_steps:
+            lines = [line for line in lines if line["step"] < start_step or "train_loss" not in line]
+        self.train_seconds = max((line.get("train_seconds", 0.0) for line in lines), default=0.0)
+        try:
+            write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path}: it cannot be written: {error}") from None
+
+    def append(self, line):
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name}: it cannot be written: {error}; continue with --init_from resume"
+            ) from None
+
+    def close(self):
+        self._file.close()
+
+
+def read_metrics(run_dir):
+    """Return the lines of RUN/metrics.jsonl as dicts; [] without the file. Lines that are not complete are skipped."""
+    path, lines = Path(run_dir) / "metrics.jsonl", []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
@@ -22,62 +57,54 @@ def read_metrics(folder):
     return lines
 
 
-def best_evaluation(folder, metric, up_to, is_more=None):
-    """The best of a run's evaluations: its step and its value, both None where none has a number, and how many came
-    after it.
+def best_evaluation(run_dir, metric, last_step, greater_is_better=None):
+    """Find the best evaluation of a run.
 
     Args:
-        metric: a figure of metrics.jsonl.
-        up_to: the last step to look at; the evaluation before the first step does not count.
-        is_more: whether more of it is better; None: not of losses, errors and what follows from them.
+        metric: a key of metrics.jsonl.
+        last_step: the last step to consider. An evaluation before the first step does not count.
+        greater_is_better: None derives it from the name: False for losses, perplexities and error rates.
+    Returns:
+        (step, value, number of evaluations since); step and value are None if no evaluation has a value.
     """
-    if is_more is None:
-        is_more = not re.search(r"loss|perplexity|bits_per_byte|error|(^|_)(rmse|mse|mae|wer|cer|ter)$", metric)
+    if greater_is_better is None:
+        lower = r"loss|perplexity|bits_per_byte|error|(^|_)(rmse|mse|mae|wer|cer|ter)$"
+        greater_is_better = not re.search(lower, metric)
     best, since = None, 0
-    for line in read_metrics(folder):
-        if "train_loss" in line and metric in line and 0 < line["step"] <= up_to:
-            value, since = line.get(metric), since + 1
-            if value is not None and (best is None or (value > best[1] if is_more else value < best[1])):
+    for line in read_metrics(run_dir):
+        if "train_loss" in line and metric in line and 0 < line["step"] <= last_step:
+            value, since = line[metric], since + 1
+            if value is not None and (best is None or (value > best[1] if greater_is_better else value < best[1])):
                 best, since = (line["step"], value), 0
     return (*(best or (None, None)), since)
 
 
-def truncate_metrics(path, step, total_steps):
-    """Drop what a killed run logged beyond the checkpoint that is being resumed: those steps are run again, and at the
-    last step so is the evaluation, which follows its checkpoint. Returns the lines that stay."""
-    lines = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
-    if step == total_steps:
-        lines = [line for line in lines if line["step"] < step or "train_loss" not in line]
-    write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return lines
-
-
-def read_run(folder):
-    """What RUN/run.json says of a run: what it trains on what, and each of its launches; {} where there is none."""
+def read_run(run_dir):
+    """Return RUN/run.json: the model, the data and each launch of the run; {} without a valid file."""
     try:
-        found = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        content = json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
-def write_run(folder, facts, launch, goes_on):
-    """Write RUN/run.json; a run that goes on keeps its earlier launches and its id in the trackers.
+def write_run(run_dir, facts, launch, resumes):
+    """Write RUN/run.json. A run that resumes keeps its earlier launches and its id in the trackers.
 
     Returns:
         the run's id.
     """
-    before = read_run(folder) if goes_on else {}
-    launches = [one for one in before.get("launches", []) if one["step"] <= launch["step"]]
+    before = read_run(run_dir) if resumes else {}
+    launches = [earlier for earlier in before.get("launches", []) if earlier["step"] <= launch["step"]]
     kept = {"id": before.get("id") or secrets.token_hex(4), "published_step": before.get("published_step")}
-    _write_run(folder, facts | kept | {"launches": [*launches, launch]})
+    _write_json(run_dir, facts | kept | {"launches": [*launches, launch]})
     return kept["id"]
 
 
-def amend_run(folder, **facts):
-    """Write more into RUN/run.json."""
-    _write_run(folder, read_run(folder) | facts)
+def amend_run(run_dir, **facts):
+    """Set keys of RUN/run.json."""
+    _write_json(run_dir, read_run(run_dir) | facts)
 
 
-def _write_run(folder, found):
-    write_text_atomically(Path(folder) / "run.json", json.dumps(found, indent=1) + "\n")
+def _write_json(run_dir, content):
+    write_text_atomically(Path(run_dir) / "run.json", json.dumps(content, indent=1) + "\n")

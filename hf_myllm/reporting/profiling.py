@@ -1,8 +1,8 @@
-"""Where a step's time goes: `--profile N` records N steps, by torch's profiler.
+"""Profile training steps with torch's profiler: `--profile N` records N steps.
 
-RUN/profile/trace.json is for a viewer of traces (ui.perfetto.dev, chrome://tracing); RUN/profile/summary.txt, which
-is printed too, has the time by kind: of the GPU's kernels or, without one, of the operations on the CPU. A kind is told
-by an operation's name, so that Muon's products count as matrix products.
+Writes RUN/profile/trace.json for a trace viewer (ui.perfetto.dev, chrome://tracing), and RUN/profile/summary.txt with
+the time by category: of GPU kernels or, without a GPU, of CPU operations. The category follows from the name of the
+operation, so the products inside Muon count as matrix products.
 """
 
 import re
@@ -10,10 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch.profiler import ProfilerActivity, profile, schedule
 
-SETTLING = 10  # steps before, in which things are compiled and caches filled
-_KINDS = {  # the first whose pattern a name fits
+WARMUP_STEPS = 10  # not recorded: they compile and fill caches
+_CATEGORIES = {  # the first whose pattern matches
     "communication": r"nccl|gloo|all_?reduce|all_?gather|reduce_?scatter",
     "attention": r"attention|flash|fmha|sdpa|flex_|cudnn.*sdp",
     "optimizer": r"adam|muon|foreach|multi_tensor|lpnorm|linalg_vector_norm",
@@ -27,74 +28,77 @@ _KINDS = {  # the first whose pattern a name fits
 
 
 class Profiler:
-    """Records some steps of a run, once things have settled.
+    """Records some steps of a run after a warm-up, on rank 0.
 
     Args:
-        folder: the run's.
-        steps: how many to record.
-        total_steps: of the run; where it is short, it settles for less.
+        run_dir: the run's folder.
+        steps: how many steps to record; None records nothing.
+        total_steps: of the run. The warm-up is shorter if the run is.
     """
 
-    def __init__(self, folder, steps, total_steps):
-        steps = min(steps, total_steps)
-        self.folder, self.steps, self.summary = Path(folder) / "profile", steps, None
-        on_gpu = torch.cuda.is_available()
-        self.device = "device" if on_gpu else "cpu"
-        settling = max(0, min(SETTLING, total_steps - steps))
-        wait, warmup = max(0, settling - 1), min(1, settling)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-        plan = schedule(wait=wait, warmup=warmup, active=steps, repeat=1)
-        self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self._keep)
+    def __init__(self, run_dir, steps, total_steps):
+        self.profile = None
+        if not steps or total_steps < 1 or not PartialState().is_main_process:
+            return
+        self.run_dir, self.steps, self.summary = Path(run_dir), min(steps, total_steps), None
+        has_gpu = torch.cuda.is_available()
+        self.device = "device" if has_gpu else "cpu"
+        warmup = max(0, min(WARMUP_STEPS, total_steps - self.steps))
+        plan = schedule(wait=max(0, warmup - 1), warmup=min(1, warmup), active=self.steps, repeat=1)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * has_gpu
+        self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self._export)
         self.profile.start()
 
-    def step(self):
-        """A step is done. Returns the summary, once."""
+    def step(self, reporter):
+        """Count a training step; print the summary once all steps are recorded."""
         if self.profile is None:
-            return None
+            return
         if self.device == "device":
-            torch.cuda.synchronize()  # what is recorded is whole steps
+            torch.cuda.synchronize()  # record whole steps
         self.profile.step()
-        if self.summary is None:
-            return None
-        self.close()
-        return self.summary
+        if self.summary is not None:
+            for line in self.summary.splitlines():
+                reporter.info(line)
+            self.close()
 
     def close(self):
         if self.profile is not None:
             self.profile.stop()
         self.profile = None
 
-    def _keep(self, found):
+    def _export(self, recorded):
         if self.summary is not None:
             return
-        self.folder.mkdir(exist_ok=True)
-        found.export_chrome_trace(str(self.folder / "trace.json"))
-        self.summary = summarize(found.key_averages(), self.steps, self.device)
-        (self.folder / "summary.txt").write_text(self.summary + "\n")
+        folder = self.run_dir / "profile"
+        folder.mkdir(exist_ok=True)
+        recorded.export_chrome_trace(str(folder / "trace.json"))
+        self.summary = summarize(recorded.key_averages(), self.steps, self.device)
+        (folder / "summary.txt").write_text(self.summary + "\n")
 
 
-def kind_of(name):
-    """What a kernel or an operation is for, by its name."""
-    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+def category_of(name):
+    """Return the category of a kernel or operation by its name."""
+    matches = (category for category, pattern in _CATEGORIES.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(matches, "other")
 
 
 def summarize(events, steps, device):
-    """A table of milliseconds a step by kind, each with what takes most of it.
+    """Return a table of milliseconds per step by category, each with its three longest operations.
 
     Args:
-        events: with a name (`key`) and the time that they took by themselves, in microseconds.
-        device: "device" or "cpu": whose time counts.
+        events: of torch's profiler, with a name (`key`) and the time spent in them alone, in microseconds.
+        device: "device" or "cpu": whose time to count.
     """
-    kinds, parts = Counter(), {}
+    totals, operations = Counter(), {}
     for event in events:
-        spent = getattr(event, f"self_{device}_time_total") / 1000 / steps
-        if spent > 0 and not event.key.startswith("ProfilerStep"):
-            kind = kind_of(event.key)
-            kinds[kind] += spent
-            parts.setdefault(kind, Counter())[event.key] += spent
-    total, where = sum(kinds.values()), "kernels of the GPU" if device == "device" else "operations on the CPU"
-    lines = [f"{where}, ms a step over {steps} steps, {total:.2f} in all"]
-    for kind, spent in kinds.most_common():
-        most = ", ".join(f"{name[:40]} {part:.2f}" for name, part in parts[kind].most_common(3))
-        lines.append(f"  {kind:<16}{spent:9.2f} {spent / total:6.1%}  {most}")
+        milliseconds = getattr(event, f"self_{device}_time_total") / 1000 / steps
+        if milliseconds > 0 and not event.key.startswith("ProfilerStep"):
+            category = category_of(event.key)
+            totals[category] += milliseconds
+            operations.setdefault(category, Counter())[event.key] += milliseconds
+    total, measured = sum(totals.values()), "GPU kernels" if device == "device" else "CPU operations"
+    lines = [f"profile     {measured}, ms per step over {steps} steps, {total:.2f} in total"]
+    for category, milliseconds in totals.most_common():
+        longest = ", ".join(f"{name[:40]} {part:.2f}" for name, part in operations[category].most_common(3))
+        lines.append(f"  {category:<16}{milliseconds:9.2f} {milliseconds / total:6.1%}  {longest}")
     return "\n".join(lines)

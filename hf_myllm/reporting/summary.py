@@ -25,20 +25,9 @@ from ..models import lora
 from ..recipe import Recipe
 from ..tasks import objectives
 from ..tasks import readers as tasks
-from .console import format_loss
+from .console import describe_loss
 
 MASKED = ("mlm", "mlm_nsp")
-
-
-def describe_metrics(figures, width=0):
-    """A loss and what else an evaluation found, in a few words."""
-    more = "" if figures.get("bits_per_byte") is None else f" ({figures['bits_per_byte']:.3f} bits per byte)"
-    if "nsp_loss" in figures:
-        pair_loss, right = figures["nsp_loss"], figures["nsp_accuracy"]
-        more = f" (masked tokens {figures['loss'] - pair_loss:.4f}, next sentence {pair_loss:.4f}, {right:.1%} right)"
-    if "metrics" in figures:
-        more = f" ({', '.join(f'{name} {value:.4f}' for name, value in figures['metrics'].items())})"
-    return f"{format_loss(figures['loss'], width)}{more}"
 
 
 def print_summary(run, reporter):
@@ -86,7 +75,7 @@ def print_summary(run, reporter):
         unigram = unigram_level(run.train_rows.tokens, run.val_rows.tokens, *sizes, never)
         if recipe.task == "mlm_nsp":
             unigram["loss"] += math.log(2)  # of a guess whether a sentence follows
-        reporter.info(f"unigram     {describe_metrics(unigram)}: knowing only how often tokens occur")
+        reporter.info(f"unigram     {describe_loss(unigram)}: knowing only how often tokens occur")
     if recipe.run.resume and run.resume_from is None:
         reporter.warning(f"resume      {recipe.run.save_model} has no checkpoint yet: starting from the beginning")
     at = f"from step {run.start_step} " if run.start_step else ""
@@ -143,10 +132,10 @@ def print_result(run, reporter, last, figures, unigram):
     recipe, folder = run.recipe, run.recipe.run.save_model
     is_labelled = recipe.task in tasks.TASKS and recipe.task != "instruction"
     if figures and is_labelled:
-        reporter.info(f"done        validation loss {describe_metrics(figures)} on all {len(run.val_rows):,} rows")
+        reporter.info(f"done        validation loss {describe_loss(figures)} on all {len(run.val_rows):,} rows")
     elif figures:
         what = {"instruction": "learned "}.get(recipe.task, "masked " * (recipe.task in MASKED))
-        reporter.info(f"done        validation loss {describe_metrics(figures)}")
+        reporter.info(f"done        validation loss {describe_loss(figures)}")
         level = "" if unigram is None else f"; the unigram level is {unigram['loss']:.4f}"
         reporter.info(f"            on all {figures['tokens']:,} {what}tokens{level}")
     if (Path(folder) / "report.html").is_file():

@@ -14,7 +14,7 @@ def start_trackers(reporter, accelerator, names, project_name, run_dir, run_id, 
 
     Args:
         reporter: a [`Reporter`]; its `trackers` are set.
-        names: of "tensorboard", "wandb" and "trackio".
+        names: of "tensorboard", "wandb" and "trackio", or None.
         run_id: the run's id in the trackers.
         config: a flat dict that is stored with the run.
         start_step: the step that training resumes from; 0 for a new run.
@@ -27,7 +27,7 @@ def start_trackers(reporter, accelerator, names, project_name, run_dir, run_id, 
     }
     config = {key: str(value) for key, value in config.items() if value is not None}
     started = []
-    for name in names:  # one by one: init_trackers starts all or none
+    for name in names or ():  # one by one: init_trackers starts all or none
         accelerator.log_with, accelerator.trackers = [name], []
         try:
             with redirect_stdout(None):  # Trackio prints an introduction
