@@ -272,7 +272,7 @@ def quick_look(source):
     if source.format == "hub":
         return replace(source, max_chars=QUICK_LOOK, is_streamed=True)
     size = 0 if source.format in sources.TOKEN_ID_FORMATS else sources.total_size(source)
-    is_large = size is None or size > (QUICK_LOOK / 200 if source.format == "parquet" else 5 * QUICK_LOOK)
+    is_large = size is None or size > (QUICK_LOOK / 200 if source.format in ("parquet", "memory") else 5 * QUICK_LOOK)
     return replace(source, max_chars=QUICK_LOOK) if is_large else source
 
 

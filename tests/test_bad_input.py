@@ -108,7 +108,7 @@ CASES = {
         "n_head is 2; the recipe's 4 is another model's",
     ),
     "64-bit ids": ({"train_file": "PLACE/wide.bin", "tokenizer": None}, "wide.bin holds 64-bit numbers"),
-    "files of several kinds": ({"train_file": "PLACE/mixed"}, "files of several kinds"),
+    "files of several formats": ({"train_file": "PLACE/mixed"}, "files of several formats"),
     "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "a.txt.gz cannot be read"),
     "an archive": ({"train_file": "PLACE/a.zip"}, "a.zip is an archive: unpack it"),
     "UTF-16": ({"train_file": "PLACE/utf16.txt"}, "a NUL byte at offset 1; if it is UTF-16"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 from filelock import FileLock
 
-from ..errors import InputError
+from ..errors import DataError
 from ..files import atomic_path
 
 _FORMAT = 5  # of the cache: raise it when what is cached changes
@@ -35,5 +35,5 @@ def cached_folder(key, make):
                     partial.mkdir()
                     make(partial)
     except OSError as error:
-        raise InputError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
+        raise DataError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
     return folder

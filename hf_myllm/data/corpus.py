@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import DataError
 from . import packing
 from .cache import cached_folder, cached_path
 from .pickled import read_token_ids
@@ -118,7 +118,7 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
         training and validation [`TokenStream`], and a dict with the counts of documents, tokens and bytes of text;
         validation is None when val_fraction is 0.
     Raises:
-        InputError: the source cannot be read, or holds no token.
+        DataError: the source cannot be read, or holds no token.
     """
     if source.format in TOKEN_ID_FORMATS:
         training, account = _open_ids(source, tokenizer, bin_dtype)
@@ -128,7 +128,7 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
     if val_fraction and held_out is None:
         training, held_out = training.split(int(len(training) * (1 - val_fraction)))
         if len(training) == 0:
-            raise InputError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
+            raise DataError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
         account["held_out"] = f"the last {val_fraction:.0%} of the tokens"
     return training, held_out, account
 
@@ -176,8 +176,8 @@ def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
     account["share"] = progress.share if source.max_chars else 1.0  # of the source that was read
     if account["train"]["tokens"] == 0:
         if account["validation"]["tokens"]:
-            raise InputError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
-        raise InputError(f"{source.name} holds no text")
+            raise DataError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
+        raise DataError(f"{source.name} holds no text")
     (folder / "account.json").write_text(json.dumps(account))
 
 
@@ -391,11 +391,11 @@ def _map_bin(file, tokenizer, bin_dtype):
         halves = np.fromfile(file, dtype="<u2", count=4096)
         is_large = tokenizer is not None and len(tokenizer) > 1 << 16
         if len(halves) % 4 == 0 and halves[::4].any() and not halves.reshape(-1, 4)[:, 1:].any():
-            raise InputError(f"{file} holds 64-bit numbers: write the ids as uint16 or uint32")
+            raise DataError(f"{file} holds 64-bit numbers: write the ids as uint16 or uint32")
         if is_large or not halves[1::2].any():  # 32-bit ids of a usual vocabulary have nothing in their upper half
             dtype = np.dtype("<u4")
     if size % dtype.itemsize:
-        raise InputError(
+        raise DataError(
             f"{file} is cut short: {size} bytes is not a whole number of {dtype.itemsize}-byte token ids; "
             "copy or write it again"
         )

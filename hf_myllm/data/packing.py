@@ -13,7 +13,7 @@ import bisect
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import DataError
 
 
 class StridedRows:
@@ -27,12 +27,12 @@ class StridedRows:
         ahead: how many tokens to read beyond them: 1 where each position predicts the next token, 0 where its own.
 
     Raises:
-        InputError: there are not enough tokens for one row.
+        DataError: there are not enough tokens for one row.
     """
 
     def __init__(self, tokens, length, stride, name, ahead=1):
         if len(tokens) < length + ahead:
-            raise InputError(
+            raise DataError(
                 f"{name} has {len(tokens)} tokens, fewer than one row of {length}{' and the token after' * ahead}; "
                 "give more text (of a part held out, a --val_file or a larger --val_fraction) or a smaller max_len"
             )
@@ -81,14 +81,14 @@ class DocumentRows:
         source_starts: the first row of each source.
 
     Raises:
-        InputError: there is no document.
+        DataError: there is no document.
     """
 
     loss_mask = None  # of each token, where not all are targets
 
     def __init__(self, tokens, spans, first, edges, name, source_starts=(0,)):
         if len(spans) == 0:
-            raise InputError(f"{name} has no document in its {len(tokens)} tokens; give more text")
+            raise DataError(f"{name} has no document in its {len(tokens)} tokens; give more text")
         self.tokens, self.spans, self.first, self.edges, self.name = tokens, spans, first, edges, name
         self.source_starts = list(source_starts)
         self.lengths = self._lengths if len(self) == len(spans) else None
@@ -162,12 +162,12 @@ class SentencePassages:
         name: what to call the data in messages.
 
     Raises:
-        InputError: there are fewer than two documents.
+        DataError: there are fewer than two documents.
     """
 
     def __init__(self, tokens, documents, length, name):
         if len(documents) < 2:
-            raise InputError(
+            raise DataError(
                 f"{name} is one document, and pairs of sentences need a second to take some from: give more files, "
                 "lines as documents (--document line) or a larger val_fraction, or learn without pairs (--task mlm)"
             )

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 import torch
 
-from ..errors import InputError, first_line
+from ..errors import DataError, first_line
 
 _LARGEST = (1 << 32) - 1  # ids are kept in 32 bits at most
 _INTEGERS = {
@@ -150,28 +150,28 @@ def read_token_ids(path):
     Returns:
         (ids,) uint16, or uint32 where an id needs it.
     Raises:
-        InputError: the pickle asks for anything else, is damaged, or holds something other than token ids.
+        DataError: the pickle asks for anything else, is damaged, or holds something other than token ids.
     """
     try:
         contents = _load(path)
         chunks = [_check(part, path) for part in _arrays(contents, os.path.getsize(path))]
-    except InputError:
+    except DataError:
         raise
     except _Refused as error:
-        raise InputError(
+        raise DataError(
             f"{path} is a pickle that asks for {error}, and is not loaded: only lists, numpy arrays and torch tensors "
             "of token ids are"
         ) from None
     except (Exception, MemoryError) as error:  # a damaged pickle fails in as many ways as there are instructions
-        raise InputError(f"{path} cannot be read as a pickle of token ids: {first_line(error)[:200]}") from None
+        raise DataError(f"{path} cannot be read as a pickle of token ids: {first_line(error)[:200]}") from None
     if not sum(map(len, chunks)):
-        raise InputError(f"{path} holds no token ids")
+        raise DataError(f"{path} holds no token ids")
     for number, chunk in enumerate(chunks):
         wrong = (chunk < 0) | (chunk > _LARGEST)
         if wrong.any():
             place = int(np.argmax(wrong))
             before = sum(map(len, chunks[:number]))
-            raise InputError(f"{path} has {chunk[place]} at position {before + place}, which is no token id")
+            raise DataError(f"{path} has {chunk[place]} at position {before + place}, which is no token id")
     is_small = max(int(chunk.max(initial=0)) for chunk in chunks) < 1 << 16
     return np.concatenate([chunk.astype(np.uint16 if is_small else np.uint32) for chunk in chunks])
 
@@ -228,7 +228,7 @@ def _arrays(content, most):
 
 def _check(part, path):
     if part.dtype == object:
-        raise InputError(f"{path} has numbers too large to be token ids")
+        raise DataError(f"{path} has numbers too large to be token ids")
     if part.dtype.kind not in "iu":
-        raise InputError(f"{path} holds {part.dtype} numbers; token ids are whole numbers")
+        raise DataError(f"{path} holds {part.dtype} numbers; token ids are whole numbers")
     return part

@@ -1,7 +1,8 @@
-"""Sources read as documents, for language modeling, or as rows with columns, for labelled tasks."""
+"""Read a source as documents, for language modeling, or as rows with columns, for labelled tasks."""
 
 import codecs
 import csv
+import io
 import json
 import lzma
 import re
@@ -14,366 +15,376 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..errors import InputError, first_line
+from ..errors import DataError, first_line
 from .sources import COMPRESSIONS, TOKEN_ID_FORMATS, load_hub, stream_hub
 
-_PIECE = 100_000  # characters: a longer document comes in pieces
-_LONGEST = 8_000_000  # characters that are looked through for a place to cut
-_BLOCK = 1 << 20  # bytes read at once
-_SPACE = re.compile(r"[ \t\r\n]*")
-_ANY_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
+_PIECE_CHARS = 100_000  # a longer document is read in pieces of about this length
+_MAX_PIECE_CHARS = 8_000_000  # a piece is split here at the latest, even where no split is safe
+_BLOCK_CHARS = 1 << 20  # read at once
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+_BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
 
 
 @dataclass(frozen=True)
 class SourceTexts:
-    """The text of some sources, to be read as often as one likes, long documents in pieces cut before a space."""
+    """An iterable over the text of some sources, long documents in pieces that are split before a space."""
 
     sources: list
 
     def __iter__(self):
-        return (text for source in self.sources for text, _ in read_documents(source, _ANY_SPACE))
+        return (text for source in self.sources for text, _ in read_documents(source, _BEFORE_SPACE))
 
 
-def read_documents(source, cut=None, progress=lambda count: None):
-    """The documents of a source, one after another; empty ones are left out.
+# ---- documents
+
+
+def read_documents(source, split_pattern=None, progress=lambda count: None):
+    """Yield the documents of a source in order; empty documents are left out.
 
     Args:
-        cut: a pattern of where a long document may be cut; what it matches is left out. None: only a document that is
-            very long is cut at all, between any two words.
-        progress: called with the bytes read since the last call.
+        split_pattern: where a long document may be split; the match itself is left out. None: only a document of more
+            than `_MAX_PIECE_CHARS` characters is split, between any two words.
+        progress: called with the bytes or rows read since the last call; see [`sources.total_size`].
     Yields:
         (text, is_end): a document, or a piece of one, and whether the document ends with it.
     Raises:
-        InputError: a file is not UTF-8 (with the offset), the column is missing or does not hold text, or the Hub
+        DataError: a file is not UTF-8 (with the offset), the column is missing or does not hold text, or the Hub
             cannot be reached.
     """
-    seen = 0
-    for text, is_end in _read_all_pieces(source, cut, progress):
-        seen += len(text)
-        is_last = bool(source.max_chars) and seen >= source.max_chars
-        yield text, is_end or is_last
-        if is_last:
-            return
+    num_chars = 0
+    for blocks in _document_blocks(source, progress):
+        for text, is_end in _split_document(blocks, split_pattern):
+            num_chars += len(text)
+            is_last = bool(source.max_chars) and num_chars >= source.max_chars
+            yield text, is_end or is_last
+            if is_last:
+                return
 
 
-def _read_all_pieces(source, cut, progress):
+def stream_documents(source, split_pattern, state=None):
+    """Yield the documents of a Hub data set, read over the network.
+
+    Args:
+        split_pattern: see [`read_documents`].
+        state: where to start, as yielded by an earlier call.
+    Yields:
+        (text, is_end, state, index): a piece, whether its document ends with it, the state before the document's row,
+        and the piece's index in the document.
+    Raises:
+        DataError: see [`read_documents`].
+    """
+    with _library_errors(f"{source.name} cannot be read"):
+        rows = stream_hub(source)
+        if state is not None:
+            rows.load_state_dict(state)
+        state = rows.state_dict()
+        for number, row in enumerate(rows, start=1):
+            text = _text_of(row, f"{source.name} row {number}", source.text_column)
+            for index, (piece, is_end) in enumerate(_split_document([text], split_pattern)):
+                yield piece, is_end, state, index
+            state = rows.state_dict()
+
+
+def _document_blocks(source, progress):
+    """Yield each document of a source as an iterable of strings."""
     if source.format in TOKEN_ID_FORMATS:
-        raise InputError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
-    if source.format == "text" and source.document == "file":
-        for file in source.files:
-            yield from _in_pieces(_read_blocks(file, progress), cut)
-    elif source.format == "text":
-        for file in source.files:
-            for _, line in _read_lines(file, progress, is_plain=True):
-                yield from _in_pieces([line], cut)
-    else:
+        raise DataError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
+    if source.format != "text":
         for where, row in read_rows(source, progress):
-            yield from _in_pieces([_text_of(row, where, source.text_column)], cut)
+            yield [_text_of(row, where, source.text_column)]
+        return
+    for file in source.files:
+        if source.document == "file":
+            yield _read_blocks(file, progress)
+        else:
+            yield from ([line] for _, line in _read_lines(file, progress))
 
 
-def _in_pieces(blocks, cut):
-    """One document, of which the text comes in blocks, in pieces of about _PIECE characters."""
-    ready, held, at, start = None, "", 0, _PIECE  # a piece is kept back until it is known whether the document ends
+def _split_document(blocks, split_pattern):
+    """Yield (text, is_end) of each piece of a document, of about `_PIECE_CHARS` characters."""
+    piece = None  # the last piece, kept back until the next one or the end of the document is known
+    buffer, offset, search_from = "", 0, _PIECE_CHARS
     for block in blocks:
-        held, at = held[at:] + block, 0
-        while len(held) - at > start:
-            if cut is not None and (place := cut.search(held, at + start)):
-                stop, after = place.span()
-            elif len(held) - at > _LONGEST:  # memory has an end; here a token may come out otherwise than in the whole
-                place = _ANY_SPACE.search(held, at + _LONGEST // 2)
-                stop, after = place.span() if place else (at + _LONGEST, at + _LONGEST)
+        buffer, offset = buffer[offset:] + block, 0
+        while len(buffer) - offset > search_from:
+            if split_pattern is not None and (match := split_pattern.search(buffer, offset + search_from)):
+                stop, following = match.span()
+            elif len(buffer) - offset > _MAX_PIECE_CHARS:  # bounds the memory; tokens at this split may differ
+                match = _BEFORE_SPACE.search(buffer, offset + _MAX_PIECE_CHARS // 2)
+                stop, following = match.span() if match else (offset + _MAX_PIECE_CHARS,) * 2
             else:
-                start = len(held) - at - 1  # looked through up to here
+                search_from = len(buffer) - offset - 1  # do not search this part again
                 break
-            if ready is not None:
-                yield ready, False
-            piece, at, start = held[at:stop], after, _PIECE
-            ready = piece if ready is not None or piece.strip() else None
-    if ready is not None:
-        yield ready, False
-        yield held[at:], True
-    elif held[at:].strip():
-        yield held[at:], True
+            if piece is not None:
+                yield piece, False
+            text = buffer[offset:stop]
+            piece = text if piece is not None or text.strip() else None
+            offset, search_from = following, _PIECE_CHARS
+    if piece is not None:
+        yield piece, False
+    if piece is not None or buffer[offset:].strip():
+        yield buffer[offset:], True
 
 
 def _text_of(row, where, column):
     if column not in row:
-        columns = f"{column!r}, but {', '.join(map(repr, row))}"
-        raise InputError(f"{where} has no column {columns}; name it with --text_column")
+        columns = ", ".join(map(repr, row))
+        raise DataError(f"{where} has no column {column!r}, but {columns}; name it with --text_column")
     text = row[column]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise InputError(f"{where}: column '{column}' does not hold text: {text!r:.80}")
+        raise DataError(f"{where}: column {column!r} does not hold text: {text!r:.80}")
     return check_text(text, where)
 
 
-def check_text(text, where, refuse=InputError):
-    """The text, which must be one that can be written."""
+def check_text(text, where, error_class=DataError):
+    """Return the text if it can be encoded in UTF-8; otherwise raise `error_class`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise refuse(f"{where}: half a character (a lone surrogate) at place {error.start}") from None
+        raise error_class(f"{where}: half a character (a lone surrogate) at position {error.start}") from None
     return text
 
 
-def _refuse_nul(text, file, offset=0):
-    if "\0" in text:
-        place = offset + len(text[: text.index("\0")].encode())
-        raise InputError(
-            f"{file} is not text: a NUL byte at offset {place}; if it is UTF-16, convert it, for example with iconv -f "
-            "utf-16 -t utf-8"
-        )
-
-
-@contextmanager
-def _opened(file, progress):
-    """The bytes of a file, decompressed where its name says that it is compressed."""
-    decompress = COMPRESSIONS.get(Path(file).suffix.lower(), lambda raw: raw)
-    told = 0
-
-    def tell():
-        nonlocal told
-        progress(raw.tell() - told)
-        told = raw.tell()
-
-    try:
-        with open(file, "rb") as raw:
-            yield decompress(raw), tell
-    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}") from None
-
-
-def _read_blocks(file, progress):
-    """The text of a file, a block at a time."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    with _opened(file, progress) as (stream, tell):
-        block = stream.read(_BLOCK)
-        if block.startswith(codecs.BOM_UTF8):
-            block, offset = block[3:], 3
-        while True:
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                _refuse_encoding(file, error, offset - pending)
-            _refuse_nul(text, file, offset - pending)
-            if not block:
-                return
-            yield text
-            offset += len(block)
-            tell()
-            block = stream.read(_BLOCK)
-
-
-def _read_lines(file, progress, is_plain=False):
-    """The lines of a file, numbered from 1, with their ends; a plain one may not hold NUL."""
-    offset = 0
-    with _opened(file, progress) as (stream, tell):
-        for number, line in enumerate(stream, start=1):
-            try:
-                text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
-            except UnicodeDecodeError as error:
-                _refuse_encoding(file, error, offset)
-            if is_plain:
-                _refuse_nul(text, file, offset)
-            offset += len(line)
-            yield number, text
-            tell()
-
-
-def _refuse_encoding(file, error, offset):
-    is_utf16 = offset == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    raise InputError(
-        f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; convert it, "
-        f"for example with iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
-    ) from None
+# ---- rows
 
 
 def read_rows(source, progress=lambda count: None):
-    """(where it stands, the row as a dict) of each row.
+    """Yield (where, row) of each row: its file and line or number for messages, and its columns as a dict.
 
     Raises:
-        InputError: see [`read_documents`]; or the source has no columns.
+        DataError: see [`read_documents`]; or the source has no columns.
     """
     if source.format in ("text", *TOKEN_ID_FORMATS):
-        raise InputError(
+        raise DataError(
             f"{source.name} has no columns: give .jsonl, .json, .csv, .tsv, .parquet or a data set of the Hub"
         )
-    if source.format in ("hub", "parquet"):
-        yield from _load_rows(source, progress)
+    if source.format in ("hub", "parquet", "memory"):
+        yield from _read_dataset(source, progress)
         return
     read = {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[source.format]
     for file in source.files:
         for where, row in read(file, progress):
             if not isinstance(row, dict):
-                raise InputError(f"{where} is not an object with columns: {row!s:.80}")
+                raise DataError(f"{where} is not an object with columns: {row!s:.80}")
             yield where, row
 
 
 def read_conll(source, words="tokens", labels="label"):
-    """The sentences of CoNLL files, as rows with two columns: a word a line, its label last on the line, and an empty
-    line after each sentence (Tjong Kim Sang and De Meulder 2003). A word without a label has None.
+    """Yield (where, row) of each sentence of CoNLL files (Tjong Kim Sang and De Meulder 2003).
+
+    Each line has a word and, last, its label; an empty line ends a sentence. The label of a word without one is None.
 
     Args:
-        words, labels: what to call the columns.
+        words, labels: the names of the row's two columns.
     """
     for file in source.files:
-        begin, row = 0, {words: [], labels: []}
-        for number, line in _read_lines(file, lambda count: None, is_plain=True):
-            has_text = line.strip(" \t\r\n\ufeff")  # a lone byte order mark, as of joined files, is none
-            # only at plain spaces: a word may hold others
-            fields = line.rstrip("\r\n").split("\t") if has_text and "\t" in line else re.split(" +", has_text)
-            is_comment = not begin and line.startswith("# ") and "=" in line and "\t" not in line  # as "# sent_id = 1"
-            if has_text and fields[0] != "-DOCSTART-" and not is_comment:
-                begin = begin or number
+        first, row = None, {words: [], labels: []}
+        for number, line in _read_lines(file):
+            text = line.strip(" \t\r\n\ufeff")  # joined files may have a byte order mark on a line of its own
+            # a word may contain other white space, so split at tabs or plain spaces only
+            fields = line.rstrip("\r\n").split("\t") if text and "\t" in line else re.split(" +", text)
+            is_comment = first is None and line.startswith("# ") and "=" in line and "\t" not in line  # "# sent_id = 1"
+            if text and fields[0] != "-DOCSTART-" and not is_comment:
+                first = first or number
                 row[words].append(fields[0].strip(" "))
                 row[labels].append(fields[-1].strip(" ") or None if len(fields) > 1 else None)
-            elif begin:
-                yield f"{file} line {begin}", row
-                begin, row = 0, {words: [], labels: []}
-        if begin:
-            yield f"{file} line {begin}", row
+            elif first:
+                yield f"{file} line {first}", row
+                first, row = None, {words: [], labels: []}
+        if first:
+            yield f"{file} line {first}", row
+
+
+def _read_dataset(source, progress):
+    """Yield the rows of a `datasets` data set or of a list of strings, with class labels as their names."""
+    with _library_errors(f"{source.name} cannot be read as {source.format}"):
+        features = {}
+        if isinstance(source.data, (list, tuple)):
+            rows = ({source.text_column: text} for text in source.data)
+        else:
+            rows = _open_dataset(source)
+            features = {name: feature for name, feature in (rows.features or {}).items() if _is_class_label(feature)}
+        for number, row in enumerate(rows, start=1):
+            progress(1)
+            for name, feature in features.items():
+                row[name] = _class_names(row[name], feature)
+            yield f"{source.name} row {number}", row
+
+
+def _open_dataset(source):
+    if source.format == "memory":
+        return source.data
+    if source.format == "hub":
+        return stream_hub(source) if source.is_streamed else load_hub(source)
+    if not any(parquet.read_metadata(file).num_rows for file in source.files):
+        raise DataError(f"{source.name} has no rows; give a file with text in it")
+    return datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
+
+
+def _is_class_label(feature):
+    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
+
+
+def _class_names(value, feature):
+    if isinstance(value, list):
+        return [_class_names(item, feature.feature) for item in value]
+    return None if value is None or value < 0 else feature.int2str(value)  # -1 stands for "no label" in `datasets`
+
+
+@contextmanager
+def _library_errors(problem):
+    """Turn the errors of `datasets`, of its parsers and of the network, which have many classes, into a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None
+
+
+# ---- files
+
+
+@contextmanager
+def _open_text(file, progress):
+    """Yield a file as a text stream, decompressed, and a function that reports the bytes read so far to `progress`."""
+    decompress, reported = COMPRESSIONS.get(Path(file).suffix.lower(), lambda raw: raw), 0
+
+    def report():
+        nonlocal reported
+        progress(raw.tell() - reported)
+        reported = raw.tell()
+
+    try:
+        with open(file, "rb") as raw:
+            yield io.TextIOWrapper(decompress(raw), encoding="utf-8-sig", newline="\n"), report
+    except (UnicodeDecodeError, _NulByte):
+        with open(file, "rb") as raw:
+            _raise_encoding_error(file, decompress(raw))
+    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from None
+
+
+class _NulByte(Exception):
+    """A text contains a NUL byte."""
+
+
+def _raise_encoding_error(file, stream):
+    """Raise a DataError with the offset of the first byte that is not UTF-8 text."""
+    offset = 0
+    for line in stream:
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            is_utf16 = offset == 0 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            raise DataError(
+                f"{file} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}; convert it, "
+                f"for example with iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
+            ) from None
+        if b"\0" in line:
+            raise DataError(
+                f"{file} is not text: a NUL byte at offset {offset + line.index(0)}; if it is UTF-16, convert it, for "
+                "example with iconv -f utf-16 -t utf-8"
+            )
+        offset += len(line)
+
+
+def _read_blocks(file, progress=lambda count: None):
+    """Yield the text of a file in blocks."""
+    with _open_text(file, progress) as (stream, report):
+        while block := stream.read(_BLOCK_CHARS):
+            if "\0" in block:
+                raise _NulByte
+            yield block
+            report()
+
+
+def _read_lines(file, progress=lambda count: None):
+    """Yield (number, line) of each line of a file, counted from 1; a line includes its end."""
+    with _open_text(file, progress) as (stream, report):
+        for number, line in enumerate(stream, start=1):
+            if "\0" in line:
+                raise _NulByte
+            yield number, line
+            report()
 
 
 def _read_json_lines(file, progress):
-    for number, text in _read_lines(file, progress):
-        if text.strip():
+    for number, line in _read_lines(file, progress):
+        if line.strip():
             try:
-                yield f"{file} line {number}", json.loads(text)
+                yield f"{file} line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 message = f"{file} line {number} is not JSON: {error}; each line must be an object of its own"
-                raise InputError(message) from None
+                raise DataError(message) from None
 
 
 def _read_json(file, progress):
-    """The objects of a list, or of a file that has one after another; never all of them in memory."""
-    decoder, blocks, held, at, number = json.JSONDecoder(), _read_blocks(file, progress), "", 0, 0
+    """Yield the objects of a JSON list, or of concatenated JSON objects, without reading the whole file at once."""
+    decoder, blocks, buffer, position, number = json.JSONDecoder(), _read_blocks(file, progress), "", 0, 1
 
-    def read_on(wanted):
-        """Have so many characters more, if there are."""
-        nonlocal held, at
-        found, size = [held[at:]], 0
-        while size < wanted and (block := next(blocks, "")):
-            found.append(block)
-            size += len(block)
-        held, at = "".join(found), 0
-        return size > 0
+    def read_more(num_chars=1):
+        """Append at least `num_chars` characters to the rest of the buffer; return whether the file has any more."""
+        nonlocal buffer, position
+        texts, length = [buffer[position:]], 0
+        while length < num_chars and (block := next(blocks, "")):
+            texts.append(block)
+            length += len(block)
+        buffer, position = "".join(texts), 0
+        return length > 0
 
     def next_character():
-        nonlocal at
+        """Skip white space and return the character after it, or "" at the end of the file."""
+        nonlocal position
         while True:
-            at = _SPACE.match(held, at).end()
-            if at < len(held):
-                return held[at]
-            if not read_on(1):
-                return ""
+            position = _WHITE_SPACE.match(buffer, position).end()
+            if position < len(buffer) or not read_more():
+                return buffer[position : position + 1]
 
-    def refuse(problem):
-        raise InputError(f"{file} object {number + 1} is not JSON: {problem}") from None
+    def fail(problem):
+        raise DataError(f"{file} object {number} is not JSON: {problem}") from None
 
     is_list = next_character() == "["
-    at += is_list
+    position += is_list
     while (character := next_character()) and not (is_list and character == "]"):
-        if is_list and number:
+        if is_list and number > 1:
             if character != ",":
-                refuse(f"{character!r} where a comma is due")
-            at += 1
+                fail(f"{character!r} where a comma is expected")
+            position += 1
             next_character()
         while True:
             try:
-                row, end = decoder.raw_decode(held, at)
+                row, end = decoder.raw_decode(buffer, position)
                 break
             except RecursionError as error:
-                refuse(error)
+                fail(error)
             except ValueError as error:
-                is_cut = "Unterminated" in error.msg or error.pos > len(held) - 20  # there may be more of it to come
-                if not is_cut or not read_on(len(held) - at):
-                    refuse(f"{error.msg} at character {error.pos - at} of it")
-        number, at = number + 1, end
+                may_continue = "Unterminated" in error.msg or error.pos > len(buffer) - 20  # in the next block
+                if not may_continue or not read_more(len(buffer) - position):
+                    fail(f"{error.msg} at character {error.pos - position} of it")
         yield f"{file} object {number}", row
+        number, position = number + 1, end
     if is_list and character != "]":
-        refuse("the list is cut short, it has no end")
-    at += is_list
+        fail("the list is cut short; its closing bracket is missing")
+    position += is_list
     if next_character():
-        refuse("something stands after the list")
+        fail("something stands after the list")
 
 
 def _read_csv(file, progress):
     csv.field_size_limit(1 << 31 - 1)
-    delimiter = "\t" if ".tsv" in Path(file).name.lower() else ","
-    rows = csv.DictReader(
-        (text for _, text in _read_lines(file, progress, is_plain=True)), delimiter=delimiter, strict=True
-    )
+    lines = (line for _, line in _read_lines(file, progress))
+    rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in Path(file).name.lower() else ",", strict=True)
     try:
         for row in rows:
-            where = f"{file} line {rows.line_num}"
-            if len(set(rows.fieldnames)) < len(rows.fieldnames):
-                raise InputError(f"{file}: two columns have one name, of {', '.join(map(repr, rows.fieldnames))}")
-            if None in row.values():
-                raise InputError(f"{where} has fewer fields than the {len(rows.fieldnames)} that the first line names")
-            if None in row:
-                raise InputError(f"{where} has more fields than the {len(rows.fieldnames)} that the first line names")
+            where, columns = f"{file} line {rows.line_num}", rows.fieldnames
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{file}: two columns have one name, of {', '.join(map(repr, columns))}")
+            if None in row or None in row.values():
+                problem = "more" if None in row else "fewer"
+                raise DataError(f"{where} has {problem} fields than the {len(columns)} that the first line names")
             yield where, row
     except csv.Error as error:
-        raise InputError(f"{file} line {rows.line_num + 1} cannot be read as CSV: {error}") from None
-
-
-def _load_rows(source, progress):
-    try:
-        if source.format == "hub":
-            rows = stream_hub(source) if source.is_streamed else load_hub(source)
-        else:
-            if not any(parquet.read_metadata(file).num_rows for file in source.files):
-                raise InputError(f"{source.name} has no rows; give a file with text in it")
-            rows = datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
-        decode = {name: feature for name, feature in (rows.features or {}).items() if _has_names(feature)}
-        for number, row in enumerate(rows, start=1):
-            progress(1)
-            for name, feature in decode.items():  # numbers of classes as their names
-                row[name] = _names_of(row[name], feature)
-            yield f"{source.name} row {number}", row
-    except InputError:
-        raise
-    except Exception as error:  # the library's errors, its parsers' and the network's are of many classes
-        raise InputError(
-            f"{source.name} cannot be read as {source.format}: {first_line(error.__cause__ or error)[:300]}"
-        ) from None
-
-
-def _has_names(feature):
-    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
-
-
-def _names_of(value, feature):
-    if isinstance(value, list):
-        return [_names_of(one, feature.feature) for one in value]
-    return None if value is None or value < 0 else feature.int2str(value)  # -1: the library's "no label"
-
-
-def stream_documents(source, cut, state=None):
-    """The documents of a Hub data set, read from the network as they come.
-
-    Args:
-        cut: see [`read_documents`].
-        state: where to begin, as this gave it.
-    Yields:
-        (text, is_end, state, count): a piece, whether its document ends with it, where the row of the document begins,
-        and which piece of it this is.
-    Raises:
-        InputError: see [`read_documents`].
-    """
-    try:
-        rows = stream_hub(source)
-        if state is not None:
-            rows.load_state_dict(state)
-        before = rows.state_dict()
-        for number, row in enumerate(rows, start=1):
-            text = _text_of(row, f"{source.name} row {number}", source.text_column)
-            for count, (piece, is_end) in enumerate(_in_pieces([text], cut)):
-                yield piece, is_end, before, count
-            before = rows.state_dict()
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{source.name} cannot be read: {first_line(error.__cause__ or error)[:300]}") from None
+        raise DataError(f"{file} line {rows.line_num + 1} cannot be read as CSV: {error}") from None

@@ -1,32 +1,52 @@
-"""Where text comes from: files of many kinds, compressed or not, or data sets of the Hub; read as documents."""
+"""Data sources: files, data sets of the Hugging Face Hub, and data in memory."""
 
 import bz2
 import functools
 import glob
 import gzip
+import hashlib
 import io
 import lzma
 import os
 import sysconfig
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..errors import InputError, first_line
+from ..errors import DataError, first_line
 
-# any other suffix is plain text
-_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_KINDS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
-TOKEN_ID_FORMATS = ("bin", "pkl")  # the kinds that hold token ids, and need no tokenizer
-COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda raw: _unpack_zst(raw)}
+# by suffix; a file with another suffix is plain text
+_FORMATS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_FORMATS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
+TOKEN_ID_FORMATS = ("bin", "pkl")  # files of token ids, which need no tokenizer
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+
+
+def _open_zstd(raw):
+    return io.BufferedReader(pa.input_stream(raw, compression="zstd"))
+
+
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one kind ("text", "jsonl", "json", "csv", "parquet", "bin", "pkl"), or a Hub data set ("hub")."""
+    """Files of one format, a data set of the Hub, or data in memory.
+
+    Args:
+        format: "text", "jsonl", "json", "csv", "parquet", "bin" or "pkl" for files; "hub"; or "memory".
+        name: how messages refer to the source; for a Hub data set, its id.
+        document: what one document of a text file is, "file" or "line".
+        config, split, revision: of a Hub data set.
+        num_duplicates: files that were listed more than once; each is read once.
+        is_streamed: whether a Hub data set is read over the network instead of being downloaded first.
+        max_chars: stop reading after this many characters, for a sample of the beginning; 0: read everything.
+        data: the list of strings or the `datasets.Dataset` in memory.
+        fingerprint: a digest of the data in memory.
+    """
 
     format: str
     name: str
@@ -36,117 +56,157 @@ class Source:
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    num_duplicates: int = 0  # files that were named twice, and are read once
-    is_streamed: bool = False  # of the Hub: read from there, rather than downloaded first
-    max_chars: int = 0  # characters after which reading stops, for a quick look; 0: none
+    num_duplicates: int = 0
+    is_streamed: bool = False
+    max_chars: int = 0
+    data: object = field(default=None, compare=False, repr=False)
+    fingerprint: str = ""
 
 
 def file_source(spec, text_column="text", document="file"):
-    """The source that `train_file` or `val_file` names: a file, a glob, a folder, or a list of them.
+    """Return the source for `train_file` or `val_file`.
 
+    Args:
+        spec: a file, a glob, a folder, or a list of them; `{stdlib}` is replaced by Python's standard library folder.
     Raises:
-        InputError: a file is missing, empty or not readable, nothing matches, or the kinds are mixed.
+        DataError: a file is missing, empty or not readable, nothing matches, or the files have different formats.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
-    name, found, files = " ".join(patterns), [], {}
+    name, paths, files = " ".join(patterns), [], {}
     for pattern in patterns:
-        found += _expand(pattern)
-    for file in found:
-        if not os.path.isfile(file):
-            raise InputError(f"{file} is not a file")
-        if not os.access(file, os.R_OK):
-            raise InputError(f"{file} cannot be read: no permission")
-        if Path(file).suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".rar"):
-            raise InputError(f"{file} is an archive: unpack it first")
-        if file_format(file) in ("parquet", *TOKEN_ID_FORMATS) and Path(file).suffix.lower() in COMPRESSIONS:
-            raise InputError(f"{file} is compressed, and its kind is read in place: decompress it first")
-        files.setdefault(os.path.realpath(file), file)  # one file by two names, or by a link that leads back
-    kinds = {file_format(file) for file in files.values()}
-    if len(kinds) > 1:
-        raise InputError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}); give one kind")
+        paths += _expand(pattern)
+    for path in paths:
+        _check_readable(path)
+        files.setdefault(os.path.realpath(path), path)  # the same file may be listed twice or linked
+    formats = {file_format(file) for file in files.values()}
+    if len(formats) > 1:
+        raise DataError(f"{name}: files of several formats ({', '.join(sorted(formats))}); give files of one format")
     if all(os.path.getsize(file) == 0 for file in files):
-        raise InputError(f"{name} is empty; give a file with text in it")
-    repeated = len(found) - len(files)
-    return Source(kinds.pop(), name, tuple(files.values()), text_column, document, num_duplicates=repeated)
-
-
-def file_format(file):
-    path = Path(file)
-    return _KINDS.get(Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower(), "text")
+        raise DataError(f"{name} is empty; give a file with text in it")
+    duplicates = len(paths) - len(files)
+    return Source(formats.pop(), name, tuple(files.values()), text_column, document, num_duplicates=duplicates)
 
 
 def _expand(pattern):
+    """Return the paths that a file, folder or glob stands for."""
     path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
     if os.path.isdir(path):
-        endings = (".txt", *_KINDS)
-        found = [file for file in Path(path).rglob("*") if file.suffix.lower() in (*endings, *COMPRESSIONS)]
-        found = sorted(str(file) for file in found if file_format(file) != "text" or ".txt" in file.name.lower())
-        if found := [file for file in found if not os.path.isdir(file)]:
-            return found
-        raise InputError(f"folder {pattern} holds no {', '.join(endings)}; give a glob: {pattern}/*.md")
+        files = (file for file in Path(path).rglob("*") if file.suffix.lower() in (".txt", *_FORMATS, *COMPRESSIONS))
+        files = [file for file in files if file_format(file) != "text" or ".txt" in file.name.lower()]
+        if files := sorted(str(file) for file in files if not file.is_dir()):
+            return files
+        raise DataError(f"folder {pattern} holds no {', '.join(('.txt', *_FORMATS))}; give a glob: {pattern}/*.md")
     if os.path.exists(path):
         return [path]
-    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not found:
-        raise InputError(f"{pattern} does not exist (looked in {os.getcwd()})")
-    return found
+    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not files:
+        raise DataError(f"{pattern} does not exist (looked in {os.getcwd()})")
+    return files
+
+
+def _check_readable(path):
+    suffix = Path(path).suffix.lower()
+    if not os.path.isfile(path):
+        raise DataError(f"{path} is not a file")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} cannot be read: no permission")
+    if suffix in _ARCHIVES:
+        raise DataError(f"{path} is an archive: unpack it first")
+    if suffix in COMPRESSIONS and file_format(path) in ("parquet", *TOKEN_ID_FORMATS):
+        raise DataError(f"{path} is compressed, but files of this format are memory-mapped; decompress it first")
+
+
+def file_format(file):
+    """Return the format of a file by its suffix, leaving out the suffix of a compression."""
+    path = Path(file)
+    return _FORMATS.get(Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower(), "text")
 
 
 def hub_source(name, config=None, split="train", revision=None, text_column="text"):
-    """The source that `dataset` names.
+    """Return the source for `dataset`, a data set of the Hub.
 
     Raises:
-        InputError: it is a path here, which is for train_file to name.
+        DataError: the name is a local path.
     """
     if os.path.exists(name):
-        raise InputError(f"dataset {name} is a path here, not a data set of the Hub: give it as --train_file")
+        raise DataError(f"dataset {name} is a path here, not a data set of the Hub; give it as --train_file")
     return Source("hub", name, (), text_column, "row", config, split, revision)
 
 
+def in_memory_source(data, name, text_column="text", document="file"):
+    """Return the source for `train_data` or `eval_data` of the Python API.
+
+    Args:
+        data: a list of strings, each a document; a `datasets.Dataset`; or a path, glob or folder as in a recipe.
+        name: how messages refer to the data, such as "train_data".
+        text_column, document: see [`Source`].
+    Raises:
+        DataError: the data is empty, has another type, or an item of the list is not a string.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return file_source(os.fspath(data), text_column, document)
+    if not isinstance(data, (list, tuple, datasets.Dataset)):
+        expected = "a list of strings, a datasets.Dataset or a path"
+        raise DataError(f"{name}: expected {expected}, got {type(data).__name__}; convert it first")
+    if len(data) == 0:
+        raise DataError(f"{name} is empty; give at least one text")
+    if isinstance(data, datasets.Dataset):
+        data = data.with_format(None)
+        fingerprint = data._fingerprint
+    else:
+        digest = hashlib.sha256()
+        for index, text in enumerate(data, start=1):
+            if not isinstance(text, str):
+                raise DataError(f"{name} row {index}: expected a string, got {type(text).__name__}; convert it first")
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        fingerprint = digest.hexdigest()
+    return Source("memory", name, (), text_column, "row", data=data, fingerprint=fingerprint)
+
+
 def source_key(source):
-    """What a cached result of this source depends on; files by size and time of change, which is quick to look up.
+    """Return what a cached result of this source depends on, as JSON values.
+
+    A file counts by its path, size and time of change, which are quick to look up.
 
     Raises:
-        InputError: a file is no longer there.
+        DataError: a file no longer exists.
     """
-    if source.format == "hub" and source.is_streamed:
-        return asdict(source)
-    if source.format == "hub":  # an unpinned revision may have moved on
-        return asdict(source) | {"fingerprint": load_hub(source)._fingerprint}
+    key = asdict(replace(source, files=(), data=None))
+    if source.format == "hub":  # an unpinned revision may have changed
+        return key if source.is_streamed else key | {"fingerprint": load_hub(source)._fingerprint}
     try:
         stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
     except OSError as error:
-        raise InputError(f"{source.name} cannot be read: {error}") from None
+        raise DataError(f"{source.name} cannot be read: {error}") from None
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return asdict(replace(source, files=(), name="", num_duplicates=0)) | {"files": files}
+    return key | {"name": "", "num_duplicates": 0, "files": files}
 
 
 def total_size(source):
-    """How much there is to read, in what `progress` is told: bytes, or the rows of a data set."""
+    """Return the size of a source in the unit of progress reports: bytes of files, or rows; None if it is unknown."""
+    if source.format == "memory":
+        return len(source.data)
     if source.format == "hub":
         return _count_hub_rows(source) if source.is_streamed else len(load_hub(source))
     if source.format == "parquet":
         try:
             return sum(parquet.read_metadata(file).num_rows for file in source.files)
         except (OSError, pa.ArrowException):
-            return None  # which is said when it is read
+            return None  # reading the file raises the error
     return sum(os.path.getsize(file) for file in source.files)
 
 
-def _unpack_zst(raw):
-    return io.BufferedReader(pa.input_stream(raw, compression="zstd"))
-
-
 def _count_hub_rows(source):
-    """What the Hub says, if it does."""
     try:
         info = datasets.load_dataset_builder(source.name, source.config, revision=source.revision).info
         return info.splits[source.split].num_examples or None
-    except Exception:
+    except Exception:  # the size is only needed for progress reports
         return None
 
 
 def stream_hub(source):
+    """Return a Hub data set as a `datasets.IterableDataset`."""
     return datasets.load_dataset(
         source.name, source.config, split=source.split, revision=source.revision, streaming=True
     )
@@ -154,10 +214,11 @@ def stream_hub(source):
 
 @functools.cache
 def load_hub(source):
+    """Return a Hub data set as a `datasets.Dataset`, downloaded or from the cache of `datasets`."""
     try:
         return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
-    except Exception as error:
-        raise InputError(
+    except Exception as error:  # errors of the network and of the library have many classes
+        raise DataError(
             f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({first_line(error)[:200]}); to "
             "train without the Hub, pass --train_file FILE (.txt, .jsonl, .csv, .parquet or .bin)"
         ) from None

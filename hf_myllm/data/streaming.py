@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
 from .corpus import Progress, TokenStream, encode, token_dtype
 from .readers import read_documents, stream_documents
@@ -34,7 +34,7 @@ class TokenWindows:
         places: where windows begin, as far as is known: {number: place}.
         is_maker: whether this process removes old windows and makes the next one ahead.
     Raises:
-        InputError: the source cannot be read, or holds no text.
+        DataError: the source cannot be read, or holds no text.
     """
 
     max_id = 0  # no more than the tokenizer has
@@ -97,7 +97,7 @@ class TokenWindows:
         with Progress(self.size, is_awaited) as progress:
             for batch in encode(self._pieces_from(place), self.tokenizer):
                 if self.is_closed.is_set():
-                    raise InputError("the run has ended")
+                    raise DataError("the run has ended")
                 for (_, _, before), found in batch:
                     found = found[skip:]
                     if after is None and filled + len(found) > self.size:
@@ -127,7 +127,7 @@ class TokenWindows:
                         pieces = 0
                 is_empty, place = is_empty and state is None, {}
             else:
-                for number in range(file, len(self.source.files)):
+                for number in range(file, max(1, len(self.source.files))):  # data in memory has no files
                     one = replace(self.source, files=self.source.files[number : number + 1])
                     for count, (text, is_end) in enumerate(read_documents(one, cut)):
                         if count >= pieces:
@@ -135,7 +135,7 @@ class TokenWindows:
                             is_empty = False
                     pieces = 0
             if is_empty:
-                raise InputError(f"{self.source.name} holds no text")
+                raise DataError(f"{self.source.name} holds no text")
             file = pieces = 0
 
 
@@ -153,7 +153,7 @@ class StreamedRows:
         self.windows, self.length, self.stride, self.name, self.ahead = windows, length, length, name, ahead
         self.num_rows = windows.size // length
         if self.num_rows < 1:
-            raise InputError(f"streaming_window {windows.size} is less than one row of {length} tokens: raise it")
+            raise DataError(f"streaming_window {windows.size} is less than one row of {length} tokens: raise it")
         self.base = 0  # the window that was read last
 
     def __len__(self):

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from ..errors import InputError, first_line
+from ..errors import ModelError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -24,7 +24,7 @@ def load(name, model_type=None):
     Args:
         model_type: whose kind of tokenizer to expect in a folder that does not say, as "bert".
     Raises:
-        InputError: there is none by that name, or it is not one of the fast kind.
+        ModelError: there is none by that name, or it is not one of the fast kind.
     """
     try:
         try:
@@ -34,13 +34,13 @@ def load(name, model_type=None):
                 raise
             tokenizer = AutoTokenizer.from_pretrained(name, config=AutoConfig.for_model(model_type))
     except Exception as error:  # the library's own errors are of many classes, and all mean this
-        raise InputError(
+        raise ModelError(
             f"tokenizer '{name}' cannot be found: it is not a folder with tokenizer files here, and the Hugging Face "
             f"Hub did not give it ({first_line(error)[:200]}); give a folder, a Hub id, or "
             "{train: bpe, vocab_size: 8192}"
         ) from None
     if not tokenizer.is_fast or len(tokenizer) < 2:  # it makes an empty one of a config.json alone
-        raise InputError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
+        raise ModelError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
     return tokenizer
 
 
@@ -153,7 +153,7 @@ def end_of_document(tokenizer):
         return [tokenizer.eos_token_id]
     if tokenizer.sep_token_id is not None:
         return [number for number in (tokenizer.sep_token_id, tokenizer.cls_token_id) if number is not None]
-    raise InputError(
+    raise ModelError(
         f"the tokenizer {tokenizer.name_or_path} has no end-of-text token to put between documents; "
         "set eos_token in its tokenizer_config.json"
     )

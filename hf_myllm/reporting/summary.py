@@ -207,7 +207,7 @@ def _sources(source):
     """A source by names that tell nobody where it lies: of files their own, where they are few."""
     if source.format == "hub":
         return [{"name": source.name.split(" ")[0], "is_hub": True}]
-    if "{stdlib}" in source.name:
+    if source.format == "memory" or "{stdlib}" in source.name:
         return [{"name": source.name, "is_hub": False}]
     names = [Path(file).name for file in source.files]
     if len(names) > 4:

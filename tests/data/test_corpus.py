@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from hf_myllm.data import corpus, readers, sources, tokenizer
-from hf_myllm.errors import InputError
+from hf_myllm.errors import DataError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_validation_is_every_so_manieth_document(stories, bpe):
 def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name):
     loaded = tokenizer.load(str(assets / "tokenizers" / name))
     file = assets / "corpora" / "tinyshakespeare.txt"
-    monkeypatch.setattr(readers, "_PIECE", 1000)
+    monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
     monkeypatch.setattr(corpus, "_BATCH", 20_000)
     tokens, _, account = load(str(file), loaded)
     assert account["train"]["documents"] == 1
@@ -109,7 +109,7 @@ def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name)
 def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, name):
     """Python, with its indentation, and all sorts of white space and characters, cut as often as may be."""
     loaded = bpe if name == "bpe" else tokenizer.load(str(assets / "tokenizers" / name))
-    monkeypatch.setattr(readers, "_PIECE", 50)
+    monkeypatch.setattr(readers, "_PIECE_CHARS", 50)
     texts = list(readers.SourceTexts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
     draw = np.random.default_rng(0)
     parts = [
@@ -136,7 +136,7 @@ def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, nam
     place = tokenizer.safe_split_pattern(loaded)
     cuts = 0
     for text in texts:
-        pieces = list(readers._in_pieces([text[:90], text[90:]], place))
+        pieces = list(readers._split_document([text[:90], text[90:]], place))
         cuts += len(pieces) - 1
         assert [is_end for _, is_end in pieces] == [False] * (len(pieces) - 1) + [True]
         ids = [i for piece, _ in pieces for i in loaded(piece, add_special_tokens=False)["input_ids"]]
@@ -145,9 +145,9 @@ def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, nam
 
 
 def test_one_endless_line_is_cut_all_the_same(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(readers, "_LONGEST", 10_000)
-    monkeypatch.setattr(readers, "_PIECE", 1000)
-    monkeypatch.setattr(readers, "_BLOCK", 700)
+    monkeypatch.setattr(readers, "_MAX_PIECE_CHARS", 10_000)
+    monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
+    monkeypatch.setattr(readers, "_BLOCK_CHARS", 700)
     (tmp_path / "line.txt").write_text("\u00e9" * 50_000)
     tokens, _, account = load(str(tmp_path / "line.txt"), bpe)
     assert account["train"]["documents"] == 1
@@ -244,8 +244,10 @@ def test_mistakes_are_named(tmp_path, bpe):
     refused("a NUL byte at offset 1", tmp_path / "o.txt", "ab".encode("utf-16-le"))
     refused("iconv -f utf-16", tmp_path / "o2.txt", "ab".encode("utf-16"))
     refused("a NUL byte at offset 6", tmp_path / "o3.txt", b"abc\nab\0", document="line")
-    refused("a list is cut short|the list is cut short", tmp_path / "e2.json", b'[{"text": "x"}, {"text": "y"}')
-    refused("object 2 is not JSON: '{' where a comma is due", tmp_path / "e3.json", b'[{"text": "x"} {"text": "y"}]')
+    refused("the list is cut short", tmp_path / "e2.json", b'[{"text": "x"}, {"text": "y"}')
+    refused(
+        "object 2 is not JSON: '{' where a comma is expected", tmp_path / "e3.json", b'[{"text": "x"} {"text": "y"}]'
+    )
     refused("something stands after the list", tmp_path / "e4.json", b'[{"text": "x"}] x')
     refused("e5.json object 1 is not JSON: maximum recursion", tmp_path / "e5.json", b"[" * 200_000)
     refused("h2.csv line 3 has fewer fields than the 2", tmp_path / "h2.csv", b"text,b\nx,y\nz\n")
@@ -255,7 +257,7 @@ def test_mistakes_are_named(tmp_path, bpe):
     refused("holds no .txt", tmp_path / "folder")
     refused("cannot be read as parquet", tmp_path / "d.parquet", b"not a parquet file")
     (tmp_path / "mixed").mkdir()
-    with pytest.raises(InputError, match="several kinds"):
+    with pytest.raises(InputError, match="several formats"):
         sources.file_source([str(tmp_path / "latin.txt"), str(tmp_path / "odd.bin")])
 
 
@@ -316,3 +318,66 @@ def test_several_sources_are_one_stream_that_knows_where_each_begins(tmp_path, b
     assert joined.find_out_of_vocabulary(5) == next(
         place for place, token in enumerate(everything(joined)) if token >= 5
     )
+
+
+def test_data_in_memory_gives_the_tokens_of_the_same_files(stories, bpe):
+    texts = documents(stories)
+    rows = datasets.Dataset.from_dict({"body": texts, "n": range(40)})
+    for data, column in ((texts, "text"), (tuple(texts), "text"), (rows, "body"), (str(stories), "text")):
+        source = sources.in_memory_source(data, "train_data", column)
+        training, held_out, stats = corpus.load_tokens(source, bpe, 0.1)
+        expected_stream = load(str(stories), bpe, 0.1)[0]
+        assert everything(training) == everything(expected_stream)
+        assert training.fingerprint == expected_stream.fingerprint
+        assert everything(held_out) == expected(bpe, texts[4::10])
+        assert stats["train"]["documents"] == 36
+    assert list(readers.SourceTexts([sources.in_memory_source(texts, "train_data")])) == texts
+    assert sources.total_size(source) == sum(path.stat().st_size for path in stories.glob("*.txt"))
+    assert sources.total_size(sources.in_memory_source(rows, "train_data", "body")) == 40
+
+
+def test_data_in_memory_is_cached_by_content(bpe, monkeypatch):
+    first = corpus.load_tokens(sources.in_memory_source(["Anna finds a king.", "x"], "train_data"), bpe)[0]
+    rows = datasets.Dataset.from_dict({"text": ["Anna finds a king.", "x"]})
+    corpus.load_tokens(sources.in_memory_source(rows, "train_data"), bpe)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
+        again = sources.in_memory_source(["Anna finds a king.", "x"], "other name")
+        assert everything(corpus.load_tokens(again, bpe)[0]) == everything(first)
+        rows = datasets.Dataset.from_dict({"text": ["Anna finds a king.", "x"]})
+        corpus.load_tokens(sources.in_memory_source(rows, "train_data"), bpe)
+    keys = [
+        sources.source_key(sources.in_memory_source(texts, "train_data"))
+        for texts in (["ab", "c"], ["a", "bc"], ["abc"])
+    ]
+    assert len({json.dumps(key) for key in keys}) == 3
+
+
+def test_data_in_memory_has_rows_with_columns():
+    labels = datasets.ClassLabel(names=["ham", "spam"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+    rows = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, -1]}, features=features).with_format("torch")
+    found = list(readers.read_rows(sources.in_memory_source(rows, "train_data")))
+    assert found == [
+        ("train_data row 1", {"text": "x", "label": "spam"}),
+        ("train_data row 2", {"text": "y", "label": None}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["a"] * 6 + [7], "train_data row 7: expected a string, got int"),
+        (["a", "\ud800"], "train_data row 2: half a character"),
+        ([], "train_data is empty"),
+        (["", " "], "train_data holds no text"),
+        ({"text": ["a"]}, "train_data: expected a list of strings, a datasets.Dataset or a path, got dict"),
+        (datasets.Dataset.from_dict({"body": ["a"]}), "train_data row 1 has no column 'text', but 'body'"),
+        (datasets.Dataset.from_dict({"text": [3]}), "train_data row 1: column 'text' does not hold text: 3"),
+        ("missing.txt", "missing.txt does not exist"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_data_in_memory_are_named_by_row(bpe, data, message):
+    with pytest.raises(DataError, match=message):
+        corpus.load_tokens(sources.in_memory_source(data, "train_data"), bpe)

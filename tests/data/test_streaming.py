@@ -17,10 +17,12 @@ def bpe(stories):
 
 @pytest.fixture
 def source(stories, tmp_path, request):
-    """The stories as files, as lines, or as a data set that is read from afar, in two shards."""
+    """The stories as files, in memory, as lines of two files, or as a streamed data set of two shards."""
     texts = [path.read_text() for path in sorted(stories.glob("*.txt"))]
     if request.param == "files":
         return sources.file_source(str(stories))
+    if request.param == "memory":
+        return sources.in_memory_source(texts, "train_data")
     for number, part in enumerate(np.array_split(np.arange(len(texts)), 2)):
         lines = "".join(json.dumps({"text": texts[i]}) + "\n" for i in part)
         (tmp_path / f"{number}.jsonl").write_text(lines)
@@ -42,9 +44,9 @@ def whole(stories, bpe):
     return corpus.load_tokens(sources.file_source(str(stories)), bpe)[0]
 
 
-@pytest.mark.parametrize("source", ["files", "lines", "hub"], indirect=True)
+@pytest.mark.parametrize("source", ["files", "memory", "lines", "hub"], indirect=True)
 def test_windows_are_the_stream_whatever_is_known_of_it(stories, bpe, source, hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(readers, "_PIECE", 200)  # documents in pieces, too
+    monkeypatch.setattr(readers, "_PIECE_CHARS", 200)  # documents in pieces, too
     monkeypatch.setattr(corpus, "_BATCH", 1000)
     stream = whole(stories, bpe)
     size, total = 500, len(stream)
