@@ -328,7 +328,7 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), model_type)
     if any(source.format not in sources.TOKEN_ID_FORMATS for source in given.all):
-        kind = "wordpiece" if recipe.model == "bert" else "bpe"
+        kind = FAMILIES[recipe.model].tokenizer
         raise InputError(
             f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
         )

@@ -84,12 +84,18 @@ def tiny(stories, tmp_path):
 
 
 @pytest.fixture
-def tiny_bert(tiny):
-    """The same with a BERT; `task` is mlm unless a test says otherwise."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    gone = dict.fromkeys(("n_layer", "n_head", "n_embd"))
-    tokenizer = "{train: wordpiece, vocab_size: 120}"
-    return Flags(tiny | gone | sizes, model="bert", tokenizer=tokenizer, start_context="Anna [MASK] the cat.")
+def tiny_family(tiny):
+    """Return the flags of a tiny run of any family: `tiny_family("llama")`."""
+    from families import CASES  # imports the package: after the environment is set
+
+    gpt_sizes = dict.fromkeys(("n_layer", "n_head", "n_embd"))
+    return lambda name: Flags(tiny | gpt_sizes | CASES[name].recipe())
+
+
+@pytest.fixture
+def tiny_bert(tiny_family):
+    """The flags of a tiny run of BERT; `task` is mlm by default."""
+    return tiny_family("bert")
 
 
 class Flags(dict):

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import train
+from families import CASES
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_myllm.evaluation import judge
-
-SIZES = {
-    "gpt": {"n_layer": 1, "n_head": 2, "n_embd": 32, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
-}
-STOCK = {"gpt": "GPT2", "llama": "Llama", "bert": "Bert"}
 
 
 def write_rows(path, count, kind, seed=0):
@@ -37,14 +31,16 @@ def write_rows(path, count, kind, seed=0):
 
 
 def flags(folder, family, kind, **more):
-    words = {"model": family, "task": "classification", **SIZES[family], "max_len": 32, "batch_size": 16}
+    case = CASES[family]
+    words = {**case.recipe(), **case.no_dropout} if case.family.is_decoder else case.recipe()
+    words |= {"task": "classification", "max_len": 32, "batch_size": 16, "start_context": None}
     words |= {"train_file": write_rows(folder / "train.jsonl", 600, kind), "save_model": folder / "run"}
     words |= {
         "val_file": write_rows(folder / "val.jsonl", 101, kind, 1),
         "learning_rate": 5e-3,
         "epochs": 8 if kind == "multi" else 4,
     }
-    words["tokenizer"] = f"{{train: {'wordpiece' if family == 'bert' else 'bpe'}, vocab_size: 300}}"
+    words["tokenizer"] = f"{{train: {case.family.tokenizer}, vocab_size: 300}}"
     words |= {"problem_type": "regression" if kind == "regression" else None} | more
     return [text for key, value in words.items() if value is not None for text in (f"--{key}", str(value))]
 
@@ -55,13 +51,13 @@ def figures(run):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [(f, "single") for f in SIZES] + [("bert", "multi"), ("gpt", "regression")]
+    ("family", "kind"), [(f, "single") for f in CASES] + [("bert", "multi"), ("gpt", "regression")]
 )
 def test_it_learns_and_stock_transformers_says_the_same(tmp_path, family, kind):
     assert train(*flags(tmp_path, family, kind)) == 0
     run, found = tmp_path / "run", figures(tmp_path / "run")
     model, loading = AutoModelForSequenceClassification.from_pretrained(run, output_loading_info=True)
-    assert type(model).__name__ == f"{STOCK[family]}ForSequenceClassification"
+    assert type(model).__name__ == f"{CASES[family].stock}ForSequenceClassification"
     assert not loading["missing_keys"] | loading["unexpected_keys"]
     rows = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(run)

@@ -1,4 +1,4 @@
-"""Every family and task goes through the same loop, from scratch or from anyone's checkpoint."""
+"""Every family trains, resumes and starts from stock checkpoints; runs on every source and packing of rows."""
 
 import json
 import os
@@ -15,11 +15,10 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, command, run_command, train
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from families import CASES
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from hf_myllm.models import FAMILIES
-
-TASKS = ["mlm", "mlm_nsp"]
+PRETRAINING_TASKS = ["mlm", "mlm_nsp"]
 
 
 def metrics(run):
@@ -34,20 +33,20 @@ def weights(run):
     return (Path(run) / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_bert_learns_and_stock_classes_use_it(tiny_bert, tmp_path, capsys, task):
+@pytest.mark.parametrize("task", PRETRAINING_TASKS)
+def test_bert_learns_and_stock_classes_load_it(tiny_bert, tmp_path, capsys, task):
     assert train(*tiny_bert(task=task, epochs=8)) == 0
     out, run = capsys.readouterr().out, tmp_path / "run"
-    assert "Anna [MASK] the cat." in out  # the line, and below it the guesses
+    assert "Anna [MASK] the cat." in out  # the text, and below it the predictions
     assert out.count("| [MASK]  ") == len([line for line in metrics(run) if "val_loss" in line])
     assert "fill in     python -m hf_myllm.generate" in out
     evaluations = [line for line in metrics(run) if "val_loss" in line]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
-    assert evaluations[-1]["val_bits_per_byte"] is None  # masked tokens add up to no text
+    assert evaluations[-1]["val_bits_per_byte"] is None  # masked tokens are no complete text
     assert ("val_nsp_accuracy" in evaluations[-1]) == (task == "mlm_nsp")
-    kind = "BertForMaskedLM" if task == "mlm" else "BertForPreTraining"
-    assert AutoConfig.from_pretrained(run).architectures == [kind]
-    stock, loading = getattr(transformers, kind).from_pretrained(run, output_loading_info=True)
+    class_name = "BertForMaskedLM" if task == "mlm" else "BertForPreTraining"
+    assert AutoConfig.from_pretrained(run).architectures == [class_name]
+    stock, loading = getattr(transformers, class_name).from_pretrained(run, output_loading_info=True)
     assert not any(loading.values())
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert type(tokenizer).__name__ == "BertTokenizer"
@@ -55,25 +54,25 @@ def test_a_bert_learns_and_stock_classes_use_it(tiny_bert, tmp_path, capsys, tas
     shown = [line for line in out.splitlines() if "| [MASK]  " in line][-1]
     assert shown.split("[MASK]  ")[1].startswith(f"{guess['token_str']} {guess['score']:.1%}")
     assert AutoModelForMaskedLM.from_pretrained(run).config.hidden_size == 32
-    asked = run_command(run, "--prompt", "Anna likes the [MASK].", module="hf_myllm.generate")
-    assert asked.returncode == 0, asked.stderr
-    assert asked.stdout.splitlines()[0] == "Anna likes the [MASK]."
-    assert "%" in asked.stdout
-    wrong = run_command(run, "--prompt", "Anna likes the cat.", module="hf_myllm.generate")
-    assert wrong.returncode == 2
-    assert "put [MASK]" in wrong.stderr
+    filled = run_command(run, "--prompt", "Anna likes the [MASK].", module="hf_myllm.generate")
+    assert filled.returncode == 0, filled.stderr
+    assert filled.stdout.splitlines()[0] == "Anna likes the [MASK]."
+    assert "%" in filled.stdout
+    refused = run_command(run, "--prompt", "Anna likes the cat.", module="hf_myllm.generate")
+    assert refused.returncode == 2
+    assert "put [MASK]" in refused.stderr
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_bert_killed_and_resumed_ends_with_the_same_bytes(tiny_bert, tmp_path, task):
-    """Dropout is on, masks and pairs are drawn at random, and epochs end within steps."""
+@pytest.mark.parametrize("task", PRETRAINING_TASKS)
+def test_bert_killed_and_resumed_writes_the_same_bytes(tiny_bert, tmp_path, task):
+    """With dropout, random masks and pairs, and epochs that end within a step."""
     flags = tiny_bert(task=task, save_freq=7)
     reference, run = tmp_path / "reference", tmp_path / "killed"
     assert train(*flags, "--save_model", reference) == 0
     process = subprocess.Popen(command(*flags, "--save_model", run), cwd=ROOT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while not (run / "checkpoint-14").exists():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < end
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -83,50 +82,42 @@ def test_a_bert_killed_and_resumed_ends_with_the_same_bytes(tiny_bert, tmp_path,
     assert losses(run) == losses(reference)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_berts_loss_depends_on_neither_micro_batches_nor_their_emptiness(tiny_bert, tmp_path, task):
-    still = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "max_steps": 6, "task": task}
+@pytest.mark.parametrize("task", PRETRAINING_TASKS)
+def test_the_loss_of_bert_does_not_depend_on_micro_batches(tiny_bert, tmp_path, task):
+    fixed = {**CASES["bert"].no_dropout, "max_steps": 6, "task": task}
     for name, size in (("whole", 8), ("halves", 4), ("uneven", 3)):
-        assert train(*tiny_bert(**still, batch_size=size, save_model=tmp_path / name)) == 0
+        assert train(*tiny_bert(**fixed, batch_size=size, save_model=tmp_path / name)) == 0
     for name in ("halves", "uneven"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5), name
-        last = [metrics(tmp_path / which)[-1]["val_loss"] for which in (name, "whole")]
+        last = [metrics(tmp_path / folder)[-1]["val_loss"] for folder in (name, "whole")]
         assert last[0] == pytest.approx(last[1], abs=1e-5)
 
 
-def test_compiled_bert_gives_the_same_losses(tiny_bert, tmp_path):
-    still = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "max_steps": 4, "start_context": None}
-    still |= {"eval_freq": None, "task": "mlm_nsp", "num_hidden_layers": 1}
-    assert train(*tiny_bert(**still, save_model=tmp_path / "eager")) == 0
-    result = run_command(*tiny_bert(**still, save_model=tmp_path / "compiled"), "--compile")
+def test_compiled_bert_has_the_same_losses(tiny_bert, tmp_path):
+    fixed = {**CASES["bert"].no_dropout, "max_steps": 4, "start_context": None}
+    fixed |= {"eval_freq": None, "task": "mlm_nsp", "num_hidden_layers": 1}
+    assert train(*tiny_bert(**fixed, save_model=tmp_path / "eager")) == 0
+    result = run_command(*tiny_bert(**fixed, save_model=tmp_path / "compiled"), "--compile")
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
 
 
-LLAMA = {
-    "model": "llama", "n_layer": None, "n_head": None, "n_embd": None, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_documents_kept_apart_learn_and_are_another_run(tiny, tiny_bert, tmp_path, family):
-    flags = tiny_bert() if family == "bert" else tiny(**(LLAMA if family == "llama" else {"model": family}))
-    if family == "llama":
-        flags += ["--tokenizer", "{train: unigram, vocab_size: 300}"]
+@pytest.mark.parametrize("family", CASES)
+def test_isolated_documents_train_and_differ_from_a_stream(tiny_family, tmp_path, family):
+    flags = tiny_family(family)()
     for isolation in ("documents", "stream"):
         run = tmp_path / isolation
         assert train(*flags, "--packing", isolation, "--epochs", 2, "--save_model", run) == 0
         assert losses(run)[-1] < losses(run)[0]
-        kind, tokenizer = AutoConfig.from_pretrained(run), AutoTokenizer.from_pretrained(run)
-        assert kind.model_type == FAMILIES[family].config.model_type
-        # AutoTokenizer has its own mind about some model types: what it loads must cut text as training did
+        tokenizer = AutoTokenizer.from_pretrained(run)
+        CASES[family].assert_trained(run)
+        # AutoTokenizer selects its own class for some model types; it must split text as in training.
         trained = json.loads((run / "tokenizer.json").read_text())
         assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == trained["pre_tokenizer"]
     assert losses(tmp_path / "documents") != losses(tmp_path / "stream")
 
 
-def test_a_pickle_trains_what_the_same_ids_in_a_bin_train(tmp_path):
+def test_a_pickle_trains_the_same_model_as_a_bin(tmp_path):
     ids = np.random.default_rng(0).integers(0, 90, 3000)
     ids.astype(np.uint16).tofile(tmp_path / "ids.bin")
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps([ids[:1000].tolist(), ids[1000:]]))
@@ -145,7 +136,7 @@ class Command:
         return os.system, ("touch /tmp/never",)
 
 
-def test_a_pickle_with_a_command_in_it_is_refused_by_name(tiny, tmp_path, capsys):
+def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps([1, 2, Command()]))
     assert train(*tiny(train_file=tmp_path / "ids.pkl", tokenizer=None)) == 2
     error = capsys.readouterr().err
@@ -155,39 +146,28 @@ def test_a_pickle_with_a_command_in_it_is_refused_by_name(tiny, tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def stock_models(tmp_path_factory, stories):
-    """A stock model of each family, saved in bf16 by the stock classes, with a tokenizer."""
-    from hf_myllm.data.tokenizer import train_bpe, train_wordpiece
+    """Return a folder with a stock model of each family in bf16, and its tokenizer. BERT has no head."""
+    from hf_myllm.data.tokenizer import TRAINERS
 
     folder = tmp_path_factory.mktemp("stock")
     texts = [path.read_text() for path in sorted(stories.iterdir())]
     torch.manual_seed(0)
-    tokenizers = {"bert": train_wordpiece(texts, 120), "gpt": train_bpe(texts, 300), "llama": train_bpe(texts, 300)}
-    sizes = {key: value for key, value in LLAMA.items() if value is not None and key != "model"}
-    models = {
-        "gpt": AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)
-        ),
-        "llama": AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("llama", vocab_size=300, max_position_embeddings=64, **sizes)
-        ),
-        "bert": transformers.BertModel(
-            transformers.BertConfig(
-                vocab_size=len(tokenizers["bert"]), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=64,
-            )
-        ),
-    }  # fmt: skip
-    for name, model in models.items():
+    for name, case in CASES.items():
+        tokenizer = TRAINERS[case.family.tokenizer](texts, 300 if case.family.is_decoder else 120)
+        config = AutoConfig.for_model(
+            case.family.config.model_type, vocab_size=len(tokenizer), max_position_embeddings=64, **case.run_sizes
+        )
+        model = (AutoModelForCausalLM if case.family.is_decoder else AutoModel).from_config(config)
         model.to(torch.bfloat16).save_pretrained(folder / name)
-        tokenizers[name].save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
 GONE = dict.fromkeys(("n_layer", "n_head", "n_embd", "tokenizer", "start_context"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_starts_from_stock_weights_and_can_extend_the_vocabulary(tiny, stock_models, tmp_path, family, capsys):
+@pytest.mark.parametrize("family", CASES)
+def test_training_starts_from_stock_weights_and_adds_tokens(tiny, stock_models, tmp_path, family, capsys):
     base = stock_models / family
     size = AutoConfig.from_pretrained(base).vocab_size
     flags = tiny(**{**GONE, "model": family, "init_from": base, "max_steps": 2, "save_freq": 1})
@@ -197,16 +177,17 @@ def test_training_starts_from_stock_weights_and_can_extend_the_vocabulary(tiny, 
     config, tokenizer = AutoConfig.from_pretrained(run), AutoTokenizer.from_pretrained(run)
     assert config.vocab_size == size + 2
     assert tokenizer.tokenize("a <user> b").count("<user>") == 1
-    assert AutoConfig.from_pretrained(run).dtype == torch.float32  # whatever the file's
+    CASES[family].assert_trained(run)
+    assert AutoConfig.from_pretrained(run).dtype == torch.float32  # not the dtype of the checkpoint
     if family == "bert":
         assert "starting fresh" in out
-        assert "cls.predictions.transform.dense.weight" in out  # an encoder without a masked-LM head gets a new one
+        assert "cls.predictions.transform.dense.weight" in out  # a new masked-LM head
         stock, loading = transformers.BertForMaskedLM.from_pretrained(run, output_loading_info=True)
     else:
         stock, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
     assert not any(loading.values())
     assert stock.get_input_embeddings().weight.shape[0] == stock.get_output_embeddings().weight.shape[0] == size + 2
-    # the same again is the same, and a resume finds what the run had become
+    # The same recipe gives the same weights; a resume loads the extended vocabulary.
     assert train(*flags, "--add_tokens", "[<user>, <bot>]", "--save_model", tmp_path / "again") == 0
     assert weights(run) == weights(tmp_path / "again")
     flags = [*flags, "--add_tokens", "<user>", "<bot>", "--init_from", "resume", "--max_steps", 4, "--allow_changed"]
@@ -214,7 +195,7 @@ def test_training_starts_from_stock_weights_and_can_extend_the_vocabulary(tiny, 
     assert AutoConfig.from_pretrained(run).vocab_size == size + 2
 
 
-def test_a_tokenizer_that_has_grown_needs_the_word(tiny, stock_models, tmp_path, capsys):
+def test_a_larger_tokenizer_needs_a_larger_vocab_size(tiny, stock_models, tmp_path, capsys):
     base = stock_models / "gpt"
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<user>"])
@@ -228,7 +209,7 @@ def test_a_tokenizer_that_has_grown_needs_the_word(tiny, stock_models, tmp_path,
     assert "vocab_size" in capsys.readouterr().err
 
 
-def test_a_step_without_a_target_is_no_mistake(tiny_bert, tmp_path):
+def test_a_step_without_targets_is_valid(tiny_bert, tmp_path):
     (tmp_path / "empty.txt").write_text("[MASK] [SEP] [UNK] " * 400 + "Anna sees. " * 200)
     flags = tiny_bert(
         train_file=tmp_path / "empty.txt", val_fraction=0.1, batch_size=1, total_batch_size=1, max_steps=20
@@ -237,12 +218,12 @@ def test_a_step_without_a_target_is_no_mistake(tiny_bert, tmp_path):
     assert 0.0 in losses(tmp_path / "run")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_recipe_may_ask_for_bf16_weights(tiny, tiny_bert, tmp_path, family):
-    flags = tiny_bert if family == "bert" else tiny
-    flags = flags(**(LLAMA if family == "llama" else {}), dtype="bfloat16", max_steps=8, save_freq=4, eval_freq=None)
+@pytest.mark.parametrize("family", CASES)
+def test_bf16_weights_train_and_resume_exactly(tiny_family, tmp_path, family):
+    flags = tiny_family(family)(dtype="bfloat16", max_steps=8, save_freq=4, eval_freq=None)
     for name in ("whole", "cut"):
         assert train(*flags, "--save_model", tmp_path / name) == 0
+        CASES[family].assert_trained(tmp_path / name)
     assert AutoConfig.from_pretrained(tmp_path / "whole").dtype == torch.bfloat16
     for path in (tmp_path / "cut" / "model.safetensors", *(tmp_path / "cut" / "checkpoint-8").rglob("complete.json")):
         path.unlink()
@@ -251,7 +232,7 @@ def test_the_recipe_may_ask_for_bf16_weights(tiny, tiny_bert, tmp_path, family):
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-def test_a_model_does_not_grow_midway(tiny, stock_models, tmp_path, capsys):
+def test_a_resumed_run_cannot_add_tokens(tiny, stock_models, tmp_path, capsys):
     base, run = stock_models / "gpt", tmp_path / "run"
     flags = tiny(**{**GONE, "init_from": base, "max_steps": 2, "save_freq": 1})
     assert train(*flags, "--add_tokens", "<a>") == 0
@@ -264,14 +245,14 @@ def test_a_model_does_not_grow_midway(tiny, stock_models, tmp_path, capsys):
     assert AutoConfig.from_pretrained(tmp_path / "next").vocab_size == 302
 
 
-def test_a_real_bert_goes_on_learning(tiny, assets, tmp_path):
-    """Its config.json has no model_type, its folder no tokenizer_config.json, its weights are a pytorch_model.bin."""
+def test_a_real_bert_continues_training(tiny, assets, tmp_path):
+    """Its folder has no model_type in config.json, no tokenizer_config.json, and pytorch_model.bin as weights."""
     base = assets / "weights" / "rxnfp-bert_pretrained"
     ids = np.random.default_rng(0).integers(15, 40, 4000).astype(np.uint16)
     ids[::50] = 13
     ids.tofile(tmp_path / "reactions.bin")
     flags = {**GONE, "model": "bert", "init_from": base, "train_file": tmp_path / "reactions.bin", "max_steps": 2}
-    for task in TASKS:
+    for task in PRETRAINING_TASKS:
         run = tmp_path / task
         assert train(*tiny(**flags, val_fraction=0.2, task=task, eval_freq=None, save_model=run)) == 0
         assert len(AutoTokenizer.from_pretrained(run)) == 591
@@ -304,7 +285,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_with_a_bert(tiny_bert, stock_models, tmp_path, capsys, case):
+def test_bert_mistakes_are_reported_in_one_line(tiny_bert, stock_models, tmp_path, capsys, case):
     changed, message = MISTAKES[case]
     (tmp_path / "one.txt").write_text("Anna likes the cat. " * 50)
     half = transformers.BertModel.from_pretrained(stock_models / "bert")
@@ -326,8 +307,8 @@ def test_mistakes_with_a_bert(tiny_bert, stock_models, tmp_path, capsys, case):
 
 @pytest.mark.parametrize("family", ["gpt", "bert"])
 @pytest.mark.parametrize("packing", ["pad", "best_fit"])
-def test_whole_documents_learn_and_resume(tiny, tiny_bert, tmp_path, family, packing):
-    flags = (tiny_bert if family == "bert" else tiny)(packing=packing, max_steps=24, save_freq=10, document="line")
+def test_whole_documents_train_and_resume(tiny_family, tmp_path, family, packing):
+    flags = tiny_family(family)(packing=packing, max_steps=24, save_freq=10, document="line")
     run = tmp_path / "run"
     assert train(*flags) == 0
     assert losses(run)[-1] < losses(run)[0]
@@ -338,9 +319,8 @@ def test_whole_documents_learn_and_resume(tiny, tiny_bert, tmp_path, family, pac
     assert (run / "model.safetensors").read_bytes() == reference
 
 
-def test_several_sources_by_weight(tiny, stories, tmp_path, capsys):
-    """Two sources, the smaller of which gets most of the rows; each is split for validation, and what a step reads is
-    a matter of the recipe alone."""
+def test_mixture_of_sources_by_weight(tiny, stories, tmp_path, capsys):
+    """Of two sources, the smaller gets most rows. Each is split for validation; a resumed run reads the same rows."""
     (tmp_path / "numbers.txt").write_text("".join(f"{n} times two is {2 * n}.\n" for n in range(200)))
     numbers, run = f"{{train_file: {tmp_path / 'numbers.txt'}, document: line, weight: 3}}", tmp_path / "run"
     flags = tiny(train_file=None, max_steps=16, save_freq=8, datasets=f"[{{train_file: {stories}}}, {numbers}]")
@@ -359,7 +339,7 @@ def test_several_sources_by_weight(tiny, stories, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
-def test_a_source_without_a_row_is_named(tiny, stories, tmp_path, capsys, packing):
+def test_a_source_without_rows_is_reported(tiny, stories, tmp_path, capsys, packing):
     (tmp_path / "little.txt").write_text("Anna")
     sources = (
         f"[{{train_file: {stories}}}, {{train_file: {tmp_path / 'little.txt'}}}, {{train_file: {stories}/0*.txt}}]"
@@ -374,8 +354,8 @@ def test_a_source_without_a_row_is_named(tiny, stories, tmp_path, capsys, packin
         assert code == 0
 
 
-def test_a_stream_is_the_same_run_killed_or_not(tiny, tmp_path, capsys):
-    """Windows of 25 rows, three steps each; the run goes through the corpus more than once."""
+def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
+    """With windows of 25 rows, three steps each, and more than one epoch."""
     flags = tiny(max_steps=30, save_freq=10, streaming="true", streaming_window=800, eval_freq=10)
     flags += ["--val_file", str(tmp_path / "val.txt")]
     (tmp_path / "val.txt").write_text("Anna sees the cat. A king finds my friend. " * 9)

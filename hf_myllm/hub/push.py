@@ -29,7 +29,7 @@ from .. import checkpoint
 from ..distributed import exit_with_parent, silence_libraries
 from ..errors import InputError, Parser, exit_on_input_error, first_line
 from ..files import write_text_atomically
-from ..models import FAMILIES, lora
+from ..models import FAMILIES, find_family, lora
 from ..reporting.metrics_log import read_metrics, read_run
 
 # What is shared of a folder: the files of a model and its tokenizer, and nothing else that may lie there.
@@ -192,7 +192,7 @@ def check(folder):
     try:
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
         architecture = (config.architectures or ["none"])[0]
-        family = next((one for one in FAMILIES.values() if one.config.model_type == config.model_type), None)
+        family = find_family(config.model_type)
         if family is None:
             raise ValueError(f"it is a {config.model_type}, and not one of {', '.join(FAMILIES)}")
         ours = {family.config.stock_name(one.__name__): one for one in family.tasks.values()}[architecture]
@@ -272,7 +272,6 @@ _PIPELINES = {
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
 }
-_FAMILY_NAMES = {"gpt2": "GPT-2", "llama": "Llama", "bert": "BERT"}
 
 
 def card(folder, repo=None, revision=None, has_curves=False):
@@ -336,7 +335,8 @@ def _card(folder, home, config, about, name, revision, has_curves):
 
 def _opening(config, about, base, step):
     """What it is, in a sentence or two."""
-    family = f"{_FAMILY_NAMES.get(config['model_type'], config['model_type'])} ({config['architectures'][0]})"
+    family = find_family(config["model_type"])
+    family = f"{family.display_name if family else config['model_type']} ({config['architectures'][0]})"
     if not about:
         return f"A {family}.\n"
     came = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from nothing"

@@ -1,4 +1,4 @@
-"""The families that can be trained: one folder and one line each."""
+"""The model families that can be trained: one folder and one line in `FAMILIES` each."""
 
 from typing import NamedTuple
 
@@ -15,29 +15,28 @@ from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassifi
 
 
 class Family(NamedTuple):
-    config: type  # the configuration's class
-    tasks: dict  # a recipe's `task:` -> the class that it trains; the first is what the family does unless told
+    """A model family. Everything that the package needs to know about a family is derived from this record."""
+
+    display_name: str  # in the model card
+    config: type  # configuration class
+    tasks: dict  # recipe's `task` -> model class; the first is the default task of the family
+    tokenizer: str = "bpe"  # the algorithm (a key of data.tokenizer.TRAINERS) that messages suggest
+
+    @property
+    def is_decoder(self):
+        return "causal" in self.tasks
 
 
-# A recipe's `model:` -> the family.
-FAMILIES = {
-    "gpt": Family(
-        GPTConfig,
-        {
-            "causal": GPTForCausalLM,
-            "instruction": GPTForCausalLM,
-            "classification": GPTForSequenceClassification,
-        },
-    ),
-    "llama": Family(
-        MyLlamaConfig,
-        {
-            "causal": MyLlamaForCausalLM,
-            "instruction": MyLlamaForCausalLM,
-            "classification": MyLlamaForSequenceClassification,
-        },
-    ),
+def _decoder(display_name, config, causal_lm, sequence_classifier):
+    tasks = {"causal": causal_lm, "instruction": causal_lm, "classification": sequence_classifier}
+    return Family(display_name, config, tasks)
+
+
+FAMILIES = {  # recipe's `model` -> family
+    "gpt": _decoder("GPT-2", GPTConfig, GPTForCausalLM, GPTForSequenceClassification),
+    "llama": _decoder("Llama", MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification),
     "bert": Family(
+        "BERT",
         MyBertConfig,
         {
             "mlm": MyBertForMaskedLM,
@@ -46,22 +45,14 @@ FAMILIES = {
             "token_classification": MyBertForTokenClassification,
             "question_answering": MyBertForQuestionAnswering,
         },
+        tokenizer="wordpiece",
     ),
 }
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "GPTConfig",
-    "GPTForCausalLM",
-    "GPTForSequenceClassification",
-    "MyBertConfig",
-    "MyBertForMaskedLM",
-    "MyBertForPreTraining",
-    "MyBertForQuestionAnswering",
-    "MyBertForSequenceClassification",
-    "MyBertForTokenClassification",
-    "MyLlamaConfig",
-    "MyLlamaForCausalLM",
-    "MyLlamaForSequenceClassification",
-]
+
+def find_family(model_type):
+    """Return the family whose checkpoints have this `model_type` ("gpt2" for GPT), or None."""
+    return next((family for family in FAMILIES.values() if family.config.model_type == model_type), None)
+
+
+__all__ = ["FAMILIES", "Family", "find_family"]

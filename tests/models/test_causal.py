@@ -1,10 +1,11 @@
-"""Each causal family is its stock architecture: same files, same logits, same loss, same gradients, same text."""
+"""Every decoder family computes what its stock class computes: files, logits, loss, gradients and generated text."""
 
 import importlib
 import json
 
 import pytest
 import torch
+from families import DECODERS
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -20,105 +21,30 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import find_labels
 
 from hf_myllm.distributed import cast_to_bf16
-from hf_myllm.models import FAMILIES, decoder
+from hf_myllm.models import decoder
 
-
-class Family:
-    """A small model of a family, and what it is on disk."""
-
-    def __init__(self, name, stock, sizes, still, variants):
-        self.name, self.stock, self.sizes, self.still, self.variants = name, stock, sizes, still, variants
-        self.config_class, self.model_class = FAMILIES[name].config, FAMILIES[name].tasks["causal"]
-
-    def make(self, **changed):
-        torch.manual_seed(0)
-        model = self.model_class(self.config_class(**{**self.sizes, **self.still, **changed}))
-        with torch.no_grad():  # weights far from their start, so that no bias or norm goes untested
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        return model
-
-    def pair(self, folder, **changed):
-        """Our model and the stock one with the same weights."""
-        ours = self.make(**changed)
-        ours.save_pretrained(folder)
-        stock, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert type(stock).__name__ == self.stock
-        assert not any(loading.values())
-        return ours.eval(), stock.eval()
-
-
-ENDS = {"bos_token_id": 1, "eos_token_id": 1}
-FAMILY = {
-    "gpt": Family(
-        "gpt",
-        "GPT2LMHeadModel",
-        {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4, **ENDS},
-        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-        [
-            {},
-            {"activation_function": "gelu"},
-            {"n_inner": 100, "tie_word_embeddings": False},
-            {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
-            {"reorder_and_upcast_attn": True, "attn_implementation": "eager"},
-            {"attn_implementation": "eager"},
-        ],
-    ),
-    "llama": Family(
-        "llama",
-        "LlamaForCausalLM",
-        {
-            "vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 48, "intermediate_size": 80,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, **ENDS,
-        },
-        {},
-        [
-            {},
-            {"num_key_value_heads": 4, "tie_word_embeddings": True},
-            {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "head_dim": 20},
-            {"attn_implementation": "eager"},
-            {"pad_token_id": 3, "rms_norm_eps": 1e-5, "hidden_act": "gelu"},
-            *(
-                {"rope_parameters": {"rope_theta": 500.0, **scaling}}
-                for scaling in (
-                    {"rope_type": "default"},
-                    {"rope_type": "linear", "factor": 2.0},
-                    {"rope_type": "dynamic", "factor": 2.0},
-                    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
-                    {
-                        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32,
-                        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                    },
-                    {
-                        "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32,
-                        "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
-                    },
-                    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
-                )
-            ),
-        ],
-    ),
-}  # fmt: skip
-families = pytest.mark.parametrize("family", FAMILY.values(), ids=FAMILY)
+families = pytest.mark.parametrize("family", DECODERS.values(), ids=DECODERS)
 
 
 def batch(rows=2, length=33, seed=1):
     return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-CASES = [(family, variant) for family in FAMILY.values() for variant in family.variants]
+VARIANTS = [(family, variant) for family in DECODERS.values() for variant in family.variants]
 
 
-@pytest.mark.parametrize(("family", "variant"), CASES, ids=[f"{family.name}-{variant}" for family, variant in CASES])
-def test_same_logits_loss_and_gradients_as_stock(tmp_path, family, variant):
-    ours, stock = family.pair(tmp_path, **variant)
+@pytest.mark.parametrize(
+    ("family", "variant"), VARIANTS, ids=[f"{family.name}-{variant}" for family, variant in VARIANTS]
+)
+def test_logits_loss_and_gradients_equal_stock(tmp_path, family, variant):
+    ours, stock = family.make_pair(tmp_path, **variant)
     if "attn_implementation" in variant:
         stock.set_attn_implementation(variant["attn_implementation"])
         ours.set_attn_implementation(variant["attn_implementation"])
     ids, labels = batch(length=50), batch(length=50, seed=2)
     labels[0, 5:9] = -100
     torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
-    mine, theirs = (model(ids, labels=labels, use_cache=False) for model in (ours, stock))  # as training computes them
+    mine, theirs = (model(ids, labels=labels, use_cache=False) for model in (ours, stock))  # as in training
     torch.testing.assert_close(mine.logits, theirs.logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
     mine.loss.backward()
@@ -129,13 +55,13 @@ def test_same_logits_loss_and_gradients_as_stock(tmp_path, family, variant):
 
 
 @families
-def test_padding_positions_and_embeddings_as_stock(tmp_path, family):
-    ours, stock = family.pair(tmp_path)
+def test_padding_positions_and_embeddings_equal_stock(tmp_path, family):
+    ours, stock = family.make_pair(tmp_path)
     ids, mask = batch(), torch.ones(2, 33, dtype=torch.long)
     mask[0, :7] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     packed = torch.cat([torch.arange(20), torch.arange(13)]).expand(2, -1)
-    several = [
+    cases = [
         {"input_ids": ids, "attention_mask": mask, "position_ids": positions},
         {"input_ids": ids, "attention_mask": mask.flip(1)},
         {"input_ids": ids, "position_ids": packed, "use_cache": False},
@@ -143,14 +69,14 @@ def test_padding_positions_and_embeddings_as_stock(tmp_path, family):
         {"input_ids": ids, "logits_to_keep": 3},
     ]
     if family.name == "gpt":
-        several.append({"input_ids": ids, "token_type_ids": batch(seed=3)})
-    for inputs in several:
+        cases.append({"input_ids": ids, "token_type_ids": batch(seed=3)})
+    for inputs in cases:
         torch.testing.assert_close(ours(**inputs).logits, stock(**inputs).logits, atol=1e-5, rtol=0)
 
 
 @families
-def test_hidden_states_and_attentions_as_stock(tmp_path, family):
-    ours, stock = family.pair(tmp_path)
+def test_hidden_states_and_attentions_equal_stock(tmp_path, family):
+    ours, stock = family.make_pair(tmp_path)
     for model in (ours, stock):
         model.set_attn_implementation("eager")
     mine = ours(batch(), output_hidden_states=True, output_attentions=True)
@@ -163,33 +89,33 @@ def test_hidden_states_and_attentions_as_stock(tmp_path, family):
 @families
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("beams", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generates_what_stock_generates(tmp_path, family, use_cache, beams):
-    ours, stock = family.pair(tmp_path)
+def test_generation_equals_stock(tmp_path, family, use_cache, beams):
+    ours, stock = family.make_pair(tmp_path)
     padded = batch(3, 12)
     mask = torch.ones_like(padded)
-    mask[0, :5], mask[2, :1] = 0, 0  # padded on the left, as batches to generate from are
+    mask[0, :5], mask[2, :1] = 0, 0  # left padding, as in batches for generation
     settings = {"max_new_tokens": 20, "do_sample": False, "use_cache": use_cache, **beams}
     settings |= {"pad_token_id": 0, "eos_token_id": None}
     mine = ours.generate(padded, attention_mask=mask, **settings)
     assert torch.equal(mine, stock.generate(padded, attention_mask=mask, **settings))
-    alone = ours.generate(padded[:1, 5:], **settings)  # what a row says does not depend on its padding
+    alone = ours.generate(padded[:1, 5:], **settings)  # padding does not change what a row generates
     assert torch.equal(alone[0, 7:], mine[0, 12:])
 
 
 @families
-def test_a_static_cache_generates_the_same(tmp_path, family):
-    ours, stock = family.pair(tmp_path)
+def test_generation_with_a_static_cache_equals_stock(tmp_path, family):
+    ours, stock = family.make_pair(tmp_path)
     settings = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
     settings |= {"pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(ours.generate(batch(2, 9), **settings), stock.generate(batch(2, 9), **settings))
 
 
 @families
-def test_what_we_save_is_a_stock_folder(tmp_path, family):
-    family.make().save_pretrained(tmp_path)
+def test_saved_folder_is_a_stock_checkpoint(tmp_path, family):
+    family.make_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == [family.stock]
-    assert config["model_type"] == family.config_class.model_type
+    assert config["architectures"] == [family.stock_causal_lm]
+    assert config["model_type"] == family.family.config.model_type
     assert not {"auto_map", "_name_or_path"} & set(config)
     weights = load_file(tmp_path / "model.safetensors")
     stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
@@ -200,9 +126,9 @@ def test_what_we_save_is_a_stock_folder(tmp_path, family):
 
 
 @families
-def test_stock_folders_load_in_ours(tmp_path, family):
+def test_stock_checkpoint_loads(tmp_path, family):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family.config_class.model_type, **family.sizes, **family.still)
+    config = AutoConfig.for_model(family.family.config.model_type, **family.sizes, **family.no_dropout)
     stock = AutoModelForCausalLM.from_config(config).eval()
     stock.save_pretrained(tmp_path)
     ours, loading = family.model_class.from_pretrained(tmp_path, output_loading_info=True)
@@ -212,15 +138,15 @@ def test_stock_folders_load_in_ours(tmp_path, family):
     body_class = getattr(module, family.model_class.__name__.replace("ForCausalLM", "Model"))
     body, loading = body_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"]
-    body.save_pretrained(tmp_path / "body")  # the body alone goes both ways too
+    body.save_pretrained(tmp_path / "body")  # the model without a head loads both ways too
     again = AutoModel.from_pretrained(tmp_path / "body")
     expected = stock.base_model(batch()).last_hidden_state
     torch.testing.assert_close(again(batch()).last_hidden_state, expected, atol=1e-5, rtol=0)
 
 
 @families
-def test_a_sharded_save_and_a_bf16_load(tmp_path, family):
-    ours = family.make().eval()
+def test_sharded_save_and_bf16_load(tmp_path, family):
+    ours = family.make_model().eval()
     ours.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     again = family.model_class.from_pretrained(tmp_path).eval()
@@ -231,8 +157,8 @@ def test_a_sharded_save_and_a_bf16_load(tmp_path, family):
 
 
 @families
-def test_resized_embeddings_stay_tied_and_stock(tmp_path, family):
-    ours = family.make(tie_word_embeddings=True)
+def test_resized_embeddings_stay_tied(tmp_path, family):
+    ours = family.make_model(tie_word_embeddings=True)
     ours.resize_token_embeddings(120)
     assert ours.lm_head.weight is ours.get_input_embeddings().weight
     ours.save_pretrained(tmp_path)
@@ -242,7 +168,7 @@ def test_resized_embeddings_stay_tied_and_stock(tmp_path, family):
 @families
 @pytest.mark.parametrize("compiled", [False, True])
 def test_causal_training_builds_no_mask(family, compiled, monkeypatch):
-    """The kernel is told that attention is causal, and no tensor as large as length x length reaches it."""
+    """The sdpa kernel gets is_causal and no mask of length x length."""
     seen = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -258,7 +184,7 @@ def test_causal_training_builds_no_mask(family, compiled, monkeypatch):
         for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, forbid)
-    model = family.make().train()
+    model = family.make_model().train()
     # aot_eager traces the whole graph, forward and backward, without a C++ compiler
     step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     loss = step(input_ids=batch(), shift_labels=batch(), use_cache=False, num_items_in_batch=torch.tensor(66)).loss
@@ -270,9 +196,9 @@ def test_causal_training_builds_no_mask(family, compiled, monkeypatch):
 @families
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @torch.no_grad()  # flex attention has no backward pass on a CPU
-def test_a_document_does_not_see_the_others(family, attention):
-    """Positions that begin anew keep documents apart; flex attention is how a GPU does it."""
-    ours = family.make().eval()
+def test_packed_documents_do_not_attend_to_each_other(family, attention):
+    """Positions that restart separate documents; on a GPU, training uses flex attention for this."""
+    ours = family.make_model().eval()
     ours.set_attn_implementation(attention)
     lengths = [(13, 20), (5, 28)]
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
@@ -282,13 +208,13 @@ def test_a_document_does_not_see_the_others(family, attention):
     after = ours(other, position_ids=positions, use_cache=False).logits
     assert torch.equal(before[~first], after[~first])
     assert not torch.equal(before[first], after[first])
-    alone = ours(batch()[:1, 13:], use_cache=False).logits  # and what it computes is what it would alone
+    alone = ours(batch()[:1, 13:], use_cache=False).logits  # the same as in a row of its own
     torch.testing.assert_close(before[:1, 13:], alone, atol=1e-5, rtol=0)
 
 
 @families
-def test_isolated_training_is_one_graph(family):
-    model, positions = family.make().train(), torch.cat([torch.arange(13), torch.arange(20)]).expand(2, -1)
+def test_training_on_packed_documents_compiles_to_one_graph(family):
+    model, positions = family.make_model().train(), torch.cat([torch.arange(13), torch.arange(20)]).expand(2, -1)
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = {"input_ids": batch(), "position_ids": positions, "shift_labels": batch(), "use_cache": False}
     loss = step(**inputs, num_items_in_batch=torch.tensor(66)).loss
@@ -297,45 +223,44 @@ def test_isolated_training_is_one_graph(family):
 
 
 @families
-def test_the_loss_alone_is_the_same_loss(family):
-    model = family.make().eval()
-    whole = model(batch(), labels=batch())
-    alone = model(batch(), labels=batch(), skip_logits=True)
-    assert alone.logits is None
-    assert torch.equal(alone.loss, whole.loss)
+def test_skip_logits_returns_the_same_loss(family):
+    model = family.make_model().eval()
+    outputs = model(batch(), labels=batch(), skip_logits=True)
+    assert outputs.logits is None
+    assert torch.equal(outputs.loss, model(batch(), labels=batch()).loss)
 
 
 @families
-def test_layers_hand_bfloat16_to_one_another_under_autocast_only(family):
-    plain, narrowed = family.make().eval(), family.make().eval()
-    cast_to_bf16(narrowed)
+def test_layers_exchange_bf16_under_autocast_only(family):
+    plain, cast = family.make_model().eval(), family.make_model().eval()
+    cast_to_bf16(cast)
     seen = []
-    for layer in narrowed.modules():
+    for layer in cast.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
-    assert torch.equal(plain(batch()).logits, narrowed(batch()).logits)
+    assert torch.equal(plain(batch()).logits, cast(batch()).logits)
     assert set(seen) == {torch.float32}
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = narrowed(batch(), labels=batch()).loss
+        loss = cast(batch(), labels=batch()).loss
     assert set(seen) == {torch.bfloat16}
     torch.testing.assert_close(loss.float(), plain(batch(), labels=batch()).loss, atol=0.03, rtol=0)
 
 
 @families
-def test_gradient_checkpointing_gives_the_same_gradients(family):
-    plain, saving = family.make().train(), family.make().train()
-    saving.gradient_checkpointing_enable()
-    for model in (plain, saving):
+def test_gradient_checkpointing_keeps_the_gradients(family):
+    plain, checkpointed = family.make_model().train(), family.make_model().train()
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
         model(batch(), labels=batch(), use_cache=False).loss.backward()
-    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
 
 
 @families
-def test_stocks_state_is_ours(tmp_path, family):
-    """Without any conversion in between, as the library's Trainer resumes."""
-    ours, stock = family.pair(tmp_path)
+def test_state_dicts_are_interchangeable_with_stock(tmp_path, family):
+    """The library's Trainer resumes by load_state_dict, without conversion."""
+    ours, stock = family.make_pair(tmp_path)
     again = family.model_class(ours.config).eval()
     again.load_state_dict(stock.state_dict())
     torch.testing.assert_close(again(batch()).logits, stock(batch()).logits, atol=1e-5, rtol=0)
@@ -343,80 +268,80 @@ def test_stocks_state_is_ours(tmp_path, family):
 
 
 @families
-def test_the_librarys_trainer_finds_labels_and_the_kind_of_model(family):
-    assert find_labels(family.model_class) == ["labels"]  # one more would have to be in every batch
-    assert family.make()._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # whose labels it shifts to smooth
+def test_the_trainer_recognizes_labels_and_model_type(family):
+    assert find_labels(family.model_class) == ["labels"]  # the Trainer would expect every other label in every batch
+    # The Trainer shifts the labels of these models for label smoothing.
+    assert family.make_model()._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 @families
-def test_a_cache_that_was_given_survives_checkpointing(family):
-    plain, saving = family.make().train(), family.make().train()
-    saving.gradient_checkpointing_enable()
-    for model in (plain, saving):
+def test_a_cache_does_not_break_gradient_checkpointing(family):
+    plain, checkpointed = family.make_model().train(), family.make_model().train()
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
         model(batch(), labels=batch(), past_key_values=DynamicCache(config=model.config)).loss.backward()
-    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 @families
-def test_shifted_labels_are_the_labels_moved(family):
-    ours = family.make()
+def test_shift_labels_equal_shifted_labels(family):
+    ours = family.make_model()
     ids = batch()
-    moved = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
-    assert torch.equal(ours(ids, labels=ids).loss, ours(ids, shift_labels=moved).loss)
-    summed = ours(ids, shift_labels=moved, num_items_in_batch=1).loss
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    assert torch.equal(ours(ids, labels=ids).loss, ours(ids, shift_labels=shifted).loss)
+    summed = ours(ids, shift_labels=shifted, num_items_in_batch=1).loss
     torch.testing.assert_close(summed / 64, ours(ids, labels=ids).loss)
 
 
 @families
 @pytest.mark.parametrize("tokens", ["gpt2", "llama2"])
-def test_real_tokenizers_and_text_agree_with_stock(assets, tmp_path, family, tokens):
+def test_real_tokenizers_and_text_equal_stock(assets, tmp_path, family, tokens):
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / tokens)
     text = (assets / "corpora" / "tinyshakespeare.txt").read_text()[:4000]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[:512].view(2, 256)
-    positions = family.config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    positions = family.family.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ours, stock = family.pair(tmp_path, vocab_size=len(tokenizer), **{positions: 256}, **ends)
+    ours, stock = family.make_pair(tmp_path, vocab_size=len(tokenizer), **{positions: 256}, **ends)
     mine, theirs = ours(ids, labels=ids), stock(ids, labels=ids)
     torch.testing.assert_close(mine.logits, theirs.logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-5, rtol=0)
     tokenizer.save_pretrained(tmp_path)
-    speaker = pipeline("text-generation", model=str(tmp_path))
-    said = speaker("ROMEO:", max_new_tokens=5, do_sample=False, return_tensors=True)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    outputs = generator("ROMEO:", max_new_tokens=5, do_sample=False, return_tensors=True)
     start = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("ROMEO:")["input_ids"]])
     generated = ours.generate(start, max_new_tokens=5, do_sample=False)[0]
-    assert said[0]["generated_token_ids"] == generated.tolist()
+    assert outputs[0]["generated_token_ids"] == generated.tolist()
 
 
 @families
-def test_a_classifier_is_stocks(tmp_path, family):
-    """By the last token, whichever side the padding is on; the three kinds of labels; files both ways."""
-    classifier = FAMILIES[family.name].tasks["classification"]
-    sizes = {**family.sizes, **family.still, "num_labels": 3}
-    ours = classifier(family.config_class(**sizes, pad_token_id=0)).eval()
+def test_sequence_classifier_equals_stock(tmp_path, family):
+    """With padding on both sides, for the three problem types, and as a stock checkpoint."""
+    classifier = family.family.tasks["classification"]
+    ours = classifier(family.make_config(num_labels=3, pad_token_id=0)).eval()
     ours.save_pretrained(tmp_path)
     stock, loading = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] | loading["unexpected_keys"]
-    assert type(stock).__name__ == family.stock.split("LMHead")[0].split("ForCausal")[0] + "ForSequenceClassification"
+    assert type(stock).__name__ == f"{family.stock}ForSequenceClassification"
     ids, mask = batch(), torch.ones_like(batch())
     ids[ids == 0] = 5
     ids[0, -3:], mask[0, -3:], ids[1, :4], mask[1, :4] = 0, 0, 0, 0
-    kinds = {
+    problem_types = {
         "single_label_classification": torch.arange(len(ids)) % 3,
         "multi_label_classification": torch.rand(len(ids), 3).round(),
         "regression": torch.rand(len(ids), 3),
     }
-    for kind, labels in kinds.items():
-        found = []
+    for problem_type, labels in problem_types.items():
+        results = []
         for model in (ours, stock.eval()):
-            model.config.problem_type = kind
+            model.config.problem_type = problem_type
             model.zero_grad()
             outputs = model(ids, attention_mask=mask, labels=labels)
             outputs.loss.backward()
-            found.append(
+            results.append(
                 (outputs.logits, outputs.loss, model.score.weight.grad, model.get_input_embeddings().weight.grad)
             )
-        for mine, theirs in zip(*found, strict=True):
+        for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="pad_token_id is not set"):
-        classifier(family.config_class(**sizes, pad_token_id=None))(ids)
+        classifier(family.make_config(num_labels=3, pad_token_id=None))(ids)

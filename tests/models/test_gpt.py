@@ -1,4 +1,4 @@
-"""What is GPT's own; what it shares with the other causal families is in test_causal.py."""
+"""What is specific to GPT; test_causal.py tests what all decoder families share."""
 
 import json
 
@@ -12,7 +12,7 @@ from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM, GPTModel
 SIZES = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 1}
 
 
-def test_weights_start_as_in_gpt2s_paper():
+def test_initialization_follows_the_gpt2_paper():
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig(vocab_size=4000, n_positions=512, n_embd=256, n_layer=8, n_head=4))
     for name, parameter in model.named_parameters():
@@ -26,7 +26,7 @@ def test_weights_start_as_in_gpt2s_paper():
             assert abs(parameter.mean().item()) < expected / 50, name
 
 
-def test_bad_architectures_are_refused():
+def test_invalid_configurations_are_rejected():
     for changed, message in (
         ({"n_head": 5}, "n_head"),
         ({"n_layer": 0}, "n_layer"),
@@ -38,13 +38,13 @@ def test_bad_architectures_are_refused():
             GPTConfig(**{**SIZES, **changed})
 
 
-def test_the_first_configurations_key_is_kept_for_converters(tmp_path):
+def test_config_contains_n_ctx_for_converters(tmp_path):
     GPTConfig(**SIZES).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == 64
 
 
-def test_masks_in_gpt2s_first_files_are_nothing_unexpected(tmp_path):
+def test_masks_of_the_first_checkpoints_are_ignored(tmp_path):
     GPTForCausalLM(GPTConfig(**SIZES)).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
@@ -53,7 +53,7 @@ def test_masks_in_gpt2s_first_files_are_nothing_unexpected(tmp_path):
     assert not any(loading.values())
 
 
-def test_a_body_saved_alone_loads_under_a_head(tmp_path):
+def test_a_model_without_head_loads_under_a_head(tmp_path):
     torch.manual_seed(0)
     body = GPTModel(GPTConfig(**SIZES)).eval()
     body.save_pretrained(tmp_path)

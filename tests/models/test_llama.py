@@ -1,10 +1,10 @@
-"""What is Llama's own; what it shares with the other causal families is in test_causal.py."""
+"""What is specific to Llama; test_causal.py tests what all decoder families share."""
 
 import json
 
 import pytest
 import torch
-from test_causal import FAMILY
+from families import CASES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -13,7 +13,7 @@ from hf_myllm.models.llama import MyLlamaConfig, MyLlamaForCausalLM
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def test_bad_architectures_are_refused():
+def test_invalid_configurations_are_rejected():
     for changed, message in (
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
@@ -26,14 +26,14 @@ def test_bad_architectures_are_refused():
             MyLlamaConfig(**{**SIZES, **changed})
 
 
-def test_every_rope_type_of_the_library_is_held_to_stock():
-    tried = {
-        variant["rope_parameters"]["rope_type"] for variant in FAMILY["llama"].variants if "rope_parameters" in variant
+def test_every_rope_type_of_the_library_is_compared_with_stock():
+    tested = {
+        variant["rope_parameters"]["rope_type"] for variant in CASES["llama"].variants if "rope_parameters" in variant
     }
-    assert tried == {"default", *ROPE_INIT_FUNCTIONS}
+    assert tested == {"default", *ROPE_INIT_FUNCTIONS}
 
 
-def test_weights_start_as_stock_starts_them():
+def test_initialization_equals_stock():
     torch.manual_seed(0)
     model = MyLlamaForCausalLM(MyLlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 512}))
     for name, parameter in model.named_parameters():
@@ -43,22 +43,22 @@ def test_weights_start_as_stock_starts_them():
             assert parameter.std().item() == pytest.approx(0.02, rel=0.03), name
 
 
-def test_a_real_trained_llama_says_its_known_words(assets):
+def test_a_real_checkpoint_generates_the_expected_text(assets):
     folder = assets / "weights" / "stories260K"
     ours, loading = MyLlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    said = ours.eval().generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)
+    generated = ours.eval().generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)
     expected = (folder / "expected_greedy_200.txt").read_text()
-    assert tokenizer.decode(said[0], skip_special_tokens=True).strip() == expected.strip()
+    assert tokenizer.decode(generated[0], skip_special_tokens=True).strip() == expected.strip()
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert torch.equal(said, stock.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False))
+    assert torch.equal(generated, stock.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False))
 
 
-@pytest.mark.parametrize("kind", ["default", "llama3"])
-def test_the_rope_is_written_as_transformers_4_reads_it_too(tmp_path, kind):
-    rope = {"rope_type": kind, "rope_theta": 500000.0}
-    if kind == "llama3":
+@pytest.mark.parametrize("rope_type", ["default", "llama3"])
+def test_rope_is_saved_for_transformers_4_too(tmp_path, rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 500000.0}
+    if rope_type == "llama3":
         rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope |= {"original_max_position_embeddings": 32}
     config = MyLlamaConfig(**SIZES, rope_parameters=rope)
@@ -66,7 +66,7 @@ def test_the_rope_is_written_as_transformers_4_reads_it_too(tmp_path, kind):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["rope_theta"] == 500000.0
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    assert written.get("rope_scaling") == (scaling if kind == "llama3" else None)
+    assert written.get("rope_scaling") == (scaling if rope_type == "llama3" else None)
     for read in (MyLlamaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert read.rope_parameters == config.rope_parameters
     config.save_pretrained(tmp_path / "again")
