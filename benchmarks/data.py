@@ -19,7 +19,7 @@ import numpy as np
 
 from hf_myllm.data import packing, readers, sampler, sources
 from hf_myllm.data.corpus import TokenStream, load_tokens
-from hf_myllm.tasks import objectives
+from hf_myllm.tasks import CausalLM
 
 
 def prepare_ours(text, tokenizer):
@@ -69,10 +69,10 @@ def feed(rows_per_batch, batches, length=1024, count=200_000_000):
         ids = np.memmap(path, dtype=np.uint16, mode="r")
         int(ids.astype(np.uint32).sum())  # read once, so that both find it in memory
         rows = packing.StridedRows(TokenStream([ids], "", 50_000), length, length, "x")
-        objective, plan = objectives.Causal(), sampler.Sampler(len(rows), rows_per_batch, 1)
+        task, plan = CausalLM(max_len=length), sampler.Sampler(len(rows), rows_per_batch, 1)
         start = time.perf_counter()
         for step in range(batches):
-            objective.batch(rows, plan.rows_of_step(step), step, rows_per_batch)
+            task.batch(rows, plan.rows_of_step(step), step, rows_per_batch)
         ours = time.perf_counter() - start
         draw = np.random.default_rng(1)
         start = time.perf_counter()

@@ -18,18 +18,15 @@ import yaml
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
-from . import checkpoint
+from . import checkpoint, tasks
 from .data import cache, corpus, readers, sampler, sources, streaming
 from .data import tokenizer as tokenizers
-from .data.tokenizer import end_of_document
 from .distributed import cast_to_bf16, silence_libraries
 from .errors import InputError, exit_on_input_error, first_line
 from .evaluation import load_metric
-from .generate import encode_masked, encode_prompt
 from .models import FAMILIES, lora
 from .recipe import WORDS, Recipe, parse
-from .tasks import examples, objectives
-from .tasks import readers as tasks
+from .tasks import TASKS
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 QUICK_LOOK = 4_000_000  # characters that a dry run reads of a large source
@@ -45,7 +42,7 @@ class Run:
     accelerator: Accelerator
     sources: object  # the sources
     tokenizer: object  # None for a .bin without one
-    task: object  # of the task: see objectives
+    task: object  # a [`tasks.Task`]
     train_rows: object  # its rows; None when only evaluating
     val_rows: object  # None when there is nothing to validate on
     model: torch.nn.Module
@@ -164,7 +161,7 @@ def prepare(recipe, accelerator, resume_from):
     for name in recipe.evaluation.metrics or []:
         load_metric(name)
     given = find_sources(data, recipe.evaluation.eval_only)
-    if section.dry_run and not data.streaming and recipe.task not in tasks.TASKS:
+    if section.dry_run and not data.streaming and not TASKS[recipe.task].is_labelled:
         given = Sources(
             [quick_look(one) for one in given.training],
             given.weights,
@@ -174,33 +171,30 @@ def prepare(recipe, accelerator, resume_from):
     check_family(recipe, pretrained)
     is_trained = resume_from is not None or recipe.evaluation.eval_only
     tokenizer = find_tokenizer(recipe, given, pretrained, is_trained)
-    task = find_task(recipe, given, tokenizer, pretrained, is_trained)
+    task = build_task(recipe, given, tokenizer, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
-    objective = build_objective(recipe, tokenizer, config, task)
     if tokenizer is not None and tokenizer.model_max_length > config.max_position_embeddings:
         tokenizer.model_max_length = config.max_position_embeddings  # so that stock pipelines know where to cut
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
     state = checkpoint.load_state(resume_from) if resume_from else None
-    resolve(recipe, config, objective, accelerator, state)
+    resolve(recipe, config, task, accelerator, state)
     if state is not None and not recipe.evaluation.eval_only:
         check_same_recipe(recipe, state, resume_from)
     if pretrained:
         check_architecture(recipe, pretrained, is_trained)
     if recipe.evaluation.start_context is not None and tokenizer is not None:
-        encode = encode_masked if recipe.task in ("mlm", "mlm_nsp") else encode_prompt
-        encode(tokenizer, recipe.evaluation.start_context, config.max_position_embeddings)
+        task.check_prompt(recipe.evaluation.start_context, config.max_position_embeddings)
 
     is_maker = accelerator.is_local_main_process
-    if task:
-        training, validation, account = load_examples(recipe, given, task, objective)
-    elif data.streaming and not recipe.evaluation.eval_only:
+    if data.streaming and not recipe.evaluation.eval_only:
         training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
     else:
-        training, validation, account = load_data(data, given, tokenizer, is_maker)
+        training, validation, account = task.load(given.training, given.validation, is_maker)
+    vars(data).update(task.resolved_settings)
     held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
     for part, name in ((training, given.name), (validation, held_out)):
-        tokens = part.tokens if task and part else part
+        tokens = part.tokens if task.is_labelled and part else part
         if tokens is None or tokens.max_id < config.vocab_size:
             continue
         if (place := tokens.find_out_of_vocabulary(config.vocab_size)) is not None:
@@ -218,29 +212,26 @@ def prepare(recipe, accelerator, resume_from):
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
         cast_to_bf16(model)
-    if objective.isolates:
+    if task.isolates_documents:
         use_fast_isolation(model, config, accelerator)
-    # validation rows do not overlap, whatever the stride: each token is predicted once
-    apart = data.max_len - objective.specials
     run = Run(
         recipe,
         accelerator,
         given,
         tokenizer,
-        objective,
-        None if training is None else objective.rows(training, data.max_len, data.stride, given.name),
-        None if validation is None else objective.rows(validation, data.max_len, apart, held_out),
+        task,
+        None if training is None else task.make_rows(training, given.name, data.stride),
+        None if validation is None else task.make_rows(validation, held_out),  # without overlap: each token once
         model,
         fresh,
         resume_from,
         account,
     )
-    if recipe.task == "instruction" and account["train"].get("ends"):  # where a turn ends, a text does
-        ends = {*account["train"]["ends"], tokenizer.eos_token_id} - {None}
-        model.generation_config.eos_token_id = sorted(ends)
+    if training is not None:
+        task.update_generation_config(model, account["train"])
     if recipe.evaluation.metric_for_best and run.val_rows is None:
         raise InputError("metric_for_best needs rows to validate on: give --val_file FILE, or a val_fraction above 0")
-    if tokenizer is not None and recipe.task in ("causal", "instruction"):  # what is masked adds up to no text
+    if tokenizer is not None and task.has_bits_per_byte:
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not recipe.evaluation.eval_only:
         plan(run, state, sampler.integer_weights(given.weights))
@@ -314,9 +305,10 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
         kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
 
         texts, of_task = readers.SourceTexts(text), []
-        if recipe.task in tasks.TASKS:
-            texts = tasks.PlainTexts(text, recipe.task, **columns(data))
-            of_task = [recipe.task, columns(data)]
+        if TASKS[recipe.task].is_labelled:
+            columns = {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
+            texts = tasks.LabelledTexts(text, recipe.task, **columns)
+            of_task = [recipe.task, columns]
 
         def train_tokenizer(folder):
             tokenizers.save(tokenizers.TRAINERS[kind](texts, size), folder)
@@ -335,60 +327,14 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     return None
 
 
-def find_task(recipe, given, tokenizer, pretrained, is_trained):
-    """How labelled rows are read, with the labels that there are: those that the model was trained for, or those of the
-    training data. None where the task needs no labels."""
-    if recipe.task not in tasks.TASKS:
-        return None
-    if tokenizer is None:
-        raise InputError(f"task {recipe.task} needs a tokenizer: give --tokenizer, or a model that has one")
-    data, config_class = recipe.data, FAMILIES[recipe.model].config
-    if tokenizer.pad_token is None and recipe.task != "instruction":  # stock pipelines fill their batches with it
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_of_document(tokenizer)[0])
-    if data.chat_template and (not is_trained or tokenizer.chat_template is None):
-        tokenizer.chat_template = read_template(data.chat_template)
-    more = {"stride": data.stride} if recipe.task == "question_answering" else {}
-    task = tasks.TASKS[recipe.task](tokenizer, data.max_len, **columns(data), **more)
-    if not hasattr(task, "find_labels"):
-        return task
-    stored = trained_labels(config_class.from_pretrained(lora.config_of(pretrained))) if pretrained else None
-    if is_trained:
-        task.labels = stored
-        return task
-    found = task.find_labels(given.training[0], data.problem_type, data.skip_bad_rows)
-    if stored and set(stored.names) == set(found.names):  # in the order that the model's head has them
-        task.labels = replace(found, names=stored.names)
-    return task
+def build_task(recipe, given, tokenizer, pretrained, is_trained):
+    """The recipe's task, with the labels that the model was trained for, or those of the training data."""
+    config_class, source = FAMILIES[recipe.model].config, given.training[0] if given.training else None
+    stored = config_class.from_pretrained(lora.config_of(pretrained)) if pretrained else None
+    return tasks.build(recipe.task, tokenizer, vars(recipe.data), recipe.run.seed, source, stored, is_trained)
 
 
-def columns(data):
-    return {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
-
-
-def trained_labels(config):
-    """What a classifier was trained to tell apart."""
-    if config.problem_type == tasks.REGRESSION or (config.problem_type is None and config.num_labels == 1):
-        return tasks.Labels(tasks.REGRESSION)
-    names = tuple(config.id2label[number] for number in range(config.num_labels))
-    return tasks.Labels(config.problem_type or tasks.CLASSIFICATION, names)
-
-
-def read_template(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"chat_template {path[:100]!r} is not a file that can be read: {error}") from None
-
-
-def build_objective(recipe, tokenizer, config, task=None):
-    data = recipe.data
-    if task:
-        return objectives.build_labelled(task, config, data.packing)
-    settings = data.packing, data.mlm_probability, data.whole_word_masking
-    return objectives.build(recipe.task, tokenizer, config.vocab_size, recipe.run.seed, *settings)
-
-
-def build_config(recipe, tokenizer, pretrained, task=None):
+def build_config(recipe, tokenizer, pretrained, task):
     """The model's configuration: that of the checkpoint it starts from, or the family's own, with the recipe's
     `config` over it."""
     config_class = FAMILIES[recipe.model].config
@@ -397,13 +343,7 @@ def build_config(recipe, tokenizer, pretrained, task=None):
         if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))
-        if task and task.labels:
-            names = task.labels.names or ("LABEL_0",)
-            settings |= {"id2label": dict(enumerate(names))}
-            settings["label2id"] = {name: number for number, name in enumerate(names)}
-            settings["problem_type"] = task.labels.kind  # not that of the model which it starts from
-        if task and recipe.task != "instruction":  # the last token of a row is the last that is not this one
-            settings["pad_token_id"] = tokenizer.pad_token_id
+        settings |= task.config_settings()
         if pretrained:
             config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
             if recipe.data.add_tokens and "vocab_size" not in settings:
@@ -468,7 +408,7 @@ def positions_key(config_class):
     return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
 
 
-def build_model(recipe, config, pretrained, is_trained, task=None):
+def build_model(recipe, config, pretrained, is_trained, task):
     """The model, with fresh weights that only the seed decides, or with those of a checkpoint; and the names of the
     weights that the checkpoint did not have, which only a head may lack. With LoRA, where the recipe or the checkpoint
     has it."""
@@ -493,21 +433,14 @@ def build_model(recipe, config, pretrained, is_trained, task=None):
             return model, fresh
         model = model.merge_and_unload().requires_grad_(True)
     is_whole = not any(name.startswith(head) for name in fresh for head in heads_of(model))
-    if task and task.labels and pretrained and not is_trained and is_whole:
-        stored = trained_labels(type(config).from_pretrained(lora.config_of(pretrained)))
-        if not means_the_same(task.labels, stored):
+    if task.labels and pretrained and not is_trained and is_whole:
+        stored = tasks.Labels.from_config(type(config).from_pretrained(lora.config_of(pretrained)))
+        if not task.labels.fit_head(stored):
             fresh = [*fresh, *start_head(model)]
     if section.r and not recipe.evaluation.eval_only:
         settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
         model = lora.add(model, recipe.task, fresh, *settings)
     return model, fresh
-
-
-def means_the_same(labels, stored):
-    """Whether a head that was trained for some labels may go on with others."""
-    if tasks.REGRESSION in (labels.kind, stored.kind):
-        return labels.kind == stored.kind
-    return set(stored.names) in (set(labels.names), {f"LABEL_{name}" for name in labels.names})
 
 
 def heads_of(model):
@@ -555,7 +488,7 @@ def build_whole_model(recipe, config, pretrained, is_trained):
         raise InputError(f"the model {pretrained} cannot be loaded: {first_line(error)}") from None
     fresh, body = sorted(loading["missing_keys"]), f"{model_class.base_model_prefix}."
     mismatched = sorted(loading["mismatched_keys"])
-    if not is_trained and recipe.task in tasks.TASKS:  # a head for other labels
+    if not is_trained and TASKS[recipe.task].is_labelled:  # a head for other labels
         fresh += [name for name, *_ in mismatched if not name.startswith(body)]
         mismatched = [one for one in mismatched if one[0].startswith(body)]
     if mismatched:
@@ -594,23 +527,16 @@ def use_fast_isolation(model, config, accelerator):
         model.set_attn_implementation("flex_attention")
 
 
-def resolve(recipe, config, objective, accelerator, state):
+def resolve(recipe, config, task, accelerator, state):
     """Fill in the sizes that follow from others."""
     data, training = recipe.data, recipe.training
     positions = config.max_position_embeddings
     data.max_len = data.max_len or positions
     if data.max_len > positions:
         raise InputError(f"max_len {data.max_len} is more than the {positions} positions of the model")
-    if recipe.task == "mlm_nsp" and config.type_vocab_size < 2:
-        raise InputError(
-            f"type_vocab_size is {config.type_vocab_size}, and task mlm_nsp tells two sentences apart by it"
-        )
-    if data.max_len <= objective.specials + (recipe.task == "mlm_nsp"):
-        raise InputError(
-            f"max_len {data.max_len} is too small: task {recipe.task} puts {objective.specials} tokens around"
-        )
-    if recipe.task in ("causal", "mlm") and data.packing in ("stream", "documents") and not data.streaming:
-        data.stride = data.stride or data.max_len - objective.specials
+    task.configure(config, data.max_len)
+    if task.has_stride and not data.streaming:
+        data.stride = data.stride or data.max_len - task.num_special_tokens
     if training.total_batch_size is None:
         micro = training.gradient_accumulation_steps or 1
         training.total_batch_size = training.batch_size * micro * accelerator.num_processes
@@ -623,42 +549,8 @@ def resolve(recipe, config, objective, accelerator, state):
         training.epochs = 1.0
 
 
-def load_data(data, given, tokenizer, show):
-    """Training and validation tokens, either None where there are none, and the account of both."""
-    fraction = 0.0 if given.validation else data.val_fraction
-    loaded = [corpus.load_tokens(one, tokenizer, fraction, data.bin_dtype, show) for one in given.training]
-    training, validation, account = None, None, {}
-    if loaded:
-        training = corpus.concatenate([tokens for tokens, _, _ in loaded])
-        account = loaded[0][2] if len(loaded) == 1 else corpus.merge_stats([one for _, _, one in loaded])
-        if held_out := [tokens for _, tokens, _ in loaded if tokens is not None]:
-            validation = corpus.concatenate(held_out)
-    if given.validation:
-        validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, show)
-    return training, validation, account
-
-
-def load_examples(recipe, given, task, objective):
-    """What `load_data` gives, of labelled data."""
-    data, skip = recipe.data, recipe.data.skip_bad_rows
-    training, validation, account = None, None, {"train": {}}
-    task.max_len = data.max_len
-    if given.training:
-        fraction = 0.0 if given.validation else data.val_fraction
-        training, validation = examples.load_examples(given.training[0], task, fraction, skip)
-        account["train"] = training.account
-    if given.validation:
-        validation, _ = examples.load_examples(given.validation, task, skip=skip)
-        account["validation"] = validation.account
-    if recipe.task == "question_answering":
-        if data.unanswerable is None and training is not None:
-            data.unanswerable = training.account["unanswerable"] > 0
-        objective.may_refuse, objective.longest = data.unanswerable, data.max_answer_len
-    return training, validation, account
-
-
 def open_stream(recipe, given, tokenizer, state, is_maker):
-    """What `load_data` gives, of a corpus that is read a window at a time."""
+    """What `task.load` gives, of a corpus that is read a window at a time."""
     data, (source,), validation = recipe.data, given.training, None
     places = state.get("stream") if state else None
     if source.format in sources.TOKEN_ID_FORMATS:
@@ -710,8 +602,7 @@ def plan(run, state, weights):
         tuple(parts),
         run.recipe.data.streaming,
         run.train_rows.lengths,
-        # of fewer steps where length may say what the label is, and a batch should not have one kind alone
-        8 if isinstance(run.train_rows, examples.Examples) else 32,
+        run.task.length_group_steps,
     )
     if section.warmup_steps > run.total_steps:
         raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")
@@ -768,22 +659,17 @@ def main(argv):
     given = find_sources(data, False)
     check_family(recipe, pretrained)
     tokenizer = find_tokenizer(recipe, given, pretrained, False)
-    task = find_task(recipe, given, tokenizer, pretrained, False)
+    task = build_task(recipe, given, tokenizer, pretrained, False)
     config = build_config(recipe, tokenizer, pretrained, task)
-    objective, length = build_objective(recipe, tokenizer, config, task), data.max_len or config.max_position_embeddings
-    if task:
-        data.max_len = length
-        for name, rows in zip(("training", "validation"), load_examples(recipe, given, task, objective), strict=False):
-            if rows is not None:
-                print(f"{name:<12}{len(rows):,} rows are prepared")
-        print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
-        return
+    data.max_len = data.max_len or config.max_position_embeddings
+    task.configure(config, data.max_len)
     if data.streaming:
         given.training = []  # which is prepared as it is read
-    for name, tokens in zip(("training", "validation"), load_data(data, given, tokenizer, show=True), strict=False):
-        if tokens is not None:
-            objective.rows(tokens, length, data.stride or length, f"the {name} data")
-            print(f"{name:<12}{len(tokens):,} tokens are prepared")
+    loaded, unit = task.load(given.training, given.validation, True), "rows" if task.is_labelled else "tokens"
+    for name, part in zip(("training", "validation"), loaded, strict=False):
+        if part is not None:
+            task.make_rows(part, f"the {name} data", data.stride)
+            print(f"{name:<12}{len(part):,} {unit} are prepared")
     print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
 
 

@@ -1,10 +1,10 @@
-"""Evaluation: sums over all rows and all processes, divided once."""
+"""Evaluation: exact sums over all rows and ranks, divided once."""
 
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 
-import evaluate as evaluate_library
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -12,144 +12,126 @@ from accelerate.utils import gather_object
 from .data.sampler import micro_batches
 from .distributed import to_device
 from .errors import InputError, first_line
-from .tasks.objectives import IGNORED, counts, targets
-
-METRICS = Path(__file__).parent / "metrics"
+from .tasks.base import language_metrics
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_rows(
     model,
-    objective,
-    data,
+    task,
     rows,
+    indices,
     batch_size,
     accelerator,
     token_bytes=None,
-    must_stop=lambda: False,
-    is_judged=True,
-    metrics=(),
+    should_stop=lambda: False,
+    with_predictions=True,
+    extra_metrics=(),
 ):
-    """The mean loss of some rows, each counted once, whatever the batch size and the number of processes.
+    """Return the metrics of some rows, each counted once, whatever the batch size and the number of ranks.
 
     Args:
-        objective: what is learned; see data/objectives.
-        data: the rows, as the objective takes them.
-        rows: array of row numbers.
-        token_bytes: bytes of text per token id, for the loss in bits per byte.
-        must_stop: asked before each batch, by all processes together; True ends the evaluation.
-        is_judged: whether labelled rows are judged by the task's metrics too.
-        metrics: names of more, see [`judge`].
+        task: a [`Task`].
+        rows: rows of the task.
+        indices: array of the rows to evaluate.
+        token_bytes: bytes of text per token id, for bits per byte.
+        should_stop: called before each batch, by all ranks together; True ends the evaluation.
+        with_predictions: whether to compute the metrics of the task's predictions too, if it has any.
+        extra_metrics: names of metrics of the library `evaluate`, see [`library_metrics`].
     Returns:
-        None when it was ended; else loss (nats per target), perplexity, tokens (the targets), and bits_per_byte (None
-        without token_bytes). Where rows are pairs of sentences, the loss is the sum of both tasks', and there are
-        nsp_loss (nats per pair) and nsp_accuracy besides; the perplexity is that of the masked tokens. Where rows
-        are judged, there are `metrics` (see [`judge`]) in place of the perplexity.
+        None if it was stopped; else a dict of loss and the task's metrics. Tasks on text have perplexity, tokens (the
+        number of targets) and bits_per_byte (None without token_bytes).
     Raises:
-        InputError: see [`judge`].
+        InputError: see [`library_metrics`].
     """
     was_training = model.training
     model.eval()
-    losses, tokens, text_bytes, pairs, pair_loss, right, said = [], 0, 0, 0, 0.0, 0, []
-    rounds = math.ceil(len(rows) / (batch_size * accelerator.num_processes))
-    # every process takes part in every round, with an empty batch where its rows have run out
-    for _, share in micro_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
-        if must_stop():
+    losses, sums, predictions = [], Counter(tokens=0, bytes=0), []
+    rounds = math.ceil(len(indices) / (batch_size * accelerator.num_processes))
+    # every rank takes part in every round, with an empty batch once its rows have run out
+    for _, share in micro_batches(indices, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
+        if should_stop():
             model.train(was_training)
             return None
-        batch = objective.batch(data, share, size=batch_size)
-        inputs = {key: to_device(value, accelerator.device) for key, value in batch.items()}
-        found = counts(batch)
-        outputs = objective.forward(model, inputs, dict.fromkeys(found, 1))  # divided by 1: sums
-        losses.append(outputs.loss.clone())  # which a CUDA graph may write again
-        tokens += found["num_items_in_batch"]
-        if "next_sentence_label" in batch:
-            label, scores = inputs["next_sentence_label"], outputs.seq_relationship_logits.float()
-            pair_loss += torch.nn.functional.cross_entropy(scores, label, reduction="sum").item()
-            right += int((scores.argmax(-1) == label).sum())
-            pairs += found["num_pairs_in_batch"]
-        if is_judged and hasattr(objective, "predictions"):
-            said += zip(share.tolist(), objective.predictions(outputs, data, share), strict=True)
+        batch = task.batch(rows, share, size=batch_size)
+        inputs = {name: to_device(value, accelerator.device) for name, value in batch.items()}
+        counts = task.count_targets(batch)
+        outputs = task.forward(model, inputs, dict.fromkeys(counts, 1))  # divided by 1: sums
+        losses.append(outputs.loss.clone())  # a CUDA graph may overwrite it
+        sums.update(tokens=counts["num_items_in_batch"], **task.batch_sums(inputs, outputs))
+        if with_predictions and task.has_predictions:
+            predictions += zip(share.tolist(), task.predictions(outputs, rows, share), strict=True)
         if token_bytes is not None:
-            labels = targets(batch)[targets(batch) != IGNORED]
-            text_bytes += int(token_bytes[labels.numpy()].sum())
+            targets = task.targets(batch)
+            sums["bytes"] += int(token_bytes[targets[targets >= 0].numpy()].sum())
     model.train(was_training)
-    loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch is waited for
+    sums["loss"] = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch waits for it
     if accelerator.num_processes > 1:
-        sums = [loss_sum, tokens, text_bytes, pairs, pair_loss, right]
-        sums = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device))
-        loss_sum, tokens, text_bytes, pairs, pair_loss, right = sums.tolist()
-    figures = _figures(loss_sum - pair_loss, int(tokens), text_bytes)
-    if pairs:
-        figures |= {"nsp_loss": pair_loss / pairs, "nsp_accuracy": right / pairs}
-        figures["loss"] += figures["nsp_loss"]
-    if is_judged and hasattr(objective, "predictions"):
-        if accelerator.num_processes > 1:  # each row once, whoever had it
-            said = gather_object(said)
-        numbers, predictions = zip(*sorted(said, key=lambda pair: pair[0]), strict=True)
-        figures = {"loss": figures["loss"], "tokens": figures["tokens"]}
-        figures["metrics"] = judge(*objective.judged(data, np.array(numbers), predictions), metrics)
-    return figures
+        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+        sums = dict(zip(sums, accelerator.reduce(values).tolist(), strict=True))
+        predictions = gather_object(predictions) if with_predictions and task.has_predictions else []
+    metrics = task.loss_metrics(sums)
+    if predictions:
+        indices, predictions = zip(*sorted(predictions, key=lambda pair: pair[0]), strict=True)
+        inputs = task.metric_inputs(rows, np.array(indices), predictions)
+        metrics |= task.compute_metrics(*inputs)
+        metrics |= library_metrics(extra_metrics, *inputs, metrics)
+    return metrics
 
 
-def load_metric(name, kind=None):
-    """A metric of the library `evaluate`.
+def load_metric(name):
+    """Return a metric of the library `evaluate`, by its Hub id or path.
 
     Raises:
-        InputError: there is none by that name, or it needs what is not installed.
+        InputError: there is none by that name, or it needs a package that is not installed.
     """
+    import evaluate  # slow to import, and only a recipe's `metrics` need it
+
     try:
-        return evaluate_library.load(name, kind, keep_in_memory=True)
-    except Exception as error:  # of the network, of the library
-        raise InputError(f"metric {name} cannot be had: {first_line(error)[:300]}") from None
+        return evaluate.load(name, keep_in_memory=True)
+    except Exception as error:  # of the network, of the library, of the metric
+        raise InputError(f"metric {name} cannot be loaded: {first_line(error)[:300]}") from None
 
 
-def judge(name, kind, predictions, references, more=()):
-    """What is usual for a task, by the library `evaluate` and a metric of ours, which needs no Hub.
+def library_metrics(names, predictions, references, known=()):
+    """Return the values of metrics of the library `evaluate`.
 
     Args:
-        name: "classification", "entities", "answers" or "language_modeling": the file in metrics/, which says what it
-            takes and gives.
-        kind: its configuration, None where there is but one.
-        more: names of other metrics, of the Hub or paths, that take the same; theirs that have the name of one of ours
-            are called NAME_KEY.
-    Returns:
-        name -> value.
+        names: their Hub ids or paths.
+        known: names of metrics that exist already; another metric's value with such a name is called NAME_KEY.
     Raises:
-        InputError: another metric cannot be had, or does not take what the task gives.
+        InputError: a metric cannot be loaded, or does not accept the task's predictions.
     """
-    found = {}
-    for one in (str(METRICS / f"{name}.py"), *more):
-        metric = load_metric(one, kind if one.startswith(str(METRICS)) else None)
+    metrics = {}
+    for name in names:
+        metric = load_metric(name)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of figures that a few rows do not define
-                figures = metric.compute(predictions=predictions, references=references)
-        except Exception as error:  # whatever the metric thinks of
-            raise InputError(f"metric {one} does not take what the task gives: {first_line(error)[:300]}") from None
-        for key, value in figures.items():
+                warnings.simplefilter("ignore")  # about values that a few rows do not define
+                values = metric.compute(predictions=predictions, references=references)
+        except Exception as error:  # of the metric, which is a program
+            raise InputError(
+                f"metric {name} does not accept the task's predictions: {first_line(error)[:300]}; leave it out"
+            ) from None
+        for key, value in values.items():
             if isinstance(value, (int, float, np.number)):
-                found[f"{Path(one).stem}_{key}" if key in found else key] = float(value)
-    return found
+                metrics[f"{Path(name).stem}_{key}" if key in {*known, *metrics} else key] = float(value)
+    return metrics
 
 
-def unigram_level(training, validation, vocab_size, token_bytes=None, never=(), limit=20_000_000):
-    """The validation loss of a model that knows only how often each token occurs: what any context must beat.
+def unigram_loss(training, validation, vocab_size, token_bytes=None, never=(), limit=20_000_000):
+    """Return the validation metrics of predicting each token by its frequency alone: what any use of context must beat.
 
-    Frequencies are the training data's, plus one for each id so that none is impossible; of a large corpus, the first
-    `limit` tokens are read.
+    Frequencies are the training data's, plus one for each id so that none is impossible.
 
     Args:
-        never: ids that are nobody's target, as the special tokens of masked-LM tasks.
+        training, validation: [`TokenStream`]s.
+        never: ids that are never a target, such as the special tokens in masked language modeling.
+        limit: tokens to read of each.
     """
     frequencies = np.bincount(training.read(0, min(limit, len(training))), minlength=vocab_size) + 1.0
-    target = np.asarray(validation.read(0, min(limit, len(validation))))[1:]
+    targets = np.asarray(validation.read(0, min(limit, len(validation))))[1:]
     if len(never):
-        frequencies[never], target = 0.0, target[~np.isin(target, never)]
-    loss_sum = -np.log(frequencies[target] / frequencies.sum()).sum()
-    return _figures(float(loss_sum), len(target), 0 if token_bytes is None else int(token_bytes[target].sum()))
-
-
-def _figures(loss_sum, tokens, text_bytes):
-    found = judge("language_modeling", None, [loss_sum], [{"tokens": tokens, "bytes": text_bytes}])
-    return {"bits_per_byte": None, "tokens": tokens} | found
+        frequencies[never], targets = 0.0, targets[~np.isin(targets, never)]
+    loss_sum = float(-np.log(frequencies[targets] / frequencies.sum()).sum())
+    return language_metrics(loss_sum, len(targets), 0 if token_bytes is None else int(token_bytes[targets].sum()))

@@ -39,9 +39,8 @@ from .distributed import (
     to_device,
 )
 from .errors import InputError, RankError, exit_on_input_error, first_line
-from .evaluation import evaluate
+from .evaluation import evaluate_rows
 from .files import write_text_atomically
-from .generate import fill_in, generate_text
 from .hub import push as hub
 from .models import FAMILIES, lora
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, step_if, to_full, to_local
@@ -60,7 +59,6 @@ from .reporting.summary import (
     skipped_rows,
 )
 from .reporting.trackers import start_trackers
-from .tasks import examples, objectives
 
 MAX_STEPS_IN_FLIGHT = {
     "cuda": 1
@@ -305,9 +303,9 @@ def training_step(run, model, step):
     batches = [run.task.batch(run.train_rows, share, step, section.batch_size) for _, share in shares]
     counts = Counter()
     for batch in batches:
-        counts.update(objectives.counts(batch))
+        counts.update(run.task.count_targets(batch))
     # all processes divide by the same numbers, and stop at the same step or none
-    tokens, read = sum(map(objectives.tokens_read, batches)), sum(sampler.rows_digest(share) for _, share in shares)
+    tokens, read = sum(map(run.task.count_tokens, batches)), sum(sampler.rows_digest(share) for _, share in shares)
     sums = torch.tensor([*counts.values(), tokens, read, bool(run.signals)])
     sums = accelerator.reduce(to_device(sums, accelerator.device))
     counts = {name: total.clamp(min=1) for name, total in zip(counts, sums, strict=False)}  # a step may have no target
@@ -411,23 +409,19 @@ def has_lost_patience(run, step):
 # ---- evaluation, checkpoints, the end
 
 
-def evaluate_rows(run, model, rows, count, first=0, is_judged=True):
-    """The loss of `count` rows, evenly spread (None: all rows) from a first one on; of labelled data with all rows of
-    each item."""
-    if isinstance(rows, examples.Examples):
-        numbers = rows.rows_of(sampler.evenly_spaced(count, rows.num_items))
-    else:
-        numbers = sampler.evenly_spaced(count, len(rows)) + first
-    return evaluate(
+def evaluate(run, model, rows, count, first=0, with_predictions=True):
+    """Return the metrics of `count` rows, evenly spaced (None: all rows), or of all rows of `count` examples; the rows
+    are counted from `first`."""
+    return evaluate_rows(
         model,
         run.task,
         rows,
-        numbers,
+        run.task.choose_rows(rows, count) + first,
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
         lambda: any_rank(run, bool(run.signals)),
-        is_judged,
+        with_predictions,
         run.recipe.evaluation.metrics or (),
     )
 
@@ -440,26 +434,23 @@ def report_evaluation(run, model, reporter, step, is_final=False):
     """
     recipe, run.phase = run.recipe, f"the evaluation after step {step}"
     count, metric = (recipe.evaluation.eval_iter or 20) * recipe.training.total_batch_size, None
-    training = evaluate_rows(
-        run, model, run.train_rows, count, run.sampler.first_row(max(0, step - 1)), is_judged=False
-    )
+    first = run.sampler.first_row(max(0, step - 1))
+    training = evaluate(run, model, run.train_rows, count, first, with_predictions=False)
     validation = {}
     if training is not None and run.val_rows:
         metric = recipe.evaluation.metric_for_best
-        is_labelled = isinstance(run.val_rows, examples.Examples) and recipe.evaluation.eval_iter is None
-        validation = evaluate_rows(run, model, run.val_rows, None if is_final or metric or is_labelled else count)
+        is_whole = is_final or metric or (run.task.has_predictions and recipe.evaluation.eval_iter is None)
+        validation = evaluate(run, model, run.val_rows, None if is_whole else count)
     if training is None or validation is None:
         return None
     line = {"step": step, "train_loss": training["loss"]}
     if validation:
-        flat = {key: value for key, value in validation.items() if key != "metrics"}
-        if "metrics" in validation:  # whose tokens are labels
-            del flat["tokens"]
-        line |= {f"val_{key}": value for key, value in (flat | validation.get("metrics", {})).items()}
+        line |= {f"val_{key}": value for key, value in validation.items()}
         if metric and metric not in line:
             known = ", ".join(key for key in line if key.startswith("val_"))
             raise InputError(f"metric_for_best {metric} is no figure of task {recipe.task}, which has {known}")
-    reporter.evaluation(step, run.total_steps, training, validation)
+    details = run.task.describe_metrics(validation) if validation else ""
+    reporter.evaluation(step, run.total_steps, training, validation, details)
     speaks = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # whose weights only all have together
     if recipe.evaluation.start_context is not None and run.tokenizer is not None and speaks:
         line["sample"] = sample(run, step)
@@ -471,15 +462,12 @@ def report_evaluation(run, model, reporter, step, is_final=False):
 def sample(run, step):
     section = run.recipe.evaluation
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
-    if run.recipe.task in ("mlm", "mlm_nsp"):
-        return fill_in(model, run.tokenizer, section.start_context)
-    return generate_text(
+    return run.task.sample(
         model,
-        run.tokenizer,
         section.start_context,
-        section.max_new_tokens,
-        section.temperature,
-        section.top_k,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_k=section.top_k,
         seed=sampler.derive_seed(run.recipe.run.seed, "sample", step),
     )
 
@@ -665,14 +653,14 @@ def evaluate_only(run):
         shard_model(run.accelerator, run.model, run.recipe.training.compile)
     else:
         run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
-    figures = evaluate_rows(run, run.model, run.val_rows, None)
+    metrics = evaluate(run, run.model, run.val_rows, None)
     if run.accelerator.is_main_process:
         print("".join(f"{line}\n" for line in skipped_rows(run)), end="")
-    if run.accelerator.is_main_process and "metrics" in figures:
-        print(f"validation loss {describe_loss(figures)}\nover all {len(run.val_rows):,} rows of {run.val_rows.name}")
-    elif run.accelerator.is_main_process:
-        print(f"validation loss {describe_loss(figures)}, perplexity {figures['perplexity']:.3f}")
-        print(f"over all {figures['tokens']:,} tokens of {run.val_rows.name}")
+        has_perplexity = "perplexity" in metrics
+        count = f"{metrics['tokens']:,} tokens" if has_perplexity else f"{len(run.val_rows):,} rows"
+        perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
+        print(f"validation loss {describe_loss(run.task, metrics)}{perplexity}")
+        print(f"over all {count} of {run.val_rows.name}")
     return 0
 
 

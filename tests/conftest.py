@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,3 +128,13 @@ def train(*arguments):
         return main([str(argument) for argument in arguments]) or 0
     except SystemExit as exit:
         return exit.code
+
+
+def make_task(name, tokenizer, max_len, vocab_size=None, seed=0, **settings):
+    """A task that is configured for a small BERT's sizes."""
+    from hf_myllm import tasks
+
+    task = tasks.build(name, tokenizer, settings, seed)
+    config = {"vocab_size": vocab_size or len(tokenizer), "type_vocab_size": 2}
+    task.configure(SimpleNamespace(**config, pad_token_id=getattr(tokenizer, "pad_token_id", None)), max_len)
+    return task

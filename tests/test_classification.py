@@ -12,7 +12,11 @@ from families import CASES
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from hf_myllm.evaluation import judge
+from hf_myllm.tasks import Labels
+from hf_myllm.tasks.base import language_metrics
+from hf_myllm.tasks.classification import classification_metrics
+from hf_myllm.tasks.question_answering import answer_metrics
+from hf_myllm.tasks.token_classification import entity_metrics
 
 
 def write_rows(path, count, kind, seed=0):
@@ -114,32 +118,31 @@ def test_batches_do_not_matter_and_what_was_trained_is_judged_elsewhere(tmp_path
 
 
 def test_metrics_by_hand():
-    found = judge("classification", "binary", [0, 1, 1, 0], [0, 1, 0, 0])
-    assert found["accuracy"] == 0.75
-    assert found["f1"] == pytest.approx(2 / 3)
-    assert found["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)
-    assert "f1" not in judge("classification", "single_label_classification", [0, 1, 2], [0, 1, 2])
-    found = judge("classification", "multi_label_classification", [[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])
-    assert found == pytest.approx({"accuracy": 0.5, "f1_macro": (2 / 3 + 1) / 2, "f1_micro": 0.8})
-    found = judge("classification", "regression", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
-    assert found["pearson"] == pytest.approx(1)
-    assert found["mse"] == pytest.approx((1 + 4 + 9) / 3)
-    assert judge("classification", "regression", [1.0, 1.0], [2.0, 3.0])["spearman"] == 0
-    # an entity counts when it is whole and of its type
-    wanted = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
-    found = judge("entities", None, [["B-PER", "O", "O", "B-LOC"], ["B-PER", "B-LOC"]], wanted)
-    assert found == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
-    # as SQuAD's script: articles, case and punctuation aside, the best of several references, "" for no answer
-    said = [("The  blue Sky.", ["blue sky"]), ("sky", ["the green sea", "a blue sky"]), ("", [""]), ("x", [""])]
-    predictions = [{"id": str(n), "prediction_text": text} for n, (text, _) in enumerate(said)]
+    labels = {n: Labels("single_label_classification", tuple("abc"[:n])) for n in (2, 3)}
+    metrics = classification_metrics([0, 1, 1, 0], [0, 1, 0, 0], labels[2])
+    assert metrics["accuracy"] == 0.75
+    assert metrics["f1"] == pytest.approx(2 / 3)
+    assert metrics["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)
+    assert "f1" not in classification_metrics([0, 1, 2], [0, 1, 2], labels[3])
+    several = Labels("multi_label_classification", ("a", "b"))
+    metrics = classification_metrics([[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], several)
+    assert metrics == pytest.approx({"accuracy": 0.5, "f1_macro": (2 / 3 + 1) / 2, "f1_micro": 0.8})
+    metrics = classification_metrics([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], Labels("regression"))
+    assert metrics["pearson"] == pytest.approx(1)
+    assert metrics["mse"] == pytest.approx((1 + 4 + 9) / 3)
+    assert classification_metrics([1.0, 1.0], [2.0, 3.0], Labels("regression"))["spearman"] == 0
+    # an entity counts when all of it and its type are right
+    references = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
+    metrics = entity_metrics([["B-PER", "O", "O", "B-LOC"], ["B-PER", "B-LOC"]], references)
+    assert metrics == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
+    # as in SQuAD's script: articles, case and punctuation aside, the best of several references, "" for no answer
+    answers = [("The  blue Sky.", ["blue sky"]), ("sky", ["the green sea", "a blue sky"]), ("", [""]), ("x", [""])]
+    predictions = [{"id": str(n), "prediction_text": text} for n, (text, _) in enumerate(answers)]
     references = [
         {"id": str(n), "answers": {"text": texts, "answer_start": [0] * len(texts)}}
-        for n, (_, texts) in enumerate(said)
+        for n, (_, texts) in enumerate(answers)
     ]
-    assert judge("answers", None, predictions, references) == pytest.approx(
-        {"exact_match": 2 / 4, "f1": (1 + 2 / 3 + 1 + 0) / 4}
-    )
-    found = judge(
-        "language_modeling", None, [math.log(8), math.log(2)], [{"tokens": 1, "bytes": 3}, {"tokens": 1, "bytes": 1}]
-    )
-    assert found == pytest.approx({"loss": math.log(4), "perplexity": 4, "bits_per_byte": 1})
+    metrics = answer_metrics(predictions, references)
+    assert metrics == pytest.approx({"exact_match": 2 / 4, "f1": (1 + 2 / 3 + 1 + 0) / 4})
+    metrics = language_metrics(math.log(8) + math.log(2), 2, 4)
+    assert metrics == pytest.approx({"loss": math.log(4), "perplexity": 4, "bits_per_byte": 1, "tokens": 2})

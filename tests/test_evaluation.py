@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from hf_myllm.data.corpus import TokenStream
 from hf_myllm.data.packing import StridedRows
-from hf_myllm.evaluation import evaluate, unigram_level
+from hf_myllm.evaluation import evaluate_rows, unigram_loss
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
-from hf_myllm.tasks.objectives import Causal
+from hf_myllm.tasks import CausalLM
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +23,21 @@ def setting():
     return model, ids, rows
 
 
-def figures(setting, batch_size, token_bytes=None):
+def evaluate(setting, batch_size, token_bytes=None):
     model, _, rows = setting
-    everything = np.arange(len(rows))
-    return evaluate(model.train(), Causal(), rows, everything, batch_size, Accelerator(), token_bytes)
+    indices = np.arange(len(rows))
+    return evaluate_rows(model.train(), CausalLM(), rows, indices, batch_size, Accelerator(), token_bytes)
 
 
 def test_the_batch_size_does_not_matter(setting):
-    reference = figures(setting, 1)
+    reference = evaluate(setting, 1)
     assert reference["tokens"] == 332
     for batch_size in (2, 5, 21, 64):
-        other = figures(setting, batch_size)
+        other = evaluate(setting, batch_size)
         assert other["tokens"] == 332
         assert other["loss"] == pytest.approx(reference["loss"], abs=1e-6)
     assert reference["perplexity"] == pytest.approx(math.exp(reference["loss"]))
-    assert setting[0].training  # as it was found, and without dropout in between: the figures agree
+    assert setting[0].training  # as it was found, and without dropout in between: the metrics agree
 
 
 def test_it_is_the_mean_over_targets(setting):
@@ -48,18 +48,18 @@ def test_it_is_the_mean_over_targets(setting):
         for window, skip in zip(torch.from_numpy(windows), first, strict=True):
             logits = model.eval()(window[None, :-1]).logits[0]
             total += torch.nn.functional.cross_entropy(logits[skip:], window[1 + skip :], reduction="sum").item()
-    assert figures(setting, 7)["loss"] == pytest.approx(total / 332, abs=1e-6)
+    assert evaluate(setting, 7)["loss"] == pytest.approx(total / 332, abs=1e-6)
 
 
 def test_bits_per_byte(setting):
-    result = figures(setting, 8, np.full(50, 3))
+    result = evaluate(setting, 8, np.full(50, 3))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2) / 3)
-    assert figures(setting, 8)["bits_per_byte"] is None
+    assert evaluate(setting, 8)["bits_per_byte"] is None
 
 
-def test_the_unigram_level_is_the_cross_entropy_of_frequencies():
+def test_the_unigram_loss_is_the_cross_entropy_of_frequencies():
     training, validation = np.array([0, 0, 0, 1], dtype=np.uint16), np.array([1, 0, 1], dtype=np.uint16)
-    level = unigram_level(TokenStream([training], "f", 1), TokenStream([validation], "g", 1), 3, np.array([1, 1, 1]))
+    metrics = unigram_loss(TokenStream([training], "f", 1), TokenStream([validation], "g", 1), 3, np.array([1, 1, 1]))
     # counts plus one: 4, 2, 1 of 7; the first token of the data is no target
-    assert level["loss"] == pytest.approx(-(math.log(4 / 7) + math.log(2 / 7)) / 2)
-    assert level["bits_per_byte"] == pytest.approx(level["loss"] / math.log(2))
+    assert metrics["loss"] == pytest.approx(-(math.log(4 / 7) + math.log(2 / 7)) / 2)
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2))

@@ -464,7 +464,7 @@ def test_what_is_best_must_be_known(tmp_path, noise, capsys):
         ({"final_model": "best"}, "final_model best needs to know what is best"),
         ({"metric_for_best": "loss", "eval_freq": None}, "needs evaluations to choose from: give --eval_freq"),
         ({"metric_for_best": "loss", "val_file": None, "val_fraction": 0}, "needs rows to validate on"),
-        ({"metrics": "no_such_metric_anywhere"}, "metric no_such_metric_anywhere cannot be had"),
+        ({"metrics": "no_such_metric_anywhere"}, "metric no_such_metric_anywhere cannot be loaded"),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert train(*flags(**noise | {"max_steps": 8} | more)) == 2
@@ -846,5 +846,8 @@ def test_predictions_of_plain_lines_and_bad_rows(tmp_path, noise, capsys, words_
 def test_predictions_need_a_model_that_judges(gpt, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("x\n")
     assert predict(gpt, "--input", tmp_path / "a.txt") == 2
-    assert "GPT2LMHeadModel, which does not judge text: python -m hf_myllm.generate" in capsys.readouterr().err
+    assert (
+        "GPT2LMHeadModel, which makes no predictions; to generate text: python -m hf_myllm.generate"
+        in capsys.readouterr().err
+    )
     assert os.environ["HF_HUB_OFFLINE"] == "1"

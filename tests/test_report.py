@@ -14,6 +14,7 @@ from conftest import ROOT, command, run_command, train
 
 from hf_myllm.reporting.console import Reporter
 from hf_myllm.reporting.metrics_log import read_metrics
+from hf_myllm.tasks import TASKS
 
 
 def write(folder, lines, tail=""):
@@ -191,19 +192,20 @@ def test_an_error_in_a_callback_propagates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metrics",
+    ("task", "metrics"),
     [
-        {},
-        {"loss": 12.3456, "bits_per_byte": 1.234, "tokens": 5},
-        {"loss": 12.3456, "nsp_loss": 0.6931, "nsp_accuracy": 0.5, "bits_per_byte": None, "tokens": 5},
-        {"loss": 0.6931, "tokens": 5, "metrics": dict.fromkeys(("accuracy", "f1", "precision", "recall"), 0.123456)},
+        ("causal", {}),
+        ("causal", {"loss": 12.3456, "bits_per_byte": 1.234, "tokens": 5}),
+        ("mlm_nsp", {"loss": 12.3456, "nsp_loss": 0.6931, "nsp_accuracy": 0.5, "bits_per_byte": None, "tokens": 5}),
+        ("classification", {"loss": 0.6931} | dict.fromkeys(("accuracy", "f1", "precision", "recall"), 0.123456)),
     ],
 )
-def test_lines_of_evaluations_fit_80_columns(capsys, metrics):
-    Reporter(None, 0, 100_000).evaluation(5, 100_000, {"loss": 12.3456}, metrics)
+def test_lines_of_evaluations_fit_80_columns(capsys, task, metrics):
+    details = TASKS[task]().describe_metrics(metrics)
+    Reporter(None, 0, 100_000).evaluation(5, 100_000, {"loss": 12.3456}, metrics, details)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step      5: training loss 12.3456")
     assert all(len(line) <= 80 for line in lines)
     text = " ".join(lines)
-    for name in metrics.get("metrics", ()):
-        assert f"{name} 0.1235" in text
+    for name in ("accuracy", "f1", "precision", "recall"):
+        assert name not in metrics or f"{name} 0.1235" in text

@@ -87,14 +87,14 @@ class Reporter:
         if self.is_main:
             print(printable(text), file=sys.stderr, flush=True)
 
-    def evaluation(self, step, total_steps, train_metrics, val_metrics):
+    def evaluation(self, step, total_steps, train_metrics, val_metrics, details=""):
         """Print the losses of an evaluation, and its metrics, in lines of at most 80 columns.
 
         Args:
-            train_metrics, val_metrics: as [`~hf_myllm.evaluation.evaluate`] returns them; the second may be empty.
+            train_metrics, val_metrics: as [`~hf_myllm.evaluation.evaluate_rows`] returns them; the second may be empty.
+            details: the task's other metrics in words.
         """
         line = f"step {step:{len(str(total_steps))}}: training loss {format_loss(train_metrics['loss'], 7)}"
-        details = describe_metrics(val_metrics) if val_metrics else ""
         if val_metrics:
             line += f", validation {format_loss(val_metrics['loss'], 7)}"
         if details and len(line) + len(details) + 3 <= COLUMNS:
@@ -202,24 +202,9 @@ class Reporter:
             self.metrics_log = None
 
 
-def describe_metrics(metrics):
-    """Return the metrics of an evaluation beside the loss, in words; "" if there are none."""
-    if "metrics" in metrics:
-        return ", ".join(f"{name} {value:.4f}" for name, value in metrics["metrics"].items())
-    if "nsp_loss" in metrics:
-        nsp_loss = metrics["nsp_loss"]
-        return (
-            f"masked tokens {metrics['loss'] - nsp_loss:.4f}, next sentence {nsp_loss:.4f}, "
-            f"{metrics['nsp_accuracy']:.1%} correct"
-        )
-    if metrics.get("bits_per_byte") is not None:
-        return f"{metrics['bits_per_byte']:.3f} bits per byte"
-    return ""
-
-
-def describe_loss(metrics):
-    """Return the loss of an evaluation, with its other metrics in parentheses."""
-    details = describe_metrics(metrics)
+def describe_loss(task, metrics):
+    """Return the loss of an evaluation, with the task's other metrics in parentheses."""
+    details = task.describe_metrics(metrics)
     return format_loss(metrics["loss"]) + (f" ({details})" if details else "")
 
 

@@ -12,11 +12,8 @@ import torch
 import yaml
 
 from ..data.sampler import micro_batches
-from ..data.tokenizer import special_ids
 from ..optim import hidden_matrices
-from ..tasks.objectives import IGNORED, targets
-
-_SHOWN = 24  # tokens of a row
+from ..tasks.base import IGNORE_INDEX, show_tokens
 
 
 def show(run, arguments):
@@ -135,8 +132,7 @@ def _memory(run):
     tokens = section.batch_size * run.recipe.data.max_len
     per_layer = (2 if section.gradient_checkpointing else 34) * config.hidden_size * (1 if half else 2)
     activations = tokens * config.num_hidden_layers * per_layer
-    shares = {"mlm": run.recipe.data.mlm_probability, "mlm_nsp": run.recipe.data.mlm_probability}
-    predicted = tokens * shares.get(run.recipe.task, 1 if run.model.can_generate() else 0)
+    predicted = tokens * run.task.logits_share
     # in fp32, and with their gradient; compiled, the loss is computed as it goes, from what the product gave
     each = (4 if half else 8) if section.compile else (10 if half else 12)
     logits = predicted * config.vocab_size * each
@@ -159,47 +155,8 @@ def _show_first_batch(run):
     rows = run.sampler.rows_of_step(0)
     share = micro_batches(rows, section.batch_size, 0, run.accelerator.num_processes, run.accumulation_steps)[0][1]
     batch = run.task.batch(run.train_rows, share, 0, section.batch_size)
-    labels = targets(batch)
-    filled = f"{int((labels != IGNORED).sum())} targets in {batch['input_ids'].numel()} positions"
+    filled = f"{int((run.task.targets(batch) != IGNORE_INDEX).sum())} targets in {batch['input_ids'].numel()} positions"
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
     print(f"first batch {shapes}; {filled}")
-    ids, told = batch["input_ids"][0], labels[0]
-    print(f"  reads     {_tokens(run.tokenizer, ids)}")
-    if "masked_positions" in batch:  # the labels are those of some positions
-        told, used = torch.full_like(ids, IGNORED), labels[0] != IGNORED
-        told[batch["masked_positions"][0][used]] = labels[0][used]
-    if "masked_positions" in batch or "shift_labels" in batch:
-        print(f"  predicts  {_tokens(run.tokenizer, told)}")
-    else:
-        print(f"  says      {_said(run, ids, told)}")
-    if "next_sentence_label" in batch:
-        print(f"  and that  the second {'follows' if batch['next_sentence_label'][0] == 0 else 'is from elsewhere'}")
-
-
-def _said(run, ids, labels):
-    """What is to be said of a row: classes, a number, or the tokens of an answer."""
-    if run.recipe.task == "question_answering":
-        first, last = labels.tolist()
-        return _tokens(run.tokenizer, ids[first : last + 1]) if first else "that it does not hold the answer"
-    names = run.task.labels.names
-    if run.recipe.task == "token_classification":
-        shown = ["·" if number == IGNORED else names[number] for number in labels.tolist()]
-        return "|".join(shown[:_SHOWN]) + (f"| ... {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "|")
-    if labels.dim():
-        return ", ".join(name for name, holds in zip(names, labels.tolist(), strict=True) if holds) or "none"
-    return names[int(labels)] if names else f"{float(labels):g}"
-
-
-def _tokens(tokenizer, ids):
-    """Tokens with bars between them; special ones by name, what is not predicted as a dot."""
-    ids = ids.tolist()
-    special = set(special_ids(tokenizer))
-    shown = []
-    for number in ids[:_SHOWN]:
-        if number == IGNORED:
-            shown.append("·")
-        elif number in special:
-            shown.append(tokenizer.convert_ids_to_tokens(number))
-        else:
-            shown.append(repr(tokenizer.decode([number]))[1:-1])
-    return "|".join(shown) + (f"| ... {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "|")
+    print(f"  reads     {show_tokens(run.tokenizer, batch['input_ids'][0])}")
+    print(f"  predicts  {run.task.describe_target(batch, 0)}")

@@ -3,7 +3,6 @@
 The same facts go into RUN/run.json, for whoever looks at the folder later: its report and its model card.
 """
 
-import math
 import os
 import platform
 import re
@@ -13,21 +12,14 @@ from pathlib import Path
 
 import accelerate
 import datasets
-import numpy as np
 import torch
 import transformers
 
 from .. import __version__
-from ..data import tokenizer as tokenizers
-from ..errors import printable
-from ..evaluation import unigram_level
+from ..evaluation import unigram_loss
 from ..models import lora
 from ..recipe import Recipe
-from ..tasks import objectives
-from ..tasks import readers as tasks
 from .console import describe_loss
-
-MASKED = ("mlm", "mlm_nsp")
 
 
 def print_summary(run, reporter):
@@ -46,8 +38,7 @@ def print_summary(run, reporter):
         reporter.info(
             f"            not in {recipe.run.init_from}, and so starting fresh: {', '.join(run.newly_initialized)}"
         )
-    is_padded = recipe.task in ("mlm_nsp", *tasks.TASKS) or recipe.data.packing in ("pad", "best_fit")
-    up_to = "up to " * is_padded
+    up_to = "up to " * run.task.pads_rows
     tokens = f"{len(run.train_rows.tokens):,} tokens, {len(run.train_rows):,} rows of {up_to}{recipe.data.max_len}"
     if recipe.data.streaming:
         tokens = f"{run.sources.name}, {run.train_rows.windows.size:,} tokens at a time, {len(run.train_rows):,} rows"
@@ -65,23 +56,24 @@ def print_summary(run, reporter):
     unigram = None
     for line in skipped_rows(run):
         reporter.warning(f"            {line}")
-    if recipe.task in tasks.TASKS:
-        _print_labels(run, reporter)
+    if run.task.is_labelled:
+        if run.val_rows is not None:
+            reporter.info(f"validation  {len(run.val_rows):,} rows")
+        for line in run.task.summary_lines(run.train_rows, run.val_rows, run.data_stats["train"]):
+            reporter.info(f"            {line}")
     elif run.val_rows is not None:
         part = f", held out: {run.data_stats['held_out']}" if "held_out" in run.data_stats else ""
         reporter.info(f"validation  {len(run.val_rows.tokens):,} tokens{part}")
-        never = [] if recipe.task == "causal" else tokenizers.special_ids(run.tokenizer)
-        sizes = model.config.vocab_size, run.token_bytes
-        unigram = unigram_level(run.train_rows.tokens, run.val_rows.tokens, *sizes, never)
-        if recipe.task == "mlm_nsp":
-            unigram["loss"] += math.log(2)  # of a guess whether a sentence follows
-        reporter.info(f"unigram     {describe_loss(unigram)}: knowing only how often tokens occur")
+        tokens = run.train_rows.tokens, run.val_rows.tokens
+        unigram = unigram_loss(*tokens, model.config.vocab_size, run.token_bytes, run.task.never_predicted)
+        unigram["loss"] += run.task.chance_loss
+        reporter.info(f"unigram     {describe_loss(run.task, unigram)}: knowing only how often tokens occur")
     if recipe.run.resume and run.resume_from is None:
         reporter.warning(f"resume      {recipe.run.save_model} has no checkpoint yet: starting from the beginning")
     at = f"from step {run.start_step} " if run.start_step else ""
     reporter.info(
         f"steps       {at}to {run.total_steps:,}, each of {section.total_batch_size} rows "
-        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * is_padded}), "
+        f"({section.total_batch_size * recipe.data.max_len:,} tokens{' at most' * run.task.pads_rows}), "
         f"{section.lr_schedule} learning rate"
     )
     reporter.info(f"run folder  {recipe.run.save_model}")
@@ -96,31 +88,6 @@ def skipped_rows(run):
             yield f"left out of {name}: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}"
 
 
-def _print_labels(run, reporter):
-    """Say what is to be learned from labelled rows, and the level of saying always the same."""
-    labels, account = getattr(run.task, "labels", None), run.data_stats["train"]
-    if run.val_rows is not None:
-        reporter.info(f"validation  {len(run.val_rows):,} rows")
-    for rows in (run.train_rows, run.val_rows):
-        if rows is not None and labels and labels.kind == tasks.CLASSIFICATION:
-            counts = np.bincount(rows.labels[rows.labels != objectives.IGNORED], minlength=labels.count)
-            name, shares = "training" if rows is run.train_rows else "validation", counts / counts.sum()
-            often = np.argsort(-shares, kind="stable")
-            said = ", ".join(f"{printable(labels.names[number])} {shares[number]:.1%}" for number in often[:8])
-            more = f" and {len(often) - 8} more" * (len(often) > 8)
-            reporter.info(f"{'':<12}labels of the {name}: {said}{more}")
-    if cut := account.get("cut"):
-        does = "were cut" if run.recipe.task == "classification" else "make several rows"
-        reporter.info(f"            {cut:,} texts are longer than max_len and {does}")
-    if account.get("unlearned"):
-        reporter.info(
-            f"            {account['unlearned']:,} of the assistant's turns are read, and not learned: the chat "
-            "template writes them otherwise when others follow"
-        )
-    if account.get("unanswerable"):
-        reporter.info(f"            {account['unanswerable']:,} questions have no answer")
-
-
 def print_result(run, reporter, last, figures, unigram):
     """Say how the run ended, and what can be done with it now.
 
@@ -130,24 +97,19 @@ def print_result(run, reporter, last, figures, unigram):
         unigram: of the unigram level, or None.
     """
     recipe, folder = run.recipe, run.recipe.run.save_model
-    is_labelled = recipe.task in tasks.TASKS and recipe.task != "instruction"
-    if figures and is_labelled:
-        reporter.info(f"done        validation loss {describe_loss(figures)} on all {len(run.val_rows):,} rows")
+    if figures and run.task.has_predictions:
+        shown = describe_loss(run.task, figures)
+        reporter.info(f"done        validation loss {shown} on all {len(run.val_rows):,} rows")
     elif figures:
-        what = {"instruction": "learned "}.get(recipe.task, "masked " * (recipe.task in MASKED))
-        reporter.info(f"done        validation loss {describe_loss(figures)}")
+        reporter.info(f"done        validation loss {describe_loss(run.task, figures)}")
         level = "" if unigram is None else f"; the unigram level is {unigram['loss']:.4f}"
-        reporter.info(f"            on all {figures['tokens']:,} {what}tokens{level}")
+        reporter.info(f"            on all {figures['tokens']:,} {run.task.target_name}{level}")
     if (Path(folder) / "report.html").is_file():
         reporter.info(f"look at     {folder}/report.html")
     name, prompt = shlex.quote(str(folder)), recipe.evaluation.start_context
-    if is_labelled:
-        reporter.info(f"predict     python -m hf_myllm.predict {name} --input FILE")
-    elif run.tokenizer is not None:
-        prompt = prompt or (f"Once upon a {run.tokenizer.mask_token}" if recipe.task in MASKED else "Once upon a time")
-        does = "fill in " if recipe.task in MASKED else "generate"
-        chat = " --chat" * (recipe.task == "instruction" and bool(run.tokenizer.chat_template))
-        reporter.info(f"{does}    python -m hf_myllm.generate {name}{chat} --prompt {shlex.quote(prompt)}")
+    if run.tokenizer is not None:
+        label, command = run.task.usage(name, shlex.quote(prompt) if prompt else None)
+        reporter.info(f"{label:<12}{command}")
     longer = f"--max_steps {2 * run.total_steps} --resume --allow_changed"
     if last < run.total_steps:
         longer = f"--patience {2 * recipe.evaluation.patience} --resume"
@@ -196,9 +158,9 @@ def run_facts(run, unigram):
         "recipe": _given(recipe),
         "total_steps": run.total_steps,
         "tokens_per_step": recipe.training.total_batch_size * recipe.data.max_len,
-        "unit": "nats per label" if recipe.task in tasks.TASKS and recipe.task != "instruction" else "nats per token",
+        "unit": run.task.unit,
         "unigram_loss": None if unigram is None else unigram["loss"],
-        "labels": list(getattr(getattr(run.task, "labels", None), "names", None) or []),
+        "labels": list(run.task.labels.names) if run.task.labels else [],
         "data": data,
     }
 

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import make_task
 
 from hf_myllm.data.corpus import TokenStream
 from hf_myllm.data.packing import StridedRows, best_fit, split_spans
 from hf_myllm.errors import InputError
-from hf_myllm.tasks.objectives import Causal, build
+from hf_myllm.tasks import CausalLM
 
 
 def stream(count, pieces=1):
@@ -20,7 +21,7 @@ def stream(count, pieces=1):
 @pytest.mark.parametrize("count", [100, 101, 113, 128])
 def test_rows_that_do_not_overlap_predict_each_token_once(count, max_len, pieces):
     rows = StridedRows(stream(count, pieces), max_len, max_len, "x")
-    batch = Causal().batch(rows, np.arange(len(rows)))
+    batch = CausalLM().batch(rows, np.arange(len(rows)))
     inputs, labels = batch["input_ids"].numpy(), batch["shift_labels"].numpy()
     assert inputs.shape == labels.shape == (len(rows), max_len)
     assert np.array_equal(np.sort(labels[labels >= 0]), np.arange(1, count))
@@ -52,10 +53,10 @@ def test_one_row_exactly_and_one_token_too_few():
 
 def test_empty_rows_fill_a_batch_and_count_for_nothing():
     rows = StridedRows(stream(50), 8, 8, "x")
-    batch = Causal().batch(rows, np.arange(2), size=5)
+    batch = CausalLM().batch(rows, np.arange(2), size=5)
     assert batch["input_ids"].shape == (5, 8)
     assert (batch["shift_labels"][2:] == -100).all()
-    assert Causal().batch(rows, np.arange(0), size=3)["input_ids"].shape == (3, 8)
+    assert CausalLM().batch(rows, np.arange(0), size=3)["input_ids"].shape == (3, 8)
 
 
 def test_long_spans_are_cut_and_short_ones_left():
@@ -93,13 +94,13 @@ def test_whole_documents_are_predicted_once_and_alone(packing):
     draw = np.random.default_rng(1)
     documents = [draw.integers(10, 100, size) for size in [*draw.integers(1, 31, 30), 100]]
     tokens = written(documents, [9])
-    objective = build("causal", END, 100, 0, packing=packing)
-    rows = objective.rows(tokens, 32, None, "x")
+    task = make_task("causal", END, 32, 100, packing=packing)
+    rows = task.make_rows(tokens, "x")
     assert rows.num_used_tokens() == len(tokens) - 1
     seen = []
     for start in range(0, len(rows), 3):
         numbers = np.arange(start, min(start + 3, len(rows)))
-        batch = {name: values.numpy() for name, values in objective.batch(rows, numbers, size=3).items()}
+        batch = {name: values.numpy() for name, values in task.batch(rows, numbers, size=3).items()}
         assert batch["input_ids"].shape[0] == 3
         width = batch["input_ids"].shape[1]
         assert width <= 32
@@ -123,7 +124,7 @@ def test_whole_documents_are_predicted_once_and_alone(packing):
         assert len(rows) < 31
     tokens = written(documents, [9])
     tokens.source_starts = [0, len(tokens) - 1]  # a source that has no document of its own
-    assert objective.rows(tokens, 32, None, "x").source_starts[1] >= 1
+    assert task.make_rows(tokens, "x").source_starts[1] >= 1
 
 
 @pytest.mark.parametrize("packing", ["pad", "best_fit"])
@@ -132,10 +133,10 @@ def test_whole_documents_are_masked_between_their_own_marks(packing):
     documents = [draw.integers(10, 100, size) for size in [*draw.integers(1, 28, 30), 100]]
     tokens = written(documents, [1, 2])
     bert = type("Bert", (), {**vars(BERT), "__len__": lambda self: 100})()
-    objective = build("mlm", bert, 100, 0, packing=packing)
-    rows = objective.rows(tokens, 32, None, "x")
+    task = make_task("mlm", bert, 32, 100, packing=packing)
+    rows = task.make_rows(tokens, "x")
     assert rows.num_used_tokens() == sum(map(len, documents))
-    batch = {name: values.numpy() for name, values in objective.batch(rows, np.arange(len(rows)), size=40).items()}
+    batch = {name: values.numpy() for name, values in task.batch(rows, np.arange(len(rows)), size=40).items()}
     ids, positions, labels = batch["input_ids"].copy(), batch["masked_positions"], batch["labels"]
     for row in range(len(rows)):
         ids[row, positions[row][labels[row] >= 0]] = labels[row][labels[row] >= 0]

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import make_task
 
 from hf_myllm.data import tokenizer as tokenizers
 from hf_myllm.data.corpus import TokenStream
 from hf_myllm.errors import InputError
-from hf_myllm.tasks.objectives import IGNORED, build, counts
+from hf_myllm.tasks import IGNORE_INDEX, build
 
 TEXT = (
     "The old house stands on a hill. Nobody has lived there for years! Does anyone remember who built it? "
@@ -45,35 +46,35 @@ class Ends:
 
 def test_documents_kept_apart_restart_at_the_token_between_them():
     tokens = stream(33, "apart", at={5: 3, 6: 3, 20: 3})
-    objective = build("causal", Ends, 100, 0, packing="documents")
-    rows = objective.rows(tokens, 16, 16, "x")
-    read = objective.batch(rows, np.arange(2), size=3)
+    task = make_task("causal", Ends, 16, 100, packing="documents")
+    rows = task.make_rows(tokens, "x")
+    read = task.batch(rows, np.arange(2), size=3)
     assert read["position_ids"][0].tolist() == [*range(5), 0, *range(10)]
     assert read["position_ids"][1].tolist() == [*range(4), *range(12)]
     assert read["input_ids"][1, 4] == 3  # an end is the first that the next document reads
     assert read["shift_labels"][0, 4] == 3  # and the last that its own says; no target is lost
-    assert counts(read) == {"num_items_in_batch": 32}
+    assert task.count_targets(read) == {"num_items_in_batch": 32}
     assert read["position_ids"].shape == (3, 16)
-    begun = objective.rows(stream(33, "begun", at={7: 4}), 16, 16, "x")  # with a mark at the start instead
-    assert objective.batch(begun, np.arange(1))["position_ids"][0].tolist() == [*range(7), *range(9)]
+    begun = task.make_rows(stream(33, "begun", at={7: 4}), "x")  # with a mark at the start instead
+    assert task.batch(begun, np.arange(1))["position_ids"][0].tolist() == [*range(7), *range(9)]
     with pytest.raises(InputError, match="none of the tokens"):
-        objective.rows(stream(33, "unmarked"), 16, 16, "x.bin")
+        task.make_rows(stream(33, "unmarked"), "x.bin")
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_masking(wordpiece, corpus, whole_words):
     size = len(wordpiece)
-    objective = build("mlm", wordpiece, size + 8, 0, whole_word_masking=whole_words)
-    rows = objective.rows(corpus, 128, 126, "x")
+    task = make_task("mlm", wordpiece, 128, size + 8, whole_word_masking=whole_words)
+    rows = task.make_rows(corpus, "x")
     everything = np.arange(len(rows))
     total, share, in_text, chosen_pieces = {"mask": 0, "random": 0, "same": 0}, [], 0.0, 0.0
     pieces = [number for token, number in wordpiece.get_vocab().items() if token.startswith("##")]
     for step in range(60):
-        read = {key: value.numpy() for key, value in objective.batch(rows, everything, step).items()}
+        read = {key: value.numpy() for key, value in task.batch(rows, everything, step).items()}
         windows, first = rows.read(everything)
         original = np.pad(windows, ((0, 0), (1, 1)))
         original[:, 0], original[:, -1] = wordpiece.cls_token_id, wordpiece.sep_token_id
-        used = read["labels"] != IGNORED
+        used = read["labels"] != IGNORE_INDEX
         row, slot = np.nonzero(used)
         place = read["masked_positions"][row, slot]
         assert len({*zip(row, place, strict=True)}) == len(row)  # no position twice
@@ -111,11 +112,11 @@ def test_masking(wordpiece, corpus, whole_words):
     assert total["same"] / number == pytest.approx(0.1, abs=0.015)
 
 
-@pytest.mark.parametrize("task", ["mlm", "mlm_nsp"])
-def test_the_draw_depends_on_seed_step_and_row_alone(wordpiece, corpus, task):
-    def read(numbers, step, seed=0, size=None):
-        objective = build(task, wordpiece, len(wordpiece), seed)
-        return objective.batch(objective.rows(corpus, 64, 62, "x"), np.array(numbers), step, size)
+@pytest.mark.parametrize("name", ["mlm", "mlm_nsp"])
+def test_the_draw_depends_on_seed_step_and_row_alone(wordpiece, corpus, name):
+    def read(indices, step, seed=0, size=None):
+        task = make_task(name, wordpiece, 64, seed=seed)
+        return task.batch(task.make_rows(corpus, "x"), np.array(indices), step, size)
 
     together, apart = read([4, 2, 7], 5), [read([number], 5) for number in (4, 2, 7)]
     for key, value in together.items():
@@ -127,9 +128,9 @@ def test_the_draw_depends_on_seed_step_and_row_alone(wordpiece, corpus, task):
 
 
 def test_masked_documents_are_kept_apart(wordpiece, corpus):
-    objective = build("mlm", wordpiece, len(wordpiece), 0, packing="documents")
-    rows = objective.rows(corpus, 128, 126, "x")
-    read = objective.batch(rows, np.arange(len(rows)), 0)
+    task = make_task("mlm", wordpiece, 128, packing="documents")
+    rows = task.make_rows(corpus, "x")
+    read = task.batch(rows, np.arange(len(rows)), 0)
     for ids, documents, positions in zip(
         *(read[k] for k in ("input_ids", "document_ids", "position_ids")), strict=True
     ):
@@ -141,19 +142,19 @@ def test_masked_documents_are_kept_apart(wordpiece, corpus):
 
 
 def test_isolated_masked_rows_need_a_mark(wordpiece):
-    objective = build("mlm", wordpiece, len(wordpiece), 0, packing="documents")
+    task = make_task("mlm", wordpiece, 16, packing="documents")
     with pytest.raises(InputError, match="none of the tokens"):
-        objective.rows(stream(100, "unmarked"), 16, 14, "x.bin")
+        task.make_rows(stream(100, "unmarked"), "x.bin")
 
 
 def test_sentence_pairs(wordpiece, corpus):
-    objective = build("mlm_nsp", wordpiece, len(wordpiece), 0)
-    rows = objective.rows(corpus, 64, None, "x")
+    task = make_task("mlm_nsp", wordpiece, 64)
+    rows = task.make_rows(corpus, "x")
     assert sum(len(rows.read(number)) for number in range(len(rows))) == len(corpus) - 2 * 30  # nothing is lost
     follows, ends_well, both, lengths, b_ends = [], [], [], {True: [], False: []}, {True: [], False: []}
     for step in range(20):
         for number in range(len(rows)):
-            passage, (a, b, is_next) = rows.read(number), objective.draw_pair(rows, number, step)
+            passage, (a, b, is_next) = rows.read(number), task.draw_pair(rows, number, step)
             assert 0 < len(a) <= 30
             assert 0 < len(b) <= 30
             follows.append(is_next)
@@ -176,10 +177,13 @@ def test_sentence_pairs(wordpiece, corpus):
         known.setdefault((a_length, b_length), []).append(is_next)
     guesses = [np.mean(known.get((a, b), [0.5])) > 0.5 for a, b, _ in pairs[half:] // [4, 4, 1]]
     assert np.mean(guesses == pairs[half:, 2].astype(bool)) == pytest.approx(0.5, abs=0.05)
-    read = objective.batch(rows, np.arange(4), 0, size=5)
-    assert counts(read) == {"num_items_in_batch": int((read["labels"] != IGNORED).sum()), "num_pairs_in_batch": 4}
+    read = task.batch(rows, np.arange(4), 0, size=5)
+    assert task.count_targets(read) == {
+        "num_items_in_batch": int((read["labels"] != IGNORE_INDEX).sum()),
+        "num_pairs_in_batch": 4,
+    }
     for row in range(4):
-        a, b, is_next = objective.draw_pair(rows, row, 0)
+        a, b, is_next = task.draw_pair(rows, row, 0)
         used = 3 + len(a) + len(b)
         assert read["attention_mask"][row].tolist() == [1] * used + [0] * (64 - used)
         assert read["token_type_ids"][row].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1) + [0] * (64 - used)
@@ -191,24 +195,24 @@ def test_the_second_sentence_comes_from_another_document(wordpiece):
     """Each document has tokens of its own, so that where a sentence is from can be seen."""
     cls, sep = wordpiece.cls_token_id, wordpiece.sep_token_id
     ids = np.concatenate([[20 + number] * 9 + [sep, cls] for number in range(5)]).astype(np.uint16)
-    objective = build("mlm_nsp", wordpiece, len(wordpiece), 0)
-    rows = objective.rows(TokenStream([ids], "five documents", 30), 12, None, "x")
+    task = make_task("mlm_nsp", wordpiece, 12)
+    rows = task.make_rows(TokenStream([ids], "five documents", 30), "x")
     seen = set()
     for step in range(200):
-        a, b, is_next = objective.draw_pair(rows, 0, step)
+        a, b, is_next = task.draw_pair(rows, 0, step)
         assert set(a) == {20}
         assert (set(b) == {20}) == is_next
         seen |= set(b.tolist())
     assert seen == {20, 21, 22, 23, 24}
     with pytest.raises(InputError, match="is one document"):
-        objective.rows(TokenStream([ids[:10]], "one document", 30), 12, None, "x")
+        task.make_rows(TokenStream([ids[:10]], "one document", 30), "x")
 
 
 def test_what_a_task_needs_of_a_tokenizer():
     bpe = tokenizers.train_bpe([TEXT] * 20, 300)
     with pytest.raises(InputError, match="cls_token, sep_token, mask_token"):
-        build("mlm", bpe, 300, 0)
+        build("mlm", bpe, {})
     with pytest.raises(InputError, match="give --tokenizer"):
-        build("mlm", None, 300, 0)
+        build("mlm", None, {})
     with pytest.raises(InputError, match="packing documents"):
-        build("causal", None, 300, 0, packing="documents")
+        build("causal", None, {"packing": "documents"})

@@ -1,6 +1,7 @@
 """Labelled data: every label where it belongs, and every mistake named by its row."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from transformers import AutoTokenizer
 
 from hf_myllm.data import sources, tokenizer
 from hf_myllm.errors import InputError
-from hf_myllm.models.bert import MyBertConfig
-from hf_myllm.tasks import objectives
-from hf_myllm.tasks import readers as tasks
-from hf_myllm.tasks.examples import load_examples
-from hf_myllm.tasks.objectives import IGNORED
+from hf_myllm.tasks import IGNORE_INDEX, LabelledTexts, Labels
+from hf_myllm.tasks.classification import Classification
+from hf_myllm.tasks.instruction import Instruction
+from hf_myllm.tasks.labelled_rows import load_rows
+from hf_myllm.tasks.question_answering import QuestionAnswering
+from hf_myllm.tasks.token_classification import TokenClassification
 
 ROWS = [{"text": f"text number {n} " * (n % 7 + 1), "other": f"pair {n}", "label": n % 3} for n in range(50)]
 CHAT = (
@@ -37,10 +39,14 @@ def written(folder, rows, name="a.jsonl"):
     return sources.file_source(str(folder / name))
 
 
-def whole_batch(task, examples):
-    config = MyBertConfig(pad_token_id=task.tokenizer.pad_token_id)
-    objective = objectives.build_labelled(task, config)
-    return objective.batch(examples, np.arange(len(examples)), size=len(examples) + 2)
+def find_labels(task, source):
+    task.find_labels(source, None, False)
+    return task.labels
+
+
+def whole_batch(task, rows):
+    task.configure(SimpleNamespace(pad_token_id=task.tokenizer.pad_token_id, type_vocab_size=2), task.max_len)
+    return task.batch(rows, np.arange(len(rows)), size=len(rows) + 2)
 
 
 # ---- texts
@@ -48,9 +54,9 @@ def whole_batch(task, examples):
 
 @pytest.mark.parametrize("pair", [None, "other"])
 def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
-    source, task = written(tmp_path, ROWS), tasks.Texts(wordpiece, 20, text_pair_column=pair)
-    assert task.find_labels(source) == tasks.Labels("single_label_classification", ("0", "1", "2"))
-    training, held_out = load_examples(source, task, 0.1)
+    source, task = written(tmp_path, ROWS), Classification(wordpiece, max_len=20, text_pair_column=pair)
+    assert find_labels(task, source) == Labels("single_label_classification", ("0", "1", "2"))
+    training, held_out = load_rows(source, task, 0.1)
     assert (len(training), len(held_out)) == (45, 5)
     kept = [row for number, row in enumerate(ROWS) if number % 10 != 4]
     batch = whole_batch(task, training)
@@ -61,41 +67,41 @@ def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
         width = stock[name].shape[1]
         assert torch.equal(batch[name][:45, :width], stock[name]), name
     assert batch["input_ids"].shape[1] % 8 == 0
-    assert training.account["cut"] > 0
+    assert training.stats["cut"] > 0
     assert training.lengths(np.arange(3)).tolist() == stock["attention_mask"].sum(1)[:3].tolist()
 
 
 def test_kinds_of_labels(tmp_path, wordpiece):
-    def found(rows, kind=None, **columns):
-        task = tasks.Texts(wordpiece, 20, **columns)
-        return task.find_labels(written(tmp_path, rows), kind)
+    def found(rows, problem_type=None, **columns):
+        task = Classification(wordpiece, max_len=20, problem_type=problem_type, **columns)
+        return find_labels(task, written(tmp_path, rows))
 
     several = [{"text": "x", "label": ["b", "a"]}, {"text": "y", "label": []}, {"text": "z", "label": ["c"]}]
     labels = found(several)
-    assert labels == tasks.Labels("multi_label_classification", ("a", "b", "c"))
+    assert labels == Labels("multi_label_classification", ("a", "b", "c"))
     assert labels.encode(["c", "a"], "row") == [1.0, 0.0, 1.0]
     assert labels.encode([], "row") == [0.0, 0.0, 0.0]
     flags = found([{"text": "x", "p": 1, "q": "0"}], label_column=["p", "q"])
     assert flags.encode({"p": 1, "q": "0"}, "row") == [1.0, 0.0]
     number = found(ROWS, "regression")
-    assert (number.encode("2.5", "row"), number.count) == (2.5, 1)
+    assert (number.encode("2.5", "row"), number.num_labels) == (2.5, 1)
     hot = found([{"text": "x", "label": [0, 1, 0]}, {"text": "y", "label": [1, 1, 0]}])
-    assert hot == tasks.Labels("multi_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert hot == Labels("multi_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
     assert hot.encode([0, 1.0, True], "row") == [0.0, 1.0, 1.0]
     assert found([{"text": "x", "label": [0, 1]}, {"text": "y", "label": [3]}]).names == (
         "0",
         "1",
         "3",
     )  # their numbers
-    named = tasks.Labels("multi_label_classification", ("LABEL_x", "LABEL_y"))
+    named = Labels("multi_label_classification", ("LABEL_x", "LABEL_y"))
     assert named.encode(["LABEL_y"], "row") == [0.0, 1.0]
     with pytest.raises(InputError, match="row: the label .* is not a list of 3 numbers, 0 or 1 each"):
         hot.encode([0, 1], "row")
-    with pytest.raises(InputError, match="column 'p' has 2, where a class holds by 1"):
+    with pytest.raises(InputError, match="column 'p' has 2; a class column holds 0 or 1"):
         flags.encode({"p": 2, "q": 0}, "row")
     with pytest.raises(InputError, match="names a column twice"):
         found([{"text": "x", "p": 1}], label_column=["p", "p"])
-    stock = tasks.Labels("single_label_classification", ("LABEL_0", "LABEL_1"))
+    stock = Labels("single_label_classification", ("LABEL_0", "LABEL_1"))
     assert stock.encode(1, "row") == 1
     words = [{"text": "x", "label": name} for name in ("spam", "ham", "spam")]
     assert found(words).names == ("ham", "spam")
@@ -121,8 +127,8 @@ def test_class_names_of_a_data_set(tmp_path, wordpiece):
     ]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
     source = sources.file_source(str(tmp_path / "a.parquet"))
-    assert tasks.Texts(wordpiece, 20).find_labels(source).names == ("ham", "spam")
-    assert tasks.Words(wordpiece, 20, label_column="tags").find_labels(source).names == ("ham", "spam")
+    assert find_labels(Classification(wordpiece, max_len=20), source).names == ("ham", "spam")
+    assert find_labels(TokenClassification(wordpiece, max_len=20, label_column="tags"), source).names == ("ham", "spam")
 
 
 # ---- words
@@ -133,24 +139,24 @@ def test_words_and_their_first_tokens(tmp_path, wordpiece):
         {"tokens": ["text", "numberpair", "\u200d", "text"], "label": ["O", "B-x", "I-x", "O"]},
         {"tokens": ["number"] * 30, "label": ["O", "B-x", "I-x"] * 10},
     ]
-    source, task = written(tmp_path, rows), tasks.Words(wordpiece, 16)
-    names = task.find_labels(source).names
+    source, task = written(tmp_path, rows), TokenClassification(wordpiece, max_len=16)
+    names = find_labels(task, source).names
     assert names == ("B-x", "I-x", "O")
-    examples, _ = load_examples(source, task)
-    assert examples.num_items == 2
+    examples, _ = load_rows(source, task)
+    assert examples.num_examples == 2
     assert len(examples) > 2  # the second goes into several rows
-    assert examples.account["cut"] == 1
+    assert examples.stats["cut"] == 1
     batch = whole_batch(task, examples)
     # each word is judged once, whether the tokenizer makes something of it or not, and wherever a row ends
-    said = batch["labels"][batch["labels"] != IGNORED].tolist()
+    said = batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()
     assert [names[number] for number in said] == rows[0]["label"] + rows[1]["label"]
     stock = wordpiece(["text", "numberpair", "[UNK]", "text"], is_split_into_words=True)
     first = batch["input_ids"][0][: len(stock["input_ids"])].tolist()
     assert first == stock["input_ids"]
     starts = [place for place, word in enumerate(stock.word_ids()) if word != ([None, *stock.word_ids()][place])]
     starts = [place for place in starts if stock.word_ids()[place] is not None]
-    assert torch.nonzero(batch["labels"][0] != IGNORED)[:, 0].tolist() == starts
-    assert examples.rows_of([1]).tolist() == list(range(1, len(examples)))
+    assert torch.nonzero(batch["labels"][0] != IGNORE_INDEX)[:, 0].tolist() == starts
+    assert examples.rows_of_examples([1]).tolist() == list(range(1, len(examples)))
     whole = wordpiece(["number"] * 30, is_split_into_words=True, add_special_tokens=False)["input_ids"]
     inside = [n for row in range(1, len(examples)) for n in examples.read(row)[0][1:-1].tolist()]
     assert inside == whole
@@ -162,7 +168,7 @@ def test_conll_files(tmp_path, wordpiece):
         "# text = a comment\n#tag NN I-NP O\n\ufeff\nLast NN O B-ORG"
     )
     source = sources.file_source(str(tmp_path / "a.conll"))
-    task = tasks.Words(wordpiece, 20)
+    task = TokenClassification(wordpiece, max_len=20)
     found = list(task.read(source))
     assert [row["tokens"] for _, row in found] == [["EU", "rejects"], ["#tag"], ["Last"]]
     assert [row["label"] for _, row in found] == [["B-ORG", "O"], ["O"], ["B-ORG"]]
@@ -191,8 +197,8 @@ def test_windows_are_those_of_the_stock_tokenizer(tmp_path, wordpiece, stride):
     at = CONTEXT.rindex("number")
     answers = [{"answers": [{"text": "number", "answer_start": at}]}, {"is_impossible": True, "answers": []}]
     source = squad(tmp_path / "a.json", answers)
-    task = tasks.Questions(wordpiece, 24, stride=stride)
-    examples, _ = load_examples(source, task)
+    task = QuestionAnswering(wordpiece, max_len=24, stride=stride)
+    examples, _ = load_rows(source, task)
     room = 24 - len(wordpiece("number pair?")["input_ids"]) - 1
     stock = wordpiece(
         "number pair?",
@@ -203,7 +209,7 @@ def test_windows_are_those_of_the_stock_tokenizer(tmp_path, wordpiece, stride):
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    assert examples.num_items == 2
+    assert examples.num_examples == 2
     assert len(examples) == 2 * len(stock["input_ids"])
     holds = 0
     for row, (ids, spans, types) in enumerate(
@@ -212,46 +218,46 @@ def test_windows_are_those_of_the_stock_tokenizer(tmp_path, wordpiece, stride):
         read, second = examples.read(row)
         assert read.tolist() == ids
         assert second == types.index(1)
-        assert examples.spans_of(row)[second : len(ids) - 1].tolist() == [
+        assert examples.token_offsets(row)[second : len(ids) - 1].tolist() == [
             list(pair) for pair in spans[second : len(ids) - 1]
         ]
-        first, last = examples.labels[row].tolist()
+        first, last = examples.row_labels[row].tolist()
         if spans[second][0] <= at and spans[len(ids) - 2][1] >= at + 6:
             holds += 1
             assert (spans[first][0], spans[last][1]) == (at, at + 6)
         else:
             assert (first, last) == (0, 0)
     assert holds >= 1
-    assert (np.array(examples.labels[len(examples) // 2 :]) == 0).all()
-    assert examples.account["unanswerable"] == 1
+    assert (examples.row_labels[len(examples) // 2 :] == 0).all()
+    assert examples.stats["unanswerable"] == 1
 
 
 def test_answers_are_put_together_from_all_windows(tmp_path, wordpiece):
     at = CONTEXT.rindex("number")
     source = squad(tmp_path / "a.json", [{"answers": [{"text": "number text", "answer_start": at}]}] * 2)
-    task = tasks.Questions(wordpiece, 24)
-    examples, _ = load_examples(source, task)
-    objective = objectives.build_labelled(task, MyBertConfig())
+    task = QuestionAnswering(wordpiece, max_len=24)
+    examples, _ = load_rows(source, task)
+    task.configure(SimpleNamespace(pad_token_id=0, type_vocab_size=2), 24)
     numbers = np.arange(len(examples))
-    batch = objective.batch(examples, numbers)
+    batch = task.batch(examples, numbers)
     shape = batch["input_ids"].shape
     outputs = type("", (), {"start_logits": torch.zeros(shape), "end_logits": torch.zeros(shape)})
     for row in numbers:  # sure of the answer where it is, and elsewhere that it is not there
-        first, last = examples.labels[row]
+        first, last = examples.row_labels[row]
         outputs.start_logits[row, first], outputs.end_logits[row, last] = 9, 9
-    said = objective.predictions(outputs, examples, numbers)
+    said = task.predictions(outputs, examples, numbers)
     for may_refuse in (False, True):
-        answers = objective.answers(examples, numbers, said, may_refuse)
+        answers = task.answers(examples, numbers, said, may_refuse)
         assert [own[0][1:] for own in answers.values()] == [("number text", at)] * 2
         assert [own[0][0] for own in answers.values()] == [18.0] * 2
-    name, kind, predictions, references = objective.judged(examples, numbers, said)
-    assert (name, kind) == ("answers", None)
+    predictions, references = task.metric_inputs(examples, numbers, said)
+    assert task.compute_metrics(predictions, references) == {"exact_match": 1, "f1": 1}
     assert predictions[1] == {"id": "1", "prediction_text": "number text"}
     assert references[1] == {"id": "1", "answers": {"text": ["number text"], "answer_start": [at]}}
     outputs.start_logits[:, 0] = outputs.end_logits[:, 0] = 99  # now it is nowhere
-    said = objective.predictions(outputs, examples, numbers)
-    assert objective.answers(examples, numbers, said, True)[0][0][1] == ""
-    assert objective.answers(examples, numbers, said, False)[0][0][1] == "number text"
+    said = task.predictions(outputs, examples, numbers)
+    assert task.answers(examples, numbers, said, True)[0][0][1] == ""
+    assert task.answers(examples, numbers, said, False)[0][0][1] == "number text"
 
 
 def test_a_context_stays_on_one_side(tmp_path, wordpiece):
@@ -265,11 +271,11 @@ def test_a_context_stays_on_one_side(tmp_path, wordpiece):
         for k in range(3)
         for n in range(10)
     ]
-    training, held_out = load_examples(written(tmp_path, rows), tasks.Questions(wordpiece, 24), 0.2)
-    sides = [{part.record(item)["context"] for item in range(part.num_items)} for part in (training, held_out)]
+    training, held_out = load_rows(written(tmp_path, rows), QuestionAnswering(wordpiece, max_len=24), 0.2)
+    sides = [{part.records[item]["context"] for item in range(part.num_examples)} for part in (training, held_out)]
     assert [len(side) for side in sides] == [8, 2]
     assert not sides[0] & sides[1]
-    assert held_out.num_items == 6
+    assert held_out.num_examples == 6
 
 
 # ---- conversations
@@ -279,7 +285,7 @@ def learned(task, examples):
     """(all that a row reads, what of it is learned) as text, of each row."""
     decode = task.tokenizer.decode
     return [
-        (decode(examples.read(row)[0]), decode(examples.read(row)[0][examples.labels_of(row) == 1]))
+        (decode(examples.read(row)[0]), decode(examples.read(row)[0][examples.token_labels(row) == 1]))
         for row in range(len(examples))
     ]
 
@@ -307,8 +313,8 @@ def test_only_what_is_to_be_said_is_learned(tmp_path, bpe):
         },
     ]
     bpe.chat_template = CHAT
-    task = tasks.Conversations(bpe, 64)
-    examples, _ = load_examples(written(tmp_path, rows), task)
+    task = Instruction(bpe, max_len=64)
+    examples, _ = load_rows(written(tmp_path, rows), task)
     end = bpe.eos_token
     assert learned(task, examples) == [
         (f"hello there{end}", f" there{end}"),
@@ -322,8 +328,8 @@ def test_a_turn_that_ends_itself_gets_no_other_end(tmp_path, bpe):
     bpe.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     bpe.chat_template = CHAT.replace("\\n", "\n").replace("{{ m['content'] }}\n", "{{ m['content'] }}<|im_end|>\n")
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    task = tasks.Conversations(bpe, 64)
-    examples, _ = load_examples(written(tmp_path, rows), task)
+    task = Instruction(bpe, max_len=64)
+    examples, _ = load_rows(written(tmp_path, rows), task)
     assert learned(task, examples)[0][1] == "b<|im_end|>\n"
 
 
@@ -335,50 +341,49 @@ def test_templates_that_write_a_turn_otherwise_later(tmp_path, bpe):
     ]
     source = written(tmp_path, [{"messages": turns}, {"messages": turns[:3]}])
     bpe.chat_template = CHAT.replace("<assistant>{% endif %}", "<assistant>{% else %}{{ eos_token }}{% endif %}")
-    end, task = bpe.eos_token, tasks.Conversations(bpe, 64)
-    found = learned(task, load_examples(source, task)[0])
+    end, task = bpe.eos_token, Instruction(bpe, max_len=64)
+    found = learned(task, load_rows(source, task)[0])
     assert [said for _, said in found] == [f"t:b\nt:d\n{end}", f"t:b\n{end}"]
     bpe.chat_template = CHAT.replace("m['content']", "(m['content'] if loop.last else m['content'].split(':')[-1])")
-    task = tasks.Conversations(bpe, 64)
-    examples, _ = load_examples(written(tmp_path, [{"messages": turns}]), task)
+    task = Instruction(bpe, max_len=64)
+    examples, _ = load_rows(written(tmp_path, [{"messages": turns}]), task)
     assert [said for _, said in learned(task, examples)] == [f"t:d\n{end}"]
-    assert examples.account["unlearned"] == 1
+    assert examples.stats["unlearned"] == 1
 
 
 def test_only_a_closing_token_closes_a_turn(tmp_path, wordpiece):
     """An unknown or an opening token at the end does not stand for the end."""
     for text in ("text \u2603", "text [CLS]", "text [UNK] "):
-        task = tasks.Conversations(wordpiece, 64)
-        examples, _ = load_examples(written(tmp_path, [{"prompt": "number", "completion": text}]), task)
+        task = Instruction(wordpiece, max_len=64)
+        examples, _ = load_rows(written(tmp_path, [{"prompt": "number", "completion": text}]), task)
         assert examples.read(0)[0][-1] == wordpiece.sep_token_id
-        assert examples.labels_of(0)[-1] == 1
+        assert examples.token_labels(0)[-1] == 1
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "pad"])
 def test_conversations_share_rows_unseen(tmp_path, bpe, packing):
     rows = [{"prompt": "hello" * (n % 5 + 1), "completion": " there" * (n % 3 + 1)} for n in range(30)]
-    task = tasks.Conversations(bpe, 40)
-    examples, _ = load_examples(written(tmp_path, rows), task)
-    objective = objectives.Instruction(bpe, packing)
-    packed = objective.rows(examples, 40, None, "x")
+    task = Instruction(bpe, max_len=40, packing=packing)
+    examples, _ = load_rows(written(tmp_path, rows), task)
+    packed = task.make_rows(examples, "x")
     assert (len(packed) < len(examples)) == (packing == "best_fit")
-    batch = objective.batch(packed, np.arange(len(packed)))
-    targets = batch["shift_labels"][batch["shift_labels"] != IGNORED]
+    batch = task.batch(packed, np.arange(len(packed)))
+    targets = batch["shift_labels"][batch["shift_labels"] != IGNORE_INDEX]
     # every token that is learned is a target once
-    assert sorted(targets.tolist()) == sorted(examples.ids[examples.labels == 1].tolist())
+    assert sorted(targets.tolist()) == sorted(examples.tokens.read(0, 10**6)[examples.all_labels == 1].tolist())
     if packing == "best_fit":
         assert int((batch["position_ids"] == 0).sum()) >= len(examples)
     # and stands where the model has read just what comes before it
-    first = batch["shift_labels"][0] != IGNORED
+    first = batch["shift_labels"][0] != IGNORE_INDEX
     place = int(torch.nonzero(first)[0])
     assert bpe.decode(batch["input_ids"][0][: place + 1]).startswith("hello")
 
 
 def test_a_stock_tokenizer_writes_the_same_prompt(tmp_path, assets):
     llama = AutoTokenizer.from_pretrained(assets / "weights" / "stories260K")
-    task = tasks.Conversations(llama, 64)
-    examples, _ = load_examples(written(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
-    ids, learns = examples.read(0)[0].tolist(), examples.labels_of(0).tolist()
+    task = Instruction(llama, max_len=64)
+    examples, _ = load_rows(written(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
+    ids, learns = examples.read(0)[0].tolist(), examples.token_labels(0).tolist()
     prompt = llama("Once upon")["input_ids"]
     assert ids[: len(prompt)] == prompt
     assert learns == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
@@ -389,26 +394,30 @@ def test_a_stock_tokenizer_writes_the_same_prompt(tmp_path, assets):
 
 
 def test_too_few_to_hold_some_out(tmp_path, wordpiece):
-    task = tasks.Texts(wordpiece, 20)
+    task = Classification(wordpiece, max_len=20)
     source = written(tmp_path, ROWS[:7])
-    task.find_labels(source)
+    find_labels(task, source)
     with pytest.raises(
         InputError, match=r"too few rows to hold out 0.05 of them: give --val_file FILE, or --val_fraction 0"
     ):
-        load_examples(source, task, 0.05)
+        load_rows(source, task, 0.05)
 
 
 def test_what_is_left_out_makes_no_class(tmp_path, wordpiece):
     rows = [{"text": "x", "label": None}, {"text": "x", "label": ["a"]}, {"text": "y", "label": ["b"]}]
-    found = tasks.Texts(wordpiece, 20).find_labels(written(tmp_path, rows), skip=True)
-    assert found == tasks.Labels("multi_label_classification", ("a", "b"))
+    found = find_labels(Classification(wordpiece, max_len=20, skip_bad_rows=True), written(tmp_path, rows))
+    assert found == Labels("multi_label_classification", ("a", "b"))
     rows = [*ROWS[:6], {"text": None, "label": 77}]
-    assert tasks.Texts(wordpiece, 20).find_labels(written(tmp_path, rows), skip=True).names == ("0", "1", "2")
+    assert find_labels(Classification(wordpiece, max_len=20, skip_bad_rows=True), written(tmp_path, rows)).names == (
+        "0",
+        "1",
+        "2",
+    )
 
 
 def test_a_tokenizer_is_trained_on_the_text_alone(tmp_path):
     def texts(name, rows, file="a.jsonl"):
-        return list(tasks.PlainTexts([written(tmp_path, rows, file)], name))
+        return list(LabelledTexts([written(tmp_path, rows, file)], name))
 
     assert texts("token_classification", [{"tokens": ["a", "b"], "label": ["X", "Y"]}, {"tokens": []}]) == ["a b"]
     asked = {"question": "q?", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}}
@@ -418,24 +427,25 @@ def test_a_tokenizer_is_trained_on_the_text_alone(tmp_path):
 
 
 def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
-    def refused(message, rows, kind=tasks.Texts, problem_type=None, known=None, skip_leaves=None, **columns):
+    def refused(message, rows, kind=Classification, problem_type=None, known=None, skip_leaves=None, **columns):
         source = written(tmp_path, rows)
-        task = kind(bpe if kind is tasks.Conversations else wordpiece, 20, **columns)
+        settings = {"max_len": 20, "problem_type": problem_type} | columns
+        task = kind(bpe if kind is Instruction else wordpiece, **settings)
 
         def load(skip=False):
-            if hasattr(task, "find_labels"):
-                task.labels = known or task.find_labels(source, problem_type, skip)
-            return load_examples(source, task, skip=skip)[0]
+            task.settings.skip_bad_rows = skip
+            task.labels = known or find_labels(task, source)
+            return load_rows(source, task)[0]
 
         with pytest.raises(InputError, match=message):
             load()
         if skip_leaves is not None:
             examples = load(skip=True)
-            assert (examples.num_items, examples.account["skipped"]) == (skip_leaves, len(rows) - skip_leaves)
-            assert examples.account["refused"]
+            assert (examples.num_examples, examples.stats["skipped"]) == (skip_leaves, len(rows) - skip_leaves)
+            assert examples.stats["refused"]
 
     good = [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
-    known = tasks.Labels("single_label_classification", ("a", "b"))
+    known = Labels("single_label_classification", ("a", "b"))
     refused("line 3 has no label", [*good, {"text": "z", "label": None}], skip_leaves=2)
     refused("line 3 has no label", [*good, {"text": "z", "label": ""}], known=known)
     refused("line 3 has no column 'label'", [*good, {"text": "z"}], skip_leaves=2)
@@ -468,19 +478,22 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
 
     words = [{"tokens": ["x", "y"], "label": ["O", "B-z"]}]
     refused(
-        "line 2 has 2 words, and 1 labels", [*words, {"tokens": ["x", "y"], "label": ["O"]}], tasks.Words, skip_leaves=1
+        "line 2 has 2 words and 1 labels",
+        [*words, {"tokens": ["x", "y"], "label": ["O"]}],
+        TokenClassification,
+        skip_leaves=1,
     )
     refused(
         "line 2, word 2 has no label",
         [*words, {"tokens": ["x", "y"], "label": ["O", None]}],
-        tasks.Words,
+        TokenClassification,
         skip_leaves=1,
     )
-    refused("line 2 has no words", [*words, {"tokens": [], "label": []}], tasks.Words, skip_leaves=1)
+    refused("line 2 has no words", [*words, {"tokens": [], "label": []}], TokenClassification, skip_leaves=1)
     refused(
         "line 2: column 'tokens' does not hold a list",
         [*words, {"tokens": "x y", "label": ["O"]}],
-        tasks.Words,
+        TokenClassification,
         skip_leaves=1,
     )
 
@@ -493,75 +506,73 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
 
     right = question("text", 0)
     refused(
-        "the answer 'number' at 9 lies beyond the 11", [right, question("number", 9)], tasks.Questions, skip_leaves=1
+        "the answer 'number' at 9 lies beyond the 11", [right, question("number", 9)], QuestionAnswering, skip_leaves=1
     )
     refused(
         "the answer 'number' does not stand at 2, where the text has 'xt num'",
         [right, question("number", 2)],
-        tasks.Questions,
+        QuestionAnswering,
         skip_leaves=1,
     )
-    refused("line 2 has no answers", [right, question("", 0, answers=None)], tasks.Questions, skip_leaves=1)
+    refused("line 2 has no answers", [right, question("", 0, answers=None)], QuestionAnswering, skip_leaves=1)
     odd = [["x"], {"text": "text", "answer_start": 0}, {"text": None, "answer_start": None}]
     for answers in odd:
         refused(
             "line 2 has no answers, lists of text and answer_start",
             [right, question("", 0, answers=answers)],
-            tasks.Questions,
+            QuestionAnswering,
             skip_leaves=1,
         )
     refused(
         "line 2: is_impossible is 'false'",
         [right, question("text", 0, is_impossible="false")],
-        tasks.Questions,
+        QuestionAnswering,
         skip_leaves=1,
     )
-    refused("line 2 asks nothing", [right, question("text", 0, question=" ")], tasks.Questions, skip_leaves=1)
+    refused(
+        "line 2 has an empty question", [right, question("text", 0, question=" ")], QuestionAnswering, skip_leaves=1
+    )
     refused(
         "question has 30 tokens, and max_len 20 leaves none",
         [right, question("text", 0, question="text " * 30)],
-        tasks.Questions,
+        QuestionAnswering,
         skip_leaves=1,
     )
     broken = [{"data": [{"paragraphs": [{"qas": []}, {"no": 1}]}]}]
-    refused("article 1 paragraph 2 is not in SQuAD's format", broken, tasks.Questions)
+    refused("article 1 paragraph 2 is not in SQuAD's format", broken, QuestionAnswering)
 
     told = {"prompt": "hello", "completion": " there"}
     chat = {"messages": [{"role": "user", "content": "hello"}]}
     refused(
-        "has no template for one: give --chat_template",
+        "has no chat template: give --chat_template",
         [{"messages": [*chat["messages"], {"role": "assistant", "content": "x"}]}],
-        tasks.Conversations,
+        Instruction,
     )
     bpe.chat_template = CHAT
-    refused("line 2 has no assistant's turn", [told, chat], tasks.Conversations, skip_leaves=1)
-    refused(
-        "line 2, turn 1 has no content", [told, {"messages": [{"role": "user"}]}], tasks.Conversations, skip_leaves=1
-    )
-    refused("line 2: messages is not a list", [told, {"messages": "hi"}], tasks.Conversations, skip_leaves=1)
-    refused("line 2 has no completion", [told, {"prompt": "x", "completion": ""}], tasks.Conversations, skip_leaves=1)
+    refused("line 2 has no assistant's turn", [told, chat], Instruction, skip_leaves=1)
+    refused("line 2, turn 1 has no content", [told, {"messages": [{"role": "user"}]}], Instruction, skip_leaves=1)
+    refused("line 2: messages is not a list", [told, {"messages": "hi"}], Instruction, skip_leaves=1)
+    refused("line 2 has no completion", [told, {"prompt": "x", "completion": ""}], Instruction, skip_leaves=1)
     refused(
         "line 2 has .* tokens, and max_len is 20",
         [told, {"prompt": "x" * 99, "completion": "y"}],
-        tasks.Conversations,
+        Instruction,
         skip_leaves=1,
     )
-    refused("line 2 has neither messages nor prompt", [told, {"prompt": "x"}], tasks.Conversations, skip_leaves=1)
+    refused("line 2 has neither messages nor prompt", [told, {"prompt": "x"}], Instruction, skip_leaves=1)
     turn = [{"role": "user", "content": "x"}]
-    refused(
-        "so must the completion be: 5", [told, {"prompt": turn, "completion": 5}], tasks.Conversations, skip_leaves=1
-    )
+    refused("so must the completion be: 5", [told, {"prompt": turn, "completion": 5}], Instruction, skip_leaves=1)
     bpe.chat_template = "{{ 1 / 0 }}"
     chat = {"messages": [{"role": "assistant", "content": "x"}]}
-    refused("the chat template refuses it: division", [told, chat], tasks.Conversations, skip_leaves=1)
+    refused("the chat template refuses it: division", [told, chat], Instruction, skip_leaves=1)
     bpe.chat_template = "{{ raise_exception('roles must alternate') }}"
     refused(
         "the chat template refuses it: roles must alternate",
         [told, {"messages": [{"role": "assistant", "content": "x"}]}],
-        tasks.Conversations,
+        Instruction,
         skip_leaves=1,
     )
 
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputError, match="a.txt has no columns"):
-        tasks.Texts(wordpiece, 20).find_labels(sources.file_source(str(tmp_path / "a.txt")))
+        find_labels(Classification(wordpiece, max_len=20), sources.file_source(str(tmp_path / "a.txt")))

@@ -1,0 +1,188 @@
+"""Instruction tuning: predict completions, or the assistant's turns of a chat, and no other tokens."""
+
+from functools import cached_property
+
+import datasets
+import numpy as np
+
+from ..data.packing import DocumentRows, best_fit, group_offsets
+from ..data.readers import check_text
+from ..data.tokenizer import end_of_document, special_ids
+from ..errors import InputError, first_line
+from .causal_lm import CausalLM
+from .labelled import LabelledTask
+from .labels import BadRowError
+
+
+class Instruction(LabelledTask, CausalLM):
+    """Predict the completion of a prompt, or the assistant's turns of a chat in the form of the tokenizer's template.
+
+    Each text ends with the end-of-text token, unless the last turn closes itself. `packing` is "best_fit", several
+    conversations per row, or "pad", one.
+    """
+
+    label_feature = datasets.List(datasets.Value("int8"))  # 1 for the tokens that are targets
+    target_name = "learned tokens"
+
+    @cached_property
+    def marks(self):
+        return [end_of_document(self.tokenizer)[0]]
+
+    @cached_property
+    def closing_ids(self):
+        """The token ids that may close a turn: special tokens, except those that open a text or stand for others. The
+        end of text closes turns even where it opens texts too, as in GPT-2."""
+        special = {token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        opening = {getattr(self.tokenizer, f"{name}_token_id") for name in ("unk", "bos", "cls", "pad", "mask")}
+        return (special | set(special_ids(self.tokenizer))) - opening | {self.tokenizer.eos_token_id}
+
+    def prepare_tokenizer(self, is_trained):
+        LabelledTask.prepare_tokenizer(self, is_trained)
+        path = self.settings.chat_template
+        if path and (not is_trained or self.tokenizer.chat_template is None):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    self.tokenizer.chat_template = file.read()
+            except (OSError, ValueError) as error:
+                raise InputError(f"chat_template {path[:100]!r} is not a file that can be read: {error}") from None
+
+    def cache_key(self):
+        return [*super().cache_key(), self.tokenizer.chat_template]
+
+    # ---- examples
+
+    def texts(self, record, where):
+        if isinstance(record.get("prompt"), str):
+            return [self.read_text(record, where, name) for name in ("prompt", "completion") if name in record]
+        turns = record.get("messages") or [*(record.get("prompt") or []), *(record.get("completion") or [])]
+        return [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
+
+    def parse(self, record, where):
+        """Return a dict of where, text, spans (the characters that are targets), is_chat, num_unlearned (turns of the
+        assistant that are no targets) and end_token (the token that closes the last turn; set by `example_rows`)."""
+        if "messages" not in record and not {"prompt", "completion"} <= set(record):
+            raise BadRowError(
+                f"{where} has neither messages nor prompt and completion, but {', '.join(map(repr, record))}"
+            )
+        if "messages" in record:
+            return self._parse_chat(record["messages"], 0, where)
+        prompt, completion = record["prompt"], record.get("completion")
+        if isinstance(prompt, list):
+            if not isinstance(completion, list):
+                raise BadRowError(
+                    f"{where}: the prompt is a list of turns, and so must the completion be: {completion!r:.80}"
+                )
+            return self._parse_chat([*prompt, *completion], len(prompt), where)
+        prompt = self.read_text(record, where, "prompt")
+        if completion is None or completion == "":
+            raise BadRowError(f"{where} has no completion")
+        completion = self.read_text(record, where, "completion")
+        spans = [(len(prompt), len(prompt) + len(completion))]
+        return {"where": where, "text": prompt + completion, "spans": spans, "is_chat": False, "num_unlearned": 0}
+
+    def _parse_chat(self, messages, first, where):
+        """See [`parse`]; turns before `first` are no targets."""
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise BadRowError(f"{where}: messages is not a list of turns, each with role and content: {messages!r:.80}")
+        for index, message in enumerate(messages, start=1):
+            for name in ("role", "content"):
+                if not isinstance(message.get(name), str):
+                    raise BadRowError(f"{where}, turn {index} has no {name} of text: {message!r:.80}")
+                check_text(message[name], where, BadRowError)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
+        if not turns:
+            raise BadRowError(f"{where} has no assistant's turn: there is nothing to learn")
+        text, spans, end = self._render(messages, where), [], self.tokenizer.eos_token or ""
+        for turn in turns:
+            try:
+                before = self._render(messages[:turn], where, add_generation_prompt=True)
+            except BadRowError:
+                if turn:
+                    raise
+                before = ""  # the template refuses an empty chat
+            after = self._render(messages[: turn + 1], where)
+            if end and not text.startswith(after):  # some templates end the whole chat with it
+                after = after.removesuffix(end)
+            # a turn that the template renders differently once others follow (some drop old thoughts) is no target
+            if text.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(after)))
+        if not spans:
+            raise BadRowError(
+                f"{where}: the chat template does not begin an assistant's turn with its generation prompt"
+            )
+        num_unlearned = len(turns) - len(spans)
+        text = text[: spans[-1][1]]
+        return {"where": where, "text": text, "spans": spans, "is_chat": True, "num_unlearned": num_unlearned}
+
+    def _render(self, messages, where, **options):
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                f"{where} is a chat, and the tokenizer {self.tokenizer.name_or_path} has no chat template: give "
+                "--chat_template FILE (Jinja, as the Hub's chat models have it)"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # the template is a program, and may raise anything
+            raise BadRowError(f"{where}: the chat template refuses it: {first_line(error)}") from None
+
+    def update_stats(self, stats, example):
+        stats["unlearned"] = stats.get("unlearned", 0) + example["num_unlearned"]
+        stats["ends"] = sorted({*stats.get("ends", ()), *example["end_tokens"]})
+
+    # ---- rows
+
+    def tokenize(self, examples):
+        backend = self.backend()
+        chats = [example["text"] for example in examples if example["is_chat"]]
+        texts = [example["text"] for example in examples if not example["is_chat"]]
+        chats, texts = iter(backend.encode_batch(chats, add_special_tokens=False)), iter(backend.encode_batch(texts))
+        return [next(chats if example["is_chat"] else texts) for example in examples]
+
+    def example_rows(self, example, encoding):
+        where, text = example["where"], example["text"]
+        ids, offsets = list(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        is_text = offsets[:, 1] > offsets[:, 0]
+        inside = [is_text & (offsets[:, 1] > start) & (offsets[:, 0] < stop) for start, stop in example["spans"]]
+        is_target, end = np.logical_or.reduce(inside), end_of_document(self.tokenizer)[0]
+        last_turn = [token for token in np.flatnonzero(inside[-1]) if text[slice(*offsets[token])].strip()]
+        closes_itself = bool(last_turn) and ids[last_turn[-1]] in self.closing_ids
+        example["end_tokens"] = [ids[last_turn[-1]]] if closes_itself else []
+        while ids and ids[-1] == end and not is_target[-1]:  # a tokenizer that adds its own end
+            ids, is_target = ids[:-1], is_target[:-1]
+        if not closes_itself:
+            ids, is_target = [*ids, end], np.append(is_target, True)
+        if len(ids) - 1 > self.max_len:
+            raise BadRowError(f"{where} has {len(ids) - 1} tokens, and max_len is {self.max_len}; raise it")
+        if not is_target[1:].any():
+            raise BadRowError(f"{where} has no token to learn")
+        return [{"input_ids": ids, "second_text": len(ids), "labels": is_target.astype(np.int64)}], False
+
+    def make_rows(self, data, name, stride=None):
+        # the first token of a conversation is only read, as the mark before a document of [`CausalLM`]
+        spans = np.stack([data.starts[:-1] + 1, data.starts[1:]], axis=1)
+        order, first = np.arange(len(spans)), np.arange(len(spans) + 1)
+        if self.packing == "best_fit":
+            row_of = best_fit(spans[:, 1] - spans[:, 0], self.max_len)
+            order = np.argsort(row_of, kind="stable")
+            first = group_offsets(row_of[order])
+        rows = DocumentRows(data.tokens, spans[order], first, 0, name)
+        rows.loss_mask = data.labels
+        return rows
+
+    # ---- what a person sees
+
+    def summary_lines(self, train_rows, val_rows, stats):
+        if not stats.get("unlearned"):
+            return []
+        return [
+            f"{stats['unlearned']:,} turns of the assistant are read and not learned: the chat template renders them "
+            "differently when other turns follow"
+        ]
+
+    def usage(self, run_dir, prompt=None):
+        label, command = super().usage(run_dir, prompt)
+        return label, command.replace(" --prompt", " --chat --prompt") if self.tokenizer.chat_template else command
+
+    def update_generation_config(self, model, stats):
+        if stats.get("ends"):  # the end of a turn ends the generated text
+            model.generation_config.eos_token_id = sorted({*stats["ends"], self.tokenizer.eos_token_id} - {None})

@@ -1,0 +1,233 @@
+"""What the tasks on labelled examples share: reading and checking records, batches with labels, named labels."""
+
+import datasets
+import numpy as np
+import torch
+
+from ..data.readers import check_text, read_rows
+from ..data.sampler import evenly_spaced
+from ..data.tokenizer import end_of_document
+from ..data.tokenizer import fingerprint as tokenizer_fingerprint
+from ..errors import printable
+from .base import IGNORE_INDEX, Task, padded_width, require_tokens, to_tensors
+from .labelled_rows import load_rows
+from .labels import CLASSIFICATION, BadRowError, LabelCollector, Labels
+
+
+class LabelledTask(Task):
+    """Base class of the tasks that read labelled examples. A subclass also provides
+
+    texts(record, where)            the texts of a record of the data, checked
+    parse(record, where)            the record as an example, checked
+    tokenize(examples)              one encoding for each example
+    example_rows(example, encoding) the rows of an example, dicts of LabelledRows' columns; whether it was cut
+    """
+
+    is_labelled = True
+    pads_rows = True
+    reads_labels = True  # False for predictions
+    label_feature = datasets.Value("int64")
+    record_features = None  # of what `record` keeps of each training example; None: nothing
+    default_text_column = "text"
+    cut_message = "make several rows"  # what happens to examples that are longer than a row
+
+    def __init__(self, tokenizer=None, seed=0, **settings):
+        super().__init__(tokenizer, seed, **settings)
+        self.text_column = self.settings.text_column or self.default_text_column
+        self.label_column = self.settings.label_column or "label"
+
+    def prepare_tokenizer(self, is_trained):
+        require_tokens(self.name, self.tokenizer, ())
+
+    def load(self, training, validation=None, show_progress=False):
+        train_rows, val_rows, stats = None, None, {"train": {}}
+        if training:
+            train_rows, val_rows = load_rows(training[0], self, 0.0 if validation else self.settings.val_fraction)
+            stats["train"] = train_rows.stats
+        if validation:
+            val_rows, _ = load_rows(validation, self)
+            stats["validation"] = val_rows.stats
+        return train_rows, val_rows, stats
+
+    def cache_key(self):
+        """Return what the rows depend on beside their source."""
+        columns = [self.settings.text_pair_column, self.text_column, self.label_column]
+        labels = (self.labels.problem_type, self.labels.names) if self.labels else None
+        tokenizer = [tokenizer_fingerprint(self.tokenizer), self.tokenizer.special_tokens_map]
+        return [type(self).__name__, *tokenizer, self.max_len, labels, columns, self.settings.skip_bad_rows]
+
+    def row_features(self):
+        """Return the columns of the rows' Arrow file."""
+        columns = {"input_ids": datasets.List(datasets.Value("uint32")), "second_text": datasets.Value("int64")}
+        return datasets.Features(columns | {"labels": self.label_feature, "example": datasets.Value("int64")})
+
+    def read(self, source):
+        """Yield (where, record) of each record of a source, a dict of columns."""
+        return read_rows(source)
+
+    def split_key(self, example):
+        """Return what may not stand on both sides when a part is held out; None: the example itself."""
+
+    def record(self, example):
+        """Return what to keep of an example beside its rows, for metrics or to show it with its predictions."""
+
+    def update_stats(self, stats, example):
+        """Add an example to the statistics of the data."""
+
+    def summary_lines(self, train_rows, val_rows, stats):
+        return [f"{stats['cut']:,} texts are longer than max_len and {self.cut_message}"] if stats.get("cut") else []
+
+    def read_text(self, record, where, column, flag=None):
+        """Return the text in a column of a record.
+
+        Args:
+            flag: the flag that names the column.
+        Raises:
+            BadRowError: there is no such column, or it does not hold text.
+        """
+        text = self.read_cell(record, where, column, flag)
+        if not isinstance(text, str):
+            raise BadRowError(f"{where}: column {column!r} does not hold text: {text!r:.80}")
+        return check_text(text, where, BadRowError)
+
+    @staticmethod
+    def read_cell(record, where, column, flag=None):
+        if column not in record:
+            hint = f"; name it with --{flag}" if flag else ""
+            raise BadRowError(f"{where} has no column {column!r}, but {', '.join(map(repr, record))}{hint}")
+        return record[column]
+
+    def backend(self, truncate=False):
+        """Return the tokenizer's Rust backend without padding; it truncates to max_len if asked."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        if truncate:
+            backend.enable_truncation(self.max_len)
+        else:
+            backend.no_truncation()
+        return backend
+
+
+class PredictionTask(LabelledTask):
+    """Base class of the labelled tasks whose model has a head for them. A subclass also provides
+
+    loss_sum(outputs, labels, mask)            the loss, summed over all targets
+    predictions(outputs, rows, indices)        what the model predicts of some rows, one array each
+    metric_inputs(rows, indices, predictions)  predictions and references in the form that metrics take
+    compute_metrics(predictions, references)   a dict of metrics
+    describe_predictions(rows, predictions)    a dict for each example, for people and JSON Lines
+    """
+
+    has_predictions = True
+    is_pair = False  # whether a row is two texts
+    unit = "nats per label"
+    length_group_steps = 8  # few, so that a batch does not hold one label only where the length tells the label
+
+    @property
+    def num_special_tokens(self):
+        return self.tokenizer.num_special_tokens_to_add(pair=self.is_pair)
+
+    def prepare_tokenizer(self, is_trained):
+        super().prepare_tokenizer(is_trained)
+        if self.tokenizer.pad_token is None:  # stock pipelines pad their batches with it
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(end_of_document(self.tokenizer)[0])
+
+    def config_settings(self):
+        settings = self.labels.config_settings() if self.labels else {}
+        return settings | {"pad_token_id": self.tokenizer.pad_token_id}  # decoders find the end of a text by it
+
+    def configure(self, model_config, max_len):
+        super().configure(model_config, max_len)
+        self.pad = model_config.pad_token_id
+        self.has_token_types = getattr(model_config, "type_vocab_size", 0) > 1
+
+    def make_rows(self, data, name, stride=None):
+        return data
+
+    def batch(self, rows, indices, step=None, size=None):
+        """Return input_ids and attention_mask (rows, length of the longest), token_type_ids if the model has them, and
+        labels, whose shape is the task's."""
+        texts = [rows.read(int(index)) for index in indices]
+        width = max([1, *(len(ids) for ids, _ in texts)])
+        width = padded_width([width], 1 << 30) if width > 8 else width
+        ids, mask = np.full((len(texts), width), self.pad), np.zeros((len(texts), width), dtype=np.int64)
+        types = np.zeros_like(mask)
+        for row, (text, second) in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)], types[row, second : len(text)] = text, 1, 1
+        batch = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if self.has_token_types else {})
+        batch = to_tensors(batch, size)
+        labels = torch.from_numpy(self.batch_labels(rows, indices, width))
+        missing = len(batch["input_ids"]) - len(labels)
+        batch["labels"] = torch.cat([labels, labels.new_full((missing, *labels.shape[1:]), IGNORE_INDEX)])
+        return batch
+
+    def batch_labels(self, rows, indices, width):
+        """Return the labels of some rows as an array."""
+        return np.array(rows.row_labels[np.asarray(indices, dtype=np.int64)])
+
+    def forward(self, model, inputs, counts):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        outputs.loss = self.loss_sum(outputs, labels, inputs["attention_mask"]) / counts["num_items_in_batch"]
+        return outputs
+
+    def choose_rows(self, rows, count):
+        """Return the indices of the rows of `count` examples."""
+        return rows.rows_of_examples(evenly_spaced(count, rows.num_examples))
+
+    def loss_metrics(self, sums):
+        return {"loss": sums["loss"] / max(1, sums["tokens"])}
+
+    def describe_metrics(self, metrics):
+        return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "loss")
+
+    def usage(self, run_dir, prompt=None):
+        return "predict", f"python -m hf_myllm.predict {run_dir} --input FILE"
+
+
+class LabelNames:
+    """Mix-in for the tasks that predict named labels. A subclass provides
+
+    label_values(record, where)     the label of a record as (value, place), or a list of them
+    """
+
+    def find_labels(self, source, stored_config, is_trained):
+        """Set `labels`: those of a trained model, or those of the training data, in the order of the model's head.
+
+        Raises:
+            InputError: an example has no label, or the labels are of different types.
+        """
+        stored = Labels.from_config(stored_config) if stored_config else None
+        if is_trained:
+            self.labels = stored
+            return
+        self.labels = self.labels_of(source)
+        if stored:
+            self.labels = self.labels.in_order_of(stored)
+
+    def labels_of(self, source, problem_type=None):
+        """Return the labels of training data."""
+        collector = LabelCollector(problem_type)
+        for where, record in self.read(source):
+            try:
+                self.texts(record, where)
+                collector.add(self.label_values(record, where))
+            except BadRowError:
+                if not self.settings.skip_bad_rows:
+                    raise
+        return collector.labels(source.name)
+
+    def summary_lines(self, train_rows, val_rows, stats):
+        """Return the share of each label in the training and the validation rows, and what the examples became."""
+        lines = []
+        for name, rows in (("training", train_rows), ("validation", val_rows)):
+            if rows is None or self.labels.problem_type != CLASSIFICATION:
+                continue
+            labels = rows.all_labels
+            counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=self.labels.num_labels)
+            shares = counts / counts.sum()
+            order = np.argsort(-shares, kind="stable")
+            listed = ", ".join(f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order[:8])
+            lines.append(f"labels of the {name}: {listed}" + f" and {len(order) - 8} more" * (len(order) > 8))
+        return lines + super().summary_lines(train_rows, val_rows, stats)

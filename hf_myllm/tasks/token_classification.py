@@ -1,0 +1,178 @@
+"""Token classification: the label of each word of a sentence, such as named entities."""
+
+import warnings
+from itertools import chain
+
+import datasets
+import numpy as np
+
+from ..data.readers import check_text, read_conll, read_rows
+from ..data.tokenizer import end_of_document
+from .base import IGNORE_INDEX, cross_entropy_sum, join_tokens
+from .classification import classification_metrics, read_lines
+from .labelled import LabelNames, PredictionTask
+from .labels import BadRowError
+
+
+class TokenClassification(LabelNames, PredictionTask):
+    """Predict the class of each word, from the first token of the word: the labels of a batch are (rows, tokens).
+
+    A sentence that is longer than a row becomes several rows, cut between words, so that each word has one target.
+    """
+
+    label_feature = datasets.List(datasets.Value("int64"))
+    default_text_column = "tokens"
+
+    # ---- examples and rows
+
+    def read(self, source):
+        if source.format != "text":
+            return read_rows(source)
+        if not self.reads_labels and all(file.endswith(".txt") for file in source.files):
+            return read_lines(source, self.text_column)
+        return read_conll(source, self.text_column, self.label_column)
+
+    def texts(self, record, where):
+        return [" ".join(self._words(record, where))]
+
+    def parse(self, record, where):
+        """Return the words and their label ids."""
+        words = self._words(record, where)
+        return words, self._word_labels(record, where, words) if self.reads_labels else [0] * len(words)
+
+    def _words(self, record, where):
+        words = self.read_cell(record, where, self.text_column, "text_column")
+        if isinstance(words, str) and not self.reads_labels:
+            words = words.split()
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise BadRowError(f"{where}: column {self.text_column!r} does not hold a list of words: {words!r:.80}")
+        if not words:
+            raise BadRowError(f"{where} has no words")
+        return [check_text(word, where, BadRowError) for word in words]
+
+    def _word_labels(self, record, where, words):
+        labels = self.read_cell(record, where, self.label_column, "label_column")
+        if not isinstance(labels, list) or len(labels) != len(words):
+            count = f"{len(labels)} labels" if isinstance(labels, list) else "no list of labels"
+            raise BadRowError(f"{where} has {len(words)} words and {count}; give each word a label")
+        places = (f"{where}, word {index} ({word!r:.40})" for index, word in enumerate(words, start=1))
+        return [self.labels.label_id(label, place) for label, place in zip(labels, places, strict=True)]
+
+    def label_values(self, record, where):
+        labels = self.read_cell(record, where, self.label_column, "label_column")
+        labels = labels if isinstance(labels, list) else [labels]
+        return [(label, f"{where}, word {index}") for index, label in enumerate(labels, start=1)]
+
+    def record(self, example):
+        if not self.reads_labels:
+            return {self.text_column: example[0]}
+
+    def tokenize(self, examples):
+        return self.backend().encode_batch([words for words, _ in examples], is_pretokenized=True)
+
+    def example_rows(self, example, encoding):
+        words, labels = example
+        missing = set(range(len(words))) - set(encoding.word_ids)
+        if not missing and len(encoding.ids) <= self.max_len:
+            return [_row(encoding, labels)], False
+        # a word without tokens becomes the unknown token, so that it has a prediction
+        unknown = self.tokenizer.unk_token or self.tokenizer.decode(end_of_document(self.tokenizer)[:1])
+        words = [unknown if index in missing else word for index, word in enumerate(words)]
+        word_ids = [index for index in encoding.word_ids if index is not None]
+        lengths = np.bincount(word_ids, minlength=len(words)).clip(min=1)
+        backend = self.backend(truncate=True)
+        room = self.max_len - backend.num_special_tokens_to_add(False)
+        starts, used = [0], 0
+        for index, length in enumerate(lengths):
+            if used and used + length > room:
+                starts, used = [*starts, index], 0
+            used += length
+        pieces = list(zip(starts, [*starts[1:], len(words)], strict=True))
+        rows = [_row(backend.encode(words[a:b], is_pretokenized=True), labels[a:b]) for a, b in pieces]
+        self.backend()
+        return rows, len(pieces) > 1
+
+    def batch_labels(self, rows, indices, width):
+        labels = np.full((len(indices), width), IGNORE_INDEX)
+        for row, index in enumerate(indices):
+            own = rows.token_labels(index)
+            labels[row, : len(own)] = own
+        return labels
+
+    # ---- loss, predictions, metrics
+
+    def loss_sum(self, outputs, labels, mask):
+        return cross_entropy_sum(outputs.logits.float().flatten(0, 1), labels.flatten())
+
+    def predictions(self, outputs, rows, indices):
+        """Return the probability of each class for each word, (words, classes), of each row."""
+        scores = outputs.logits.float().softmax(-1).cpu().numpy()
+        positions = [np.flatnonzero(rows.token_labels(index) != IGNORE_INDEX) for index in indices]
+        return [scores[row, own] for row, own in enumerate(positions)]
+
+    @property
+    def has_entities(self):
+        """Whether labels mark entities of several words (B- and I-)."""
+        return any(name[:2] in ("B-", "I-") for name in self.labels.names)
+
+    def metric_inputs(self, rows, indices, predictions):
+        """Return label names, sentence by sentence, of entities; otherwise the label ids of all words."""
+        labels = [own[own != IGNORE_INDEX] for own in map(rows.token_labels, indices)]
+        predicted = [scores.argmax(-1) for scores in predictions]
+        sentences = [
+            [np.concatenate(parts).tolist() for parts in rows.group_by_example(indices, values).values()]
+            for values in (predicted, labels)
+        ]
+        if not self.has_entities:
+            return tuple(list(chain(*ids)) for ids in sentences)
+        return tuple([[self.labels.names[label] for label in ids] for ids in group] for group in sentences)
+
+    def compute_metrics(self, predictions, references):
+        if self.has_entities:
+            return entity_metrics(predictions, references)
+        return classification_metrics(predictions, references, self.labels)
+
+    def describe_predictions(self, rows, predictions):
+        """Yield the words of each example with their labels and scores, and the entities that they form."""
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        names = self.labels.names
+        for example, parts in rows.group_by_example(np.arange(len(rows)), predictions).items():
+            scores = np.concatenate(parts)
+            labels = [names[label] for label in scores.argmax(-1)]
+            (words,) = rows.records[example].values()
+            entities = [
+                {"type": entity_type, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
+                for entity_type, first, last in (get_entities(labels) if self.has_entities else ())
+            ]
+            scores = scores.max(-1).tolist()
+            yield rows.records[example] | {"labels": labels, "scores": scores, "entities": entities}
+
+    def describe_target(self, batch, index):
+        labels = batch["labels"][index].tolist()
+        return join_tokens(
+            ["·" if label == IGNORE_INDEX else self.labels.names[label] for label in labels], len(labels)
+        )
+
+
+def _row(encoding, labels):
+    """Return a row with the label of each word at its first token."""
+    token_labels, before = [], None
+    for word in encoding.word_ids:
+        token_labels.append(IGNORE_INDEX if word is None or word == before else labels[word])
+        before = word
+    return {"input_ids": encoding.ids, "second_text": len(encoding.ids), "labels": token_labels}
+
+
+def entity_metrics(predictions, references):
+    """Return precision, recall and f1 of whole entities and accuracy of words, as CoNLL's script counts them: an entity
+    is right when its type, first and last word are. Predictions and references are sentences of label names."""
+    from seqeval import metrics as seqeval_metrics  # slow to import, and not every run needs it
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about labels without B- or I-, which count as entities of one word
+        metrics = {
+            name: float(getattr(seqeval_metrics, f"{name}_score")(references, predictions, zero_division=0))
+            for name in ("precision", "recall", "f1")
+        }
+        return metrics | {"accuracy": float(seqeval_metrics.accuracy_score(references, predictions))}
