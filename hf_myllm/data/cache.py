@@ -10,7 +10,7 @@ from filelock import FileLock
 from ..errors import DataError
 from ..files import atomic_path
 
-_FORMAT = 5  # of the cache: raise it when what is cached changes
+_FORMAT = 6  # of the cache: raise it when what is cached changes
 
 
 def cached_path(key):

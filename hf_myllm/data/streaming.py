@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
-from .corpus import Progress, TokenStream, encode, token_dtype
+from .corpus import Progress, TokenStream, token_dtype, tokenize_pieces
 from .readers import read_documents, stream_documents
 from .sources import source_key
 from .tokenizer import end_of_document, fingerprint, safe_split_pattern
@@ -95,7 +95,7 @@ class TokenWindows:
         filled, skip, after = 0, place.get("tokens", 0), None
         is_awaited = self.is_maker and threading.current_thread() is threading.main_thread()
         with Progress(self.size, is_awaited) as progress:
-            for batch in encode(self._pieces_from(place), self.tokenizer):
+            for batch in tokenize_pieces(self._pieces_from(place), self.tokenizer):
                 if self.is_closed.is_set():
                     raise DataError("the run has ended")
                 for (_, _, before), found in batch:
@@ -109,8 +109,8 @@ class TokenWindows:
                         ids.flush()
                         (folder / "next.json").write_text(json.dumps(after))
                         return
-                progress.read(filled - progress.done)
-                progress.wrote(filled - progress.tokens)
+                progress.add_read(filled - progress.num_read)
+                progress.add_tokens(filled - progress.num_tokens)
 
     def _pieces_from(self, place):
         """(text, is_end, place) of each piece from a place on, again and again; `place` is where the piece begins."""

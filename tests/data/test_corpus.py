@@ -97,7 +97,7 @@ def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name)
     loaded = tokenizer.load(str(assets / "tokenizers" / name))
     file = assets / "corpora" / "tinyshakespeare.txt"
     monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
-    monkeypatch.setattr(corpus, "_BATCH", 20_000)
+    monkeypatch.setattr(corpus, "_BATCH_CHARS", 20_000)
     tokens, _, account = load(str(file), loaded)
     assert account["train"]["documents"] == 1
     whole = loaded(file.read_text(), add_special_tokens=False)["input_ids"]
@@ -185,7 +185,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path, bpe, mon
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus._Part, "close", die)
+        patch.setattr(corpus._PartWriter, "close", die)
         with pytest.raises(RuntimeError):
             load(str(file), bpe)
     assert everything(load(str(file), bpe)[0]) == expected(bpe, [file.read_text()])
@@ -292,7 +292,7 @@ def test_a_file_that_disappears_is_named(tmp_path, bpe, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("Anna finds a king.")
     source = sources.file_source(str(tmp_path))
-    monkeypatch.setattr(corpus, "_BATCH", 1)
+    monkeypatch.setattr(corpus, "_BATCH_CHARS", 1)
     read = corpus.read_documents
 
     def losing(*arguments):

@@ -47,7 +47,7 @@ def whole(stories, bpe):
 @pytest.mark.parametrize("source", ["files", "memory", "lines", "hub"], indirect=True)
 def test_windows_are_the_stream_whatever_is_known_of_it(stories, bpe, source, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(readers, "_PIECE_CHARS", 200)  # documents in pieces, too
-    monkeypatch.setattr(corpus, "_BATCH", 1000)
+    monkeypatch.setattr(corpus, "_BATCH_CHARS", 1000)
     stream = whole(stories, bpe)
     size, total = 500, len(stream)
     endless = np.tile(stream.read(0, total), 3)
