@@ -28,18 +28,19 @@ from .errors import DataError, InputError, ModelError, Parser, exit_on_input_err
 from .files import atomic_path
 from .generate import find_model
 from .models import lora
+from .tasks import TASKS
 from .tasks.labelled_rows import read_examples, rows_in_memory
 
-_MODEL_CLASSES = {  # the end of the stock class's name -> the task, and the class
-    "ForSequenceClassification": ("classification", AutoModelForSequenceClassification),
-    "ForTokenClassification": ("token_classification", AutoModelForTokenClassification),
-    "ForQuestionAnswering": ("question_answering", AutoModelForQuestionAnswering),
+_MODEL_CLASSES = {  # the end of the stock class's name -> the class, and its task if there is no recipe
+    "ForSequenceClassification": (AutoModelForSequenceClassification, "classification"),
+    "ForTokenClassification": (AutoModelForTokenClassification, "token_classification"),
+    "ForQuestionAnswering": (AutoModelForQuestionAnswering, "question_answering"),
 }
 _CHUNK = 1000  # examples read before the first is written
 
 
 def load(run_dir, device="cpu"):
-    """Return the model of a folder, its tokenizer, and the name of the task that it was trained for.
+    """Return the model of a folder, its tokenizer, and the name of the task that its class is for.
 
     Raises:
         ModelError: there is no model, or it makes no predictions.
@@ -56,7 +57,7 @@ def load(run_dir, device="cpu"):
             f"{run_dir} holds a {name or 'model of no class'}, which makes no predictions; to generate text: python -m "
             f"hf_myllm.generate {run_dir}"
         )
-    task, model_class = candidates[0]
+    model_class, task = candidates[0]
     base = lora.base_of(folder)
     try:
         # the head of an adapter may differ from the head of its base model
@@ -103,7 +104,9 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     source = file_source(input)
     model, tokenizer, name = load(run_dir, device)
-    settings = _recipe_settings(run_dir) | {key: value for key, value in settings.items() if value is not None}
+    recipe = _read_recipe(run_dir)
+    name = recipe["task"] if recipe.get("task") in TASKS else name
+    settings = recipe.get("data", {}) | {key: value for key, value in settings.items() if value is not None}
     positions = getattr(model.config, "max_position_embeddings", 512)
     max_len = max_len or settings.get("max_len") or positions
     if batch_size < 1:
@@ -143,15 +146,15 @@ def _opened(path):
         raise DataError(f"--output {path} cannot be written: {error}") from None
 
 
-def _recipe_settings(run_dir):
-    """Return the `data` section of the recipe of a run, given its folder or one of its checkpoints; {} without one."""
+def _read_recipe(run_dir):
+    """Return the task and the data section of a run's recipe, given its folder or a checkpoint; {} without one."""
     folder = Path(run_dir).resolve()
     try:
         if checkpoint.step_of(folder) >= 0:
             folder = folder.parent
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         settings = {key: value for key, value in recipe["data"].items() if value is not None}
-        return settings | {"skip_bad_rows": False}
+        return {"task": recipe.get("task"), "data": settings | {"skip_bad_rows": False}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return {}
 

@@ -1,0 +1,53 @@
+"""Word counting: predict how many words a text has. The smallest labelled task, which test_new_task.py registers."""
+
+import datasets
+import numpy as np
+
+from hf_myllm.tasks.labelled import PredictionTask
+from hf_myllm.tasks.labels import REGRESSION, Labels
+
+
+class WordCount(PredictionTask):
+    """Predict the number of words of a text, with a head of one output. The labels of a batch are (rows,)."""
+
+    labels = Labels(REGRESSION)
+    label_feature = datasets.Value("float32")
+
+    def texts(self, record, where):
+        return [self.read_text(record, where, self.text_column, "text_column")]
+
+    def parse(self, record, where):
+        (text,) = self.texts(record, where)
+        return text, float(len(text.split()))
+
+    def record(self, example):
+        if not self.reads_labels:
+            return {"text": example[0]}
+
+    def tokenize(self, examples):
+        encodings = self.backend(truncate=True).encode_batch([text for text, _ in examples])
+        self.backend()
+        return encodings
+
+    def example_rows(self, example, encoding):
+        row = {"input_ids": encoding.ids, "second_text": len(encoding.ids), "labels": example[1]}
+        return [row], bool(encoding.overflowing)
+
+    def loss_sum(self, outputs, labels, mask):
+        return ((outputs.logits[:, 0].float() - labels) ** 2)[labels >= 0].sum()
+
+    def predictions(self, outputs, rows, indices):
+        return list(outputs.logits[: len(indices), 0].float().cpu().numpy())
+
+    def metric_inputs(self, rows, indices, predictions):
+        return [float(count) for count in predictions], rows.row_labels[indices].tolist()
+
+    def compute_metrics(self, predictions, references):
+        return {"mean_error": float(np.abs(np.array(predictions) - references).mean())}
+
+    def describe_predictions(self, rows, predictions):
+        for record, count in zip(rows.records, predictions, strict=True):
+            yield record | {"words": float(count)}
+
+    def describe_target(self, batch, index):
+        return f"{batch['labels'][index]:g} words"
