@@ -19,7 +19,6 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from ..errors import DataError
-from . import packing
 from .cache import cached_folder, cached_path
 from .pickled import read_token_ids
 from .readers import read_documents
@@ -364,59 +363,3 @@ def _map_bin(file, tokenizer, bin_dtype):
             "copy or write it again"
         )
     return np.memmap(file, dtype=dtype, mode="r")
-
-
-def find_documents(tokens, separators):
-    """Return where each document of a stream starts and stops, memory-mapped from the cache.
-
-    Args:
-        separators: the token ids that stand between documents.
-    Returns:
-        (documents, 2) int64; a document without tokens is left out.
-    """
-
-    def find(folder):
-        positions = [np.flatnonzero(np.isin(ids, separators)) + start for start, ids in tokens.blocks()]
-        starts, stops = np.concatenate([[-1], *positions]) + 1, np.concatenate([*positions, [len(tokens)]])
-        spans = np.stack([starts, stops], axis=1)
-        np.save(folder / "documents.npy", spans[starts < stops])
-
-    folder = cached_folder(["documents", tokens.fingerprint, list(separators)], find)
-    return np.load(folder / "documents.npy", mmap_mode="r")
-
-
-def pack_documents(tokens, separators, length, num_special, is_packed, ahead):
-    """Assign the documents of a stream to rows. The result is memory-mapped from the cache.
-
-    Args:
-        separators: the token ids that stand between documents.
-        length: positions per row.
-        num_special: positions that each document takes in a row beyond its tokens.
-        is_packed: whether a row holds as many documents as fit, instead of one.
-        ahead: 1 if the tokens are targets: the separator after a document is one, the first token of the stream is not.
-    Returns:
-        The spans, the first span of each row and the first row of each source, as [`packing.DocumentRows`] takes them.
-    """
-
-    def pack(folder):
-        documents = np.array(find_documents(tokens, separators))
-        if ahead:
-            documents = np.stack([np.maximum(documents[:, 0], 1), np.minimum(documents[:, 1] + 1, len(tokens))], axis=1)
-            documents = documents[documents[:, 0] < documents[:, 1]]
-        spans = packing.split_spans(documents, length - num_special)
-        sources = np.searchsorted(tokens.source_starts, spans[:, 0], side="right") - 1  # of each span
-        rows, num_rows = np.arange(len(spans)), 0
-        for source in np.unique(sources) if is_packed else ():  # a row has documents of one source only
-            indices = np.flatnonzero(sources == source)
-            row_of = packing.best_fit(spans[indices, 1] - spans[indices, 0] + num_special, length)
-            order = np.argsort(row_of, kind="stable")
-            spans[indices], rows[indices] = spans[indices[order]], row_of[order] + num_rows
-            num_rows += int(row_of.max()) + 1
-        first = packing.group_offsets(rows)
-        np.save(folder / "spans.npy", spans)
-        np.save(folder / "first.npy", first)
-        starts = np.searchsorted(first, np.searchsorted(sources, np.arange(len(tokens.source_starts))))
-        np.save(folder / "source_starts.npy", starts)
-
-    folder = cached_folder(["spans", tokens.fingerprint, list(separators), length, num_special, is_packed, ahead], pack)
-    return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("spans", "first", "source_starts")]

@@ -1,12 +1,12 @@
-"""Tokens into rows.
+"""Rows of a token stream.
 
-[`StridedRows`]: row k starts at token k * stride and has a fixed length, across the ends of documents. No token is
-lost: the last row starts earlier so that it is full, and its repeated targets are left out.
-[`DocumentRows`]: each row is one whole document, or several that fit, with padding.
-[`SentencePassages`]: each row is a piece of one document, for pairs of sentences.
+[`StridedRows`]: rows of a fixed length at a fixed stride, across the ends of documents.
+[`DocumentRows`]: each row is one whole document, or as many as fit.
+[`SentencePassages`]: each row is a part of one document, for pairs of sentences.
 
-All have `tokens`, `name`, a length in rows, `source_starts` (the first row of each source), `lengths` (a function from
-row numbers to row lengths; None if all are equal) and `num_used_tokens()`, how many tokens are targets or in a row.
+Each has `tokens`, `name` (for messages), `len()`, `source_starts` (the first row of each source), `lengths` (a function
+from row numbers to row lengths; None if all are equal) and `num_used_tokens()` (the tokens that are targets or inputs
+of some row). [`streaming.StreamedRows`] has the same interface.
 """
 
 import bisect
@@ -14,21 +14,25 @@ import bisect
 import numpy as np
 
 from ..errors import DataError
+from .cache import cached_folder
 
 
 class StridedRows:
-    """A token stream cut into rows of equal length.
+    """Rows of equal length; row k starts at token k * stride.
+
+    No token is lost: the last row starts earlier if it would not be full, and its repeated targets do not count.
 
     Args:
         tokens: a [`TokenStream`].
-        length: positions per row that predict something.
-        stride: tokens from one row's start to the next; smaller than length, rows overlap; larger, tokens are skipped.
-        name: what to call the data in messages.
-        ahead: how many tokens to read beyond them: 1 where each position predicts the next token, 0 where its own.
-
+        length: predictions per row.
+        stride: tokens between the starts of two rows: rows overlap if it is below length, and skip tokens if above.
+        name: how messages refer to the data.
+        ahead: tokens read after a row's positions: 1 if each position predicts the next token, 0 if its own.
     Raises:
-        DataError: there are not enough tokens for one row.
+        DataError: there are too few tokens for one row.
     """
+
+    lengths = None
 
     def __init__(self, tokens, length, stride, name, ahead=1):
         if len(tokens) < length + ahead:
@@ -39,27 +43,26 @@ class StridedRows:
         self.tokens, self.length, self.stride, self.name, self.ahead = tokens, length, stride, name, ahead
         self.last_start = len(tokens) - ahead - length
         self.num_rows = -(-self.last_start // stride) + 1
-        if stride > length:  # what would be a last row's new part may lie in a gap
+        if stride > length:  # the tokens after the last full row may all lie in a gap
             self.num_rows = (len(tokens) - ahead - 1) // stride + 1
         self.source_starts = [min(-(-start // stride), self.num_rows - 1) for start in tokens.source_starts]
-
-    lengths = None
-
-    def num_used_tokens(self):
-        if self.stride <= self.length:
-            return len(self.tokens) - self.ahead
-        whole = (self.num_rows - 1) * self.length  # with gaps between rows
-        return whole + min(self.length, len(self.tokens) - self.ahead - (self.num_rows - 1) * self.stride)
 
     def __len__(self):
         return self.num_rows
 
+    def num_used_tokens(self):
+        num_targets = len(self.tokens) - self.ahead
+        if self.stride <= self.length:
+            return num_targets
+        last_row = self.num_rows - 1
+        return last_row * self.length + min(self.length, num_targets - last_row * self.stride)
+
     def read(self, rows):
-        """The windows of some rows.
+        """Read some rows.
 
         Returns:
             windows: (rows, length + ahead) int64 token ids.
-            first: (rows,) int64, how many targets at the start of a row do not count, because it reaches back.
+            first: (rows,) int64, the first target of each row that counts; above 0 for a last row that starts earlier.
         """
         windows = np.empty((len(rows), self.length + self.ahead), dtype=np.int64)
         starts = np.asarray(rows, dtype=np.int64) * self.stride
@@ -70,27 +73,25 @@ class StridedRows:
 
 
 class DocumentRows:
-    """Rows of one or more whole documents; a document longer than a row is cut.
+    """Rows of one or more whole documents; a document longer than a row is split.
 
     Args:
         tokens: a [`TokenStream`].
-        spans: (spans, 2) int64, where each document, or piece of one, starts and stops, in the order of the rows.
+        spans: (spans, 2) int64, where each document, or part of one, starts and stops, in the order of the rows.
         first: (rows + 1,) int64, the first span of each row, and the number of spans.
-        edges: how many positions of a row each span takes beyond its tokens.
-        name: what to call the data in messages.
+        num_special: positions that each span takes in a row beyond its tokens.
+        name: how messages refer to the data.
         source_starts: the first row of each source.
-
+        loss_mask: a [`TokenStream`] of 0 and 1, which tokens are targets; None: all.
     Raises:
         DataError: there is no document.
     """
 
-    loss_mask = None  # of each token, where not all are targets
-
-    def __init__(self, tokens, spans, first, edges, name, source_starts=(0,)):
+    def __init__(self, tokens, spans, first, num_special, name, source_starts=(0,), loss_mask=None):
         if len(spans) == 0:
             raise DataError(f"{name} has no document in its {len(tokens)} tokens; give more text")
-        self.tokens, self.spans, self.first, self.edges, self.name = tokens, spans, first, edges, name
-        self.source_starts = list(source_starts)
+        self.tokens, self.spans, self.first, self.num_special, self.name = tokens, spans, first, num_special, name
+        self.source_starts, self.loss_mask = list(source_starts), loss_mask
         self.lengths = self._lengths if len(self) == len(spans) else None
 
     def __len__(self):
@@ -100,72 +101,29 @@ class DocumentRows:
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
     def _lengths(self, rows):
-        return self.spans[rows, 1] - self.spans[rows, 0] + self.edges
+        return self.spans[rows, 1] - self.spans[rows, 0] + self.num_special
 
     def read(self, row):
-        """Where the documents of a row start and stop."""
-        return [(int(a), int(b)) for a, b in self.spans[int(self.first[row]) : int(self.first[row + 1])]]
-
-
-def split_spans(spans, length):
-    """Spans of at most `length` tokens, in the order of the text."""
-    counts = -(-(spans[:, 1] - spans[:, 0]) // length)
-    owner = np.repeat(np.arange(len(spans)), counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = spans[owner, 0] + number * length
-    return np.stack([starts, np.minimum(starts + length, spans[owner, 1])], axis=1)
-
-
-def group_offsets(row_of):
-    """Where each row begins, and where the last ends, in a sorted array of row numbers."""
-    return np.append(np.flatnonzero(np.diff(row_of, prepend=-1)), len(row_of))
-
-
-def best_fit(lengths, room):
-    """Which row each of some documents goes into: the longest first, each into the row that it fills best (best-fit
-    decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
-
-    Args:
-        lengths: (documents,) int64, none above `room`.
-    Returns:
-        (documents,) int64, row numbers from 0.
-    """
-    rows_with = [[] for _ in range(room + 1)]  # by how much room they have left
-    open_sizes = []  # those that some row has, sorted
-    row_of = np.empty(len(lengths), dtype=np.int64)
-    count = 0
-    for document in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[document])
-        place = bisect.bisect_left(open_sizes, length)
-        if place < len(open_sizes):
-            left = open_sizes[place]
-            row = rows_with[left].pop()
-            if not rows_with[left]:
-                open_sizes.pop(place)
-        else:
-            row, left, count = count, room, count + 1
-        row_of[document] = row
-        if left := left - length:
-            if not rows_with[left]:
-                bisect.insort(open_sizes, left)
-            rows_with[left].append(row)
-    return row_of
+        """Return the (start, stop) positions of the documents of a row."""
+        return [(int(start), int(stop)) for start, stop in self.spans[int(self.first[row]) : int(self.first[row + 1])]]
 
 
 class SentencePassages:
-    """A token stream cut into passages, each of one document: a document longer than `length` into equal parts.
+    """Passages of one document each; a document longer than `length` is split into equal parts.
 
     Args:
         tokens: a [`TokenStream`].
-        documents: (documents, 2) int64, where each document starts and stops, as [`corpus.find_documents`] gives it.
+        separators: the token ids that stand between documents.
         length: tokens per passage, at most.
-        name: what to call the data in messages.
-
+        name: how messages refer to the data.
     Raises:
         DataError: there are fewer than two documents.
     """
 
-    def __init__(self, tokens, documents, length, name):
+    lengths = None
+
+    def __init__(self, tokens, separators, length, name):
+        documents = find_documents(tokens, separators)
         if len(documents) < 2:
             raise DataError(
                 f"{name} is one document, and pairs of sentences need a second to take some from: give more files, "
@@ -176,21 +134,124 @@ class SentencePassages:
         self.first = np.concatenate([[0], np.cumsum(counts)])  # the first passage of each document
         self.source_starts = self.first[np.searchsorted(documents[:, 0], tokens.source_starts)].tolist()
 
-    lengths = None
+    def __len__(self):
+        return int(self.first[-1])
 
     def num_used_tokens(self):
         return int((self.documents[:, 1] - self.documents[:, 0]).sum())
 
-    def __len__(self):
-        return int(self.first[-1])
+    def document_of(self, row):
+        return int(np.searchsorted(self.first, row, side="right")) - 1
 
-    def document_of(self, number):
-        return int(np.searchsorted(self.first, number, side="right")) - 1
-
-    def read(self, number):
-        """The tokens of a passage, int64."""
-        document = self.document_of(number)
-        start, stop = (int(place) for place in self.documents[document])
-        parts, part = int(self.first[document + 1] - self.first[document]), number - int(self.first[document])
-        low, high = (start + (stop - start) * edge // parts for edge in (part, part + 1))
+    def read(self, row):
+        """Return the token ids of a passage, int64."""
+        document = self.document_of(row)
+        first, num_parts = int(self.first[document]), int(self.first[document + 1] - self.first[document])
+        start, stop = map(int, self.documents[document])
+        low, high = (start + (stop - start) * part // num_parts for part in (row - first, row - first + 1))
         return self.tokens.read(low, high - low).astype(np.int64)
+
+
+def find_documents(tokens, separators):
+    """Return where each document of a stream starts and stops, memory-mapped from the cache.
+
+    Args:
+        separators: the token ids that stand between documents.
+    Returns:
+        (documents, 2) int64; a document without tokens is left out.
+    """
+
+    def find(folder):
+        positions = [np.flatnonzero(np.isin(ids, separators)) + start for start, ids in tokens.blocks()]
+        starts, stops = np.concatenate([[-1], *positions]) + 1, np.concatenate([*positions, [len(tokens)]])
+        spans = np.stack([starts, stops], axis=1)
+        np.save(folder / "documents.npy", spans[starts < stops])
+
+    folder = cached_folder(["documents", tokens.fingerprint, list(separators)], find)
+    return np.load(folder / "documents.npy", mmap_mode="r")
+
+
+def pack_documents(tokens, name, separators, length, num_special, is_packed, ahead):
+    """Return the documents of a stream as [`DocumentRows`], memory-mapped from the cache.
+
+    Args:
+        name: how messages refer to the data.
+        separators: the token ids that stand between documents.
+        length: positions per row.
+        num_special: positions that each document takes in a row beyond its tokens.
+        is_packed: whether a row holds as many documents as fit, instead of one.
+        ahead: 1 if the tokens are targets: the separator after a document is one, the first token of the stream is not.
+    """
+
+    def pack(folder):
+        documents = np.array(find_documents(tokens, separators))
+        if ahead:
+            documents = np.stack([np.maximum(documents[:, 0], 1), np.minimum(documents[:, 1] + 1, len(tokens))], axis=1)
+            documents = documents[documents[:, 0] < documents[:, 1]]
+        spans = split_spans(documents, length - num_special)
+        sources = np.searchsorted(tokens.source_starts, spans[:, 0], side="right") - 1  # of each span
+        rows, num_rows = np.arange(len(spans)), 0
+        for source in np.unique(sources) if is_packed else ():  # a row has documents of one source only
+            indices = np.flatnonzero(sources == source)
+            row_of = best_fit(spans[indices, 1] - spans[indices, 0] + num_special, length)
+            order = np.argsort(row_of, kind="stable")
+            spans[indices], rows[indices] = spans[indices[order]], row_of[order] + num_rows
+            num_rows += int(row_of.max()) + 1
+        first = group_offsets(rows)
+        np.save(folder / "spans.npy", spans)
+        np.save(folder / "first.npy", first)
+        starts = np.searchsorted(first, np.searchsorted(sources, np.arange(len(tokens.source_starts))))
+        np.save(folder / "source_starts.npy", starts)
+
+    key = ["spans", tokens.fingerprint, list(separators), length, num_special, is_packed, ahead]
+    folder = cached_folder(key, pack)
+    names = ("spans", "first", "source_starts")
+    spans, first, starts = (np.load(folder / f"{array}.npy", mmap_mode="r") for array in names)
+    return DocumentRows(tokens, spans, first, num_special, name, starts)
+
+
+def split_spans(spans, length):
+    """Split spans into spans of at most `length` tokens, in the order of the text."""
+    counts = -(-(spans[:, 1] - spans[:, 0]) // length)
+    owners = np.repeat(np.arange(len(spans)), counts)
+    parts = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = spans[owners, 0] + parts * length
+    return np.stack([starts, np.minimum(starts + length, spans[owners, 1])], axis=1)
+
+
+def group_offsets(row_of):
+    """Return where each row begins in a sorted array of row numbers, and the length of the array."""
+    return np.append(np.flatnonzero(np.diff(row_of, prepend=-1)), len(row_of))
+
+
+def best_fit(lengths, capacity):
+    """Assign documents to rows, the longest first, each to the row with the least room that it fits in.
+
+    This is best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
+
+    Args:
+        lengths: (documents,) int64, none above `capacity`.
+        capacity: positions per row.
+    Returns:
+        (documents,) int64, row numbers from 0.
+    """
+    rows_by_room = [[] for _ in range(capacity + 1)]
+    rooms = []  # those that at least one row has, sorted
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    num_rows = 0
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        index = bisect.bisect_left(rooms, length)
+        if index < len(rooms):
+            room = rooms[index]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                rooms.pop(index)
+        else:
+            row, room, num_rows = num_rows, capacity, num_rows + 1
+        row_of[document] = row
+        if room := room - length:
+            if not rows_by_room[room]:
+                bisect.insort(rooms, room)
+            rows_by_room[room].append(row)
+    return row_of

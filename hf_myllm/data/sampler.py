@@ -1,30 +1,31 @@
-"""Which rows each step reads: computed from (seed, step), never stored and never carried along.
+"""Which rows each step reads: a pure function of (seed, step), with no state.
 
-The rows of a run form one endless stream: epoch after epoch, each in an order of its own. Step s reads the positions
-[s * total_batch_size, (s + 1) * total_batch_size) of that stream, whatever the number of processes; a step may begin
-in one epoch and end in the next.
+The rows of a run form one endless stream, epoch after epoch, each epoch in its own random order. Step s reads positions
+[s * total_batch_size, (s + 1) * total_batch_size) of that stream, on any number of ranks. A step may begin in one epoch
+and end in the next.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-_ROUNDS = 6
+_FEISTEL_ROUNDS = 6
 
 
 def derive_seed(*parts):
-    """A 63-bit seed that is a pure function of the parts (numbers and text), for torch.manual_seed and the like."""
+    """Return a 63-bit seed that is a pure function of the parts (numbers and strings), for torch.manual_seed etc."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def shuffle(indices, size, seed, epoch):
-    """Where a random permutation of range(size) puts these indices, in memory that does not depend on size.
+    """Apply a random permutation of range(size) to indices, in memory that does not depend on size.
 
-    A Feistel network permutes the next power of four (Luby and Rackoff 1988), and an index that lands outside
-    range(size) is sent through again until it lands inside, which keeps it a permutation (cycle walking: Black and
-    Rogaway 2002). At most four tries are expected.
+    A Feistel network permutes the next power of four (Luby and Rackoff 1988). An index that lands outside range(size)
+    goes through it again until it lands inside, so the result is a permutation (cycle walking: Black and Rogaway 2002).
+    The expected number of passes is at most four.
 
     Args:
         indices: int64 array with values in range(size).
@@ -33,7 +34,7 @@ def shuffle(indices, size, seed, epoch):
     """
     half = max(1, (int(size - 1).bit_length() + 1) // 2)  # bits of each half
     mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(derive_seed(seed, epoch, "order", number)) for number in range(_ROUNDS)]
+    keys = [np.uint64(derive_seed(seed, epoch, "order", i)) for i in range(_FEISTEL_ROUNDS)]
     values = np.array(indices, dtype=np.uint64)
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
@@ -46,10 +47,10 @@ def shuffle(indices, size, seed, epoch):
 
 
 def random_uint64(keys, count):
-    """`count` random 64-bit numbers for each key, which depend on nothing else (SplitMix64, as [`_mix`]).
+    """Return `count` random 64-bit integers for each key, a pure function of the key (SplitMix64).
 
     Args:
-        keys: (rows,) seeds, as [`derive_seed`] makes them.
+        keys: (rows,) seeds, as returned by [`derive_seed`].
     Returns:
         (rows, count) uint64.
     """
@@ -58,7 +59,7 @@ def random_uint64(keys, count):
 
 
 def _mix(x):
-    # the finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit
+    # the finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -66,17 +67,16 @@ def _mix(x):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The order in which a run reads its rows.
+    """Map each step of a run to the rows of its global batch.
 
     Args:
-        num_rows: of all sources together, which are numbered one after another.
-        total_rows: where the stream ends (epochs * num_rows), or None when only the number of steps ends the run.
-        mixture: of several sources, (first row, number of rows, weight) of each; a weight is the share of the positions
-            that the source gets, each time in an order of its own.
-        is_streamed: whether each epoch has rows of its own, numbered on, as the windows of a stream have.
-        lengths: called with row numbers, gives the length of each, where rows of like length are to come together;
-            None where all are equal.
-        group_steps: steps whose rows are sorted by length together.
+        num_rows: rows of all sources together, numbered one source after another.
+        total_rows: rows that the run reads (epochs * num_rows); None if only the number of steps ends the run.
+        mixture: for several sources, (first row, number of rows, integer weight) of each. A source gets its weight's
+            share of the positions and is shuffled on its own.
+        is_streamed: whether each epoch has new rows with new numbers, as the windows of a stream have.
+        lengths: a function from row numbers to row lengths, to batch rows of similar length; None if all are equal.
+        group_steps: the number of steps over which rows are sorted by length.
     """
 
     num_rows: int
@@ -85,52 +85,52 @@ class Sampler:
     total_rows: int | None = None
     mixture: tuple = ()
     is_streamed: bool = False
-    lengths: object = None
+    lengths: Callable | None = None
     group_steps: int = 32
 
     def rows_of_step(self, step):
-        """The rows that all processes together read at a step, counted from 0.
+        """Return the rows that all ranks together read at a step, counted from 0.
 
         Returns:
-            int64 array of at most total_batch_size row numbers; fewer only at the end.
+            int64 array of total_batch_size row numbers; fewer at the end of the run.
         """
         if self.lengths is None:
             return self._rows_at(step * self.total_batch_size, (step + 1) * self.total_batch_size)
-        # rows of some steps sorted by length, and dealt out to these steps in random order
-        group, place = divmod(step, self.group_steps)
-        first = group * self.group_steps * self.total_batch_size
-        rows = self._rows_at(first, first + self.group_steps * self.total_batch_size)
+        # sort the rows of a group of steps by length, split them into batches, and give each step a random batch
+        group, index = divmod(step, self.group_steps)
+        group_size = self.group_steps * self.total_batch_size
+        rows = self._rows_at(group * group_size, (group + 1) * group_size)
         rows = rows[np.argsort(self.lengths(rows), kind="stable")]
-        steps = -(-len(rows) // self.total_batch_size)
-        chunk = int(shuffle(np.array([place]), steps, self.seed, f"group {group}")[0])
-        return rows[chunk * self.total_batch_size : (chunk + 1) * self.total_batch_size]
+        num_batches = -(-len(rows) // self.total_batch_size)
+        batch = int(shuffle(np.array([index]), num_batches, self.seed, f"group {group}")[0])
+        return rows[batch * self.total_batch_size : (batch + 1) * self.total_batch_size]
 
     def first_row(self, step):
-        """The first row of those among which a step's are."""
+        """Return the first row of the epoch in which a step begins if epochs have rows of their own, otherwise 0."""
         return step * self.total_batch_size // self.num_rows * self.num_rows if self.is_streamed else 0
 
     def _rows_at(self, start, stop):
-        """The rows at these positions of the stream."""
+        """Return the rows at positions [start, stop) of the stream."""
         stop = stop if self.total_rows is None else min(stop, self.total_rows)
         positions = np.arange(start, stop, dtype=np.int64)
         if not self.mixture:
-            rows = _reshuffled(positions, self.num_rows, self.seed)
+            rows = _shuffled_rows(positions, self.num_rows, self.seed)
             return rows + positions // self.num_rows * self.num_rows if self.is_streamed else rows
         rows = np.empty_like(positions)
-        left = sum(weight for _, _, weight in self.mixture)
-        places, at = np.arange(len(positions)), positions
-        for number, (first, count, weight) in enumerate(self.mixture):
-            # of each stretch of positions, this source gets weight / left, and those after it the rest: its k-th is
-            # where k first reaches that share, which is found without counting
-            before = at * weight // left
-            is_mine = (at + 1) * weight // left > before
-            rows[places[is_mine]] = first + _reshuffled(before[is_mine], count, derive_seed(self.seed, number))
-            places, at, left = places[~is_mine], (at - before)[~is_mine], left - weight
+        total_weight = sum(weight for _, _, weight in self.mixture)
+        indices = np.arange(len(positions))  # of the positions that no source has taken yet
+        for i, (first, num_rows, weight) in enumerate(self.mixture):
+            # Of the positions left by the sources before, this source takes every one at which its share of the count
+            # reaches the next integer; `taken` is its own position, found without counting.
+            taken = positions * weight // total_weight
+            mine = (positions + 1) * weight // total_weight > taken
+            rows[indices[mine]] = first + _shuffled_rows(taken[mine], num_rows, derive_seed(self.seed, i))
+            indices, positions, total_weight = indices[~mine], (positions - taken)[~mine], total_weight - weight
         return rows
 
 
-def _reshuffled(positions, num_rows, seed):
-    """The rows of one source at these positions of its own endless stream."""
+def _shuffled_rows(positions, num_rows, seed):
+    """Return the rows of one source at positions of its own endless stream."""
     epochs, indices = np.divmod(positions, num_rows)
     for epoch in np.unique(epochs):
         indices[epochs == epoch] = shuffle(indices[epochs == epoch], num_rows, seed, int(epoch))
@@ -138,31 +138,27 @@ def _reshuffled(positions, num_rows, seed):
 
 
 def integer_weights(weights):
-    """Weights of any unit as whole numbers that add up to about a million, small enough for exact arithmetic on any
-    position below 10^12."""
+    """Scale weights to integers that sum to about a million: exact in int64 arithmetic for positions below 10^12."""
     return [max(1, round(weight / sum(weights) * 1_000_000)) for weight in weights]
 
 
 def rows_digest(rows):
-    """A number that tells sets of rows apart, whatever their order; those of a set's parts add up to the whole's."""
+    """Return a number that identifies a set of rows in any order; digests of disjoint sets add up to their union's."""
     return int((_mix(np.asarray(rows, dtype=np.uint64) + np.uint64(1)) >> np.uint64(40)).sum())
 
 
 def micro_batches(rows, batch_size, rank, world_size, accumulation):
-    """This process's share of a step's rows, a list of (offset in the step, rows) per micro-batch.
+    """Return one rank's share of a step's rows as (offset in the step, rows) per micro-batch.
 
-    The offset of a micro-batch's first row, and so everything derived from it, does not depend on how many processes
-    share the step. A share is shorter than batch_size, or empty, where the rows run out.
+    The offset of a micro-batch's first row, and so everything derived from it, does not depend on how many ranks share
+    the step. A micro-batch is shorter than batch_size, or empty, where the rows run out.
     """
-    shares = []
-    for micro in range(accumulation):
-        offset = (micro * world_size + rank) * batch_size
-        shares.append((offset, rows[offset : offset + batch_size]))
-    return shares
+    offsets = [(step * world_size + rank) * batch_size for step in range(accumulation)]
+    return [(offset, rows[offset : offset + batch_size]) for offset in offsets]
 
 
 def evenly_spaced(count, num_rows):
-    """`count` rows evenly spread over num_rows (all of them when there are no more), for an evaluation."""
+    """Return `count` rows evenly spaced over num_rows, or all rows if there are no more, for an evaluation."""
     if count is None or count >= num_rows:
         return np.arange(num_rows, dtype=np.int64)
     return np.arange(count, dtype=np.int64) * num_rows // count

@@ -4,8 +4,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..data.corpus import pack_documents
-from ..data.packing import DocumentRows, StridedRows
+from ..data.packing import DocumentRows, StridedRows, pack_documents
 from ..data.streaming import StreamedRows, TokenWindows
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
@@ -55,8 +54,7 @@ class CausalLM(Task):
             require_marks(data, self.marks, name)
         if not self.pads_rows:
             return StridedRows(data, self.max_len, stride or self.max_len, name)
-        spans, first, parts = pack_documents(data, self.marks, self.max_len, 0, self.packing == "best_fit", ahead=1)
-        return DocumentRows(data, spans, first, 0, name, parts)
+        return pack_documents(data, name, self.marks, self.max_len, 0, self.packing == "best_fit", ahead=1)
 
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids and shift_labels, (rows, max_len), and position_ids if documents are isolated.

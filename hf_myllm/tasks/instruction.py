@@ -165,9 +165,7 @@ class Instruction(LabelledTask, CausalLM):
             row_of = best_fit(spans[:, 1] - spans[:, 0], self.max_len)
             order = np.argsort(row_of, kind="stable")
             first = group_offsets(row_of[order])
-        rows = DocumentRows(data.tokens, spans[order], first, 0, name)
-        rows.loss_mask = data.labels
-        return rows
+        return DocumentRows(data.tokens, spans[order], first, 0, name, loss_mask=data.labels)
 
     # ---- what a person sees
 

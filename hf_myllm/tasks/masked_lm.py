@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from ..data.corpus import pack_documents
-from ..data.packing import DocumentRows, StridedRows
+from ..data.packing import DocumentRows, StridedRows, pack_documents
 from ..data.sampler import derive_seed, random_uint64
 from ..data.streaming import StreamedRows, TokenWindows
 from ..data.tokenizer import continues_word, end_of_document, special_ids
@@ -78,8 +77,7 @@ class MaskedLM(Task):
         if not self.pads_rows:
             return StridedRows(data, length, stride or length, name, ahead=0)
         marks, is_packed = sorted({*self.ends, self.cls}), self.packing == "best_fit"
-        spans, first, parts = pack_documents(data, marks, self.max_len, self.num_special_tokens, is_packed, ahead=0)
-        return DocumentRows(data, spans, first, self.num_special_tokens, name, parts)
+        return pack_documents(data, name, marks, self.max_len, self.num_special_tokens, is_packed, ahead=0)
 
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids (rows, max_len), masked_positions and labels (rows, slots).

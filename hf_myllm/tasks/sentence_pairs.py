@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from ..data.corpus import find_documents
 from ..data.packing import SentencePassages
 from ..data.sampler import derive_seed, random_uint64
 from ..data.tokenizer import ends_sentence
@@ -39,8 +38,7 @@ class SentencePairs(MaskedLM):
         self.ends_sentence = ends_sentence(self.tokenizer, model_config.vocab_size)
 
     def make_rows(self, data, name, stride=None):
-        documents = find_documents(data, (self.cls, self.sep))
-        return SentencePassages(data, documents, self.max_len - self.num_special_tokens, name)
+        return SentencePassages(data, (self.cls, self.sep), self.max_len - self.num_special_tokens, name)
 
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids, token_type_ids and attention_mask (rows, max_len), masked_positions and labels as in
