@@ -1,9 +1,11 @@
-"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
+"""Write files and folders so that they are complete or absent, and render templates."""
 
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+import jinja2
 
 PARTIAL = ".partial"  # suffix of the temporary names
 
@@ -29,6 +31,21 @@ def write_text_atomically(path, text):
     """Write a text file in UTF-8, complete or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def render_template(path, **values):
+    """Return the text of a Jinja template with its values filled in; in an HTML template they are escaped.
+
+    The filter `thousands` formats an integer with thousands separators.
+    """
+    environment = jinja2.Environment(
+        autoescape=path.name.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    return environment.from_string(path.read_text(encoding="utf-8")).render(values)
 
 
 def _remove(path):

@@ -1,4 +1,4 @@
-"""Sharing: what leaves, what is said of it, and what a failing Hub does to a run (nothing)."""
+"""Pushing to the Hub: which files, the model card, the check by stock transformers, and a Hub that fails."""
 
 import json
 import os
@@ -16,8 +16,10 @@ from hub_server import STAGES, TOKEN, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from hf_myllm.errors import InputError
+from hf_myllm.errors import HubError
 from hf_myllm.hub import push as hub
+from hf_myllm.hub import stock_check
+from hf_myllm.hub.card import make_card, write_card
 from hf_myllm.recipe import Recipe
 from hf_myllm.reporting import summary
 
@@ -26,8 +28,8 @@ NAME = "user/a-model"
 
 @pytest.fixture
 def server():
-    with serve() as (known, address):
-        yield known, address
+    with serve() as (state, address):
+        yield state, address
 
 
 def environment(address, home, **more):
@@ -37,7 +39,7 @@ def environment(address, home, **more):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, stories):
-    """A finished run, of files in a folder with a name that nobody is to see."""
+    """A finished run on files in a folder whose name must not be published."""
     folder = tmp_path_factory.mktemp("secret-folder")
     shutil.copytree(stories, folder / "stories")
     words = ["--train_file", folder / "stories", "--tokenizer", "{train: bpe, vocab_size: 300}", "--max_len", 32]
@@ -51,11 +53,11 @@ def push(run, address, home, *more, **environ):
 
 
 @pytest.fixture
-def impatient(monkeypatch, server, tmp_path):
-    """The server, with hub.push() in this process, hardly a wait between tries, and no look at the model."""
-    known, address = server
-    monkeypatch.setattr(hub, "WAITS", (0.01, 0.01))
-    monkeypatch.setattr(hub, "check", lambda folder: None)  # a process of its own each time; held by other tests
+def fake_hub(monkeypatch, server, tmp_path):
+    """The server; push() works in this process, retries at once, and skips the check by stock transformers."""
+    state, address = server
+    monkeypatch.setattr(hub, "RETRY_DELAYS", (0.01, 0.01))
+    monkeypatch.setattr(hub, "check", lambda folder: None)  # slow; other tests cover it
     monkeypatch.setattr(hub, "check_target", lambda repo: None)
     from huggingface_hub import HfApi
 
@@ -64,26 +66,26 @@ def impatient(monkeypatch, server, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False, raising=False)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    return known
+    return state
 
 
-def test_what_is_pushed_is_what_others_load(run, server, tmp_path):
-    known, address = server
+def test_others_can_load_what_is_pushed(run, server, tmp_path):
+    state, address = server
     result = push(run, address, tmp_path / "one", "--private")
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(rf"pushed: {address}/{NAME}/commit/\w+\n", result.stdout)
     assert result.stderr == ""
-    repo = known.repos[NAME]
+    repo = state.repos[NAME]
     assert repo["private"]
     assert repo["commits"] == [("main", "Model of run")]
-    files = known.files(NAME)
+    files = state.files(NAME)
     assert set(files) == {
         *("README.md", "config.json", "generation_config.json", "loss.png", "model.safetensors", "tokenizer.json"),
         "tokenizer_config.json",
     }
     for name in set(files) - {"README.md"}:
         assert files[name] == (run / name).read_bytes(), name
-    # by the four lines that the card gives, in a program that has never heard of us
+    # with the four lines of the card, in a process that does not import this package
     card = files["README.md"].decode()
     lines = re.search(r"```python\n(.*?)```", card, re.S)[1].strip()
     assert len(lines.splitlines()) <= 4
@@ -115,37 +117,37 @@ def test_from_pretrained_gives_the_same_bytes_back(run, server, tmp_path):
     assert (tmp_path / "back" / name).read_bytes() == (run / "checkpoint-10" / name).read_bytes()
 
 
-def test_a_second_push_takes_the_old_model_away_and_nothing_else(impatient, run):
+def test_a_second_push_replaces_the_model_and_keeps_other_files(fake_hub, run):
     hub.push(run, NAME)
-    impatient.files(NAME)["model-00001-of-00002.safetensors"] = b"of another model"
-    theirs = {
-        "notes.txt": b"somebody's",
-        "onnx/model.safetensors": b"somebody's too",
-        "tokenizer_docs/about.md": b"and this",
+    fake_hub.files(NAME)["model-00001-of-00002.safetensors"] = b"of another model"
+    others = {
+        "notes.txt": b"notes",
+        "onnx/model.safetensors": b"another format",
+        "tokenizer_docs/about.md": b"docs",
         "README.md": b"# edited on the Hub",
     }
-    impatient.files(NAME).update(theirs)
+    fake_hub.files(NAME).update(others)
     hub.push(run, NAME)
-    assert "model-00001-of-00002.safetensors" not in impatient.files(NAME)
-    assert {name: impatient.files(NAME)[name] for name in theirs} == theirs
+    assert "model-00001-of-00002.safetensors" not in fake_hub.files(NAME)
+    assert {name: fake_hub.files(NAME)[name] for name in others} == others
 
 
-def test_a_public_repository_takes_nothing_that_was_to_be_private(impatient, run):
+def test_a_private_push_is_refused_by_a_public_repository(fake_hub, run):
     hub.push(run, NAME)
-    before = dict(impatient.files(NAME))
-    with pytest.raises(InputError, match=f"{NAME} is there already, and public"):
+    before = dict(fake_hub.files(NAME))
+    with pytest.raises(HubError, match=f"{NAME}: it exists and is public"):
         hub.push(run / "checkpoint-10", NAME, private=True)
-    assert impatient.files(NAME) == before
+    assert fake_hub.files(NAME) == before
 
 
-def test_other_files_of_the_folder_stay_here(impatient, run, tmp_path):
+def test_only_model_files_are_pushed(fake_hub, run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     for name in ("tokenizer_training_secrets.txt", "vocab.customers", "private.safetensors", "tokenizer.json.partial"):
         (other / name).write_text("mine")
     (other / "merges.txt").symlink_to("/etc/passwd")
     hub.push(other, NAME)
-    assert set(impatient.files(NAME)) == {path.name for path in run.iterdir() if hub._is_shared(path.name)}
+    assert set(fake_hub.files(NAME)) == {path.name for path in run.iterdir() if hub._is_shared(path.name)}
 
 
 # ---- the card
@@ -156,39 +158,39 @@ def front_matter(card):
     return yaml.safe_load(head), text
 
 
-def test_the_card_says_what_how_and_how_well(run):
+def test_the_card_describes_the_model_its_training_and_its_metrics(run):
     head, text = front_matter((run / "README.md").read_text(encoding="utf-8"))
     assert head["license"] == "mit"
     assert head["library_name"] == "transformers"
     assert head["pipeline_tag"] == "text-generation"
-    results = {one["type"]: one["value"] for one in head["model-index"][0]["results"][0]["metrics"]}
+    results = {result["type"]: result["value"] for result in head["model-index"][0]["results"][0]["metrics"]}
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert results["loss"] == pytest.approx(last["val_loss"], abs=1e-6)
     about = json.loads((run / "run.json").read_text())
-    for said in (
+    for text_part in (
         *(
             "GPT2LMHeadModel",
-            "trained from nothing",
-            "## Use",
-            "## Results",
+            "trained from scratch",
+            "## Usage",
+            "## Evaluation",
             "loss.png",
             "## Data",
             "## Training",
-            "## Limits",
+            "## Limitations",
         ),
         f"{about['parameters']:,} parameters",
         f"| training | 40 files in stories | 38 | {about['data']['training']['tokens']:,} |",
         f"| loss | {last['val_loss']:.4f} |",
-        "It reads at most 32 tokens",
+        "reads at most 32 tokens",
     ):
-        assert said in text, said
+        assert text_part in text, text_part
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert recipe["data"]["train_file"] == "stories"
     assert recipe["training"]["max_steps"] == 20
 
 
-def test_the_card_has_no_path_and_no_secret(tiny, tmp_path, monkeypatch):
-    """A recipe with a path, or a secret, in every place that takes one."""
+def test_the_card_has_no_paths_and_no_secrets(tiny, tmp_path, monkeypatch):
+    """Every key that takes a path gets one, and a secret."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
     home = tmp_path / "secret-home"
@@ -222,12 +224,12 @@ def test_the_card_has_no_path_and_no_secret(tiny, tmp_path, monkeypatch):
         ("cosine", "cosine"),
     ],
 )
-def test_a_way_to_a_file_is_known_by_its_looks(value, shown):
+def test_paths_are_shortened_to_file_names(value, shown):
     assert summary._named({"tokenizer": [value]}) == {"tokenizer": [shown]}
 
 
-def test_the_recipe_of_the_card_trains_the_same_model(tiny, tmp_path):
-    """Zeros and noes are values too."""
+def test_the_recipe_of_the_card_is_complete(tiny, tmp_path):
+    """Values of zero are in it too."""
     assert train(*tiny(resid_pdrop=0.0, attn_pdrop=0.0, seed=0, min_lr=0.0, weight_decay=0.0, max_steps=4)) == 0
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
@@ -241,52 +243,52 @@ def test_the_recipe_of_the_card_trains_the_same_model(tiny, tmp_path):
     assert shown["run"]["seed"] == 0
 
 
-def test_figures_are_those_of_the_model_that_they_stand_beside(run):
-    """Of a checkpoint between two evaluations, none goes into the front matter."""
-    (run / "checkpoint-10").rename(run / "checkpoint-15")  # as one between
+def test_metrics_in_the_front_matter_are_those_of_the_pushed_step(run):
+    """A checkpoint between two evaluations has none."""
+    (run / "checkpoint-10").rename(run / "checkpoint-15")  # as if between two evaluations
     try:
-        head, text = front_matter(hub.card(run / "checkpoint-15", NAME, "half-way"))
+        head, text = front_matter(make_card(run / "checkpoint-15", NAME, "half-way"))
     finally:
         (run / "checkpoint-15").rename(run / "checkpoint-10")
     assert "model-index" not in head
     assert "after step 10, which is not quite this model's step 15" in text
     assert 'revision="half-way"' in text
-    assert f"In 15 steps it has read at most {15 * 8 * 32:,} tokens" in text
-    head, _ = front_matter(hub.card(run / "checkpoint-10", NAME))
+    assert f"In 15 steps it read at most {15 * 8 * 32:,} tokens" in text
+    head, _ = front_matter(make_card(run / "checkpoint-10", NAME))
     assert "model-index" in head
 
 
-def test_a_run_that_goes_on_says_of_which_step_its_model_is(tiny, tmp_path):
-    """The model at the root is that of the run's end, whatever a longer run has logged since."""
+def test_the_card_names_the_step_of_the_published_model(tiny, tmp_path):
+    """A longer run may have logged more since."""
     assert train(*tiny(max_steps=20, eval_freq=10)) == 0
     folder = tmp_path / "run"
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 30, "train_loss": 0.1, "val_loss": 0.1}) + "\n")
-    head, text = front_matter(hub.card(folder, NAME))
+    head, text = front_matter(make_card(folder, NAME))
     assert "after step 20" in text
     assert "0.1000" not in text
 
 
-def test_a_model_of_others_is_not_said_to_be_ours(run, tmp_path):
+def test_the_card_of_a_model_that_was_not_trained_here(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "theirs")
-    card = hub.card(tmp_path / "theirs", NAME)
-    for said in ("with hf_myllm", "trained from", "validation data above"):
-        assert said not in card.replace(hub._OURS, "")
+    card = make_card(tmp_path / "theirs", NAME)
+    for phrase in ("with hf_myllm", "trained from", "validation data above"):
+        assert phrase not in card.replace("written by hf_myllm", "")
 
 
-def test_a_card_that_somebody_has_written_stays(impatient, run, tmp_path):
+def test_an_edited_card_is_kept(fake_hub, run, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(run, mine)
-    (mine / "README.md").write_text("# My own words\n")
-    hub.write_card(mine)
+    (mine / "README.md").write_text("# My own text\n")
+    write_card(mine)
     for folder in (mine, mine / "checkpoint-10"):
         hub.push(folder, NAME)
-        assert impatient.files(NAME)["README.md"] == b"# My own words\n"
+        assert fake_hub.files(NAME)["README.md"] == b"# My own text\n"
 
 
-def test_the_cards_of_other_tasks_are_whole_too(tiny_bert, tmp_path):
+def test_the_card_of_a_classifier(tiny_bert, tmp_path):
     rows = [{"text": f"{word} day", "label": word} for word in ("good", "bad") * 20]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = tiny_bert(task="classification", train_file=tmp_path / "rows.jsonl", start_context=None, max_steps=4)
@@ -294,14 +296,14 @@ def test_the_cards_of_other_tasks_are_whole_too(tiny_bert, tmp_path):
     head, text = front_matter((tmp_path / "run" / "README.md").read_text(encoding="utf-8"))
     assert head["pipeline_tag"] == "text-classification"
     assert "| accuracy |" in text
-    assert "No licence was given" in text
+    assert "No license was given" in text
 
 
-# ---- what may not leave
+# ---- what is not pushed
 
 
-def test_a_model_that_stock_transformers_takes_for_another_stays_here(run, server, tmp_path):
-    known, address = server
+def test_a_model_that_stock_transformers_cannot_load_is_not_pushed(run, server, tmp_path):
+    state, address = server
     other = tmp_path / "other"
     shutil.copytree(run, other)
     config = json.loads((other / "config.json").read_text())
@@ -310,11 +312,11 @@ def test_a_model_that_stock_transformers_takes_for_another_stays_here(run, serve
     assert result.returncode == 2
     assert "error: " in result.stderr
     assert "Traceback" not in result.stderr
-    assert known.repos == {}
+    assert state.repos == {}
 
 
 @pytest.mark.parametrize("harm", ["tokenizer", "more tokens", "weights", "code"])
-def test_a_damaged_folder_stays_here(run, tmp_path, harm):
+def test_a_damaged_folder_is_not_pushed(run, tmp_path, harm):
     other = tmp_path / "other"
     shutil.copytree(run / "checkpoint-10" if harm == "weights" else run, other)
     if harm == "tokenizer":
@@ -323,7 +325,7 @@ def test_a_damaged_folder_stays_here(run, tmp_path, harm):
         tokenizer = AutoTokenizer.from_pretrained(other)
         tokenizer.add_tokens(["<a>", "<b>"])
         tokenizer.save_pretrained(other)
-    elif harm == "weights":  # one that has all that the model needs but a layer norm
+    elif harm == "weights":  # one layer norm is missing
         weights = load_file(other / "model.safetensors")
         weights.pop("transformer.ln_f.weight")
         save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
@@ -333,24 +335,27 @@ def test_a_damaged_folder_stays_here(run, tmp_path, harm):
         (other / "config.json").write_text(json.dumps(config))
     message = {
         "tokenizer": "stock transformers cannot load",
-        "more tokens": "its tokenizer has 302 tokens, and the model embeddings for 300",
+        "more tokens": "its tokenizer has 302 tokens, but the model has 300 embeddings",
         "weights": "the file has no transformer.ln_f.weight",
         "code": "holds no model that can be pushed",
     }
-    with pytest.raises(InputError, match=message[harm]):
-        hub.check(other)
+    with pytest.raises(HubError, match=message[harm]):
+        stock_check.check(other)
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_logits_are_noticed(run, monkeypatch):
-    stock = hub._STOCK.replace("found = model.eval", "model.lm_head.weight.data[3] += 1.0; found = model.eval")
-    hub.check(run)
-    monkeypatch.setattr(hub, "_STOCK", stock)
-    with pytest.raises(InputError, match="stock transformers makes another model of .*logits differ by"):
-        hub.check(run)
+def test_a_difference_in_logits_is_found(run, tmp_path, monkeypatch):
+    stock_check.check(run)
+    script = stock_check.SCRIPT.read_text().replace(
+        "    with torch", "    model.lm_head.weight.data[3] += 1.0\n    with torch"
+    )
+    (tmp_path / "changed.py").write_text(script)
+    monkeypatch.setattr(stock_check, "SCRIPT", tmp_path / "changed.py")
+    with pytest.raises(HubError, match="stock transformers computes other outputs .*logits differ by"):
+        stock_check.check(run)
 
 
-def test_an_adapter_to_a_model_that_nobody_else_has_stays_here(run, tiny, tmp_path):
+def test_an_adapter_to_a_local_model_is_not_pushed(run, tiny, tmp_path):
     assert (
         train(
             *tiny(
@@ -367,43 +372,42 @@ def test_an_adapter_to_a_model_that_nobody_else_has_stays_here(run, tiny, tmp_pa
         == 0
     )
     with pytest.raises(
-        InputError, match="is an adapter to the model in .*, which nobody else has: train with merge_lora"
+        HubError, match="it is an adapter to the model in .*, which nobody else has; train with merge_lora"
     ):
-        hub.check(tmp_path / "lora")
+        stock_check.check(tmp_path / "lora")
 
 
-def test_a_token_in_a_file_stops_it(impatient, run, tmp_path):
+def test_a_folder_with_an_access_token_is_not_pushed(fake_hub, run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     (other / "README.md").write_text(f"export HF_TOKEN={TOKEN}")
-    with pytest.raises(InputError, match="README.md of .* holds what looks like a token") as refused:
+    with pytest.raises(HubError, match="README.md contains what looks like an access token") as refused:
         hub.push(other, NAME)
     assert TOKEN not in str(refused.value)
-    assert impatient.repos == {}
+    assert fake_hub.repos == {}
 
 
 @pytest.mark.parametrize(
     ("repo", "changed", "message"),
     [
-        ("no-user", {}, "push_to_hub 'no-user': give user/name"),
-        (TOKEN, {}, "push_to_hub 'hf_...': give user/name"),
+        ("no-user", {}, "push_to_hub: 'no-user' is not a repository; give user/name"),
+        (TOKEN, {}, "push_to_hub: 'hf_...' is not a repository; give user/name"),
         ("a/b/c", {}, "give user/name"),
-        (NAME, {"HF_TOKEN": None}, "nobody is logged in; call `hf auth login`, or set HF_TOKEN"),
+        (NAME, {"HF_TOKEN": None}, "run `hf auth login` or set HF_TOKEN"),
         (NAME, {"offline": True}, "HF_HUB_OFFLINE is set"),
     ],
 )
-def test_what_cannot_be_pushed_to_is_said_in_a_line(monkeypatch, repo, changed, message):
+def test_errors_of_check_target(monkeypatch, repo, changed, message):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     if "HF_TOKEN" in changed:
         monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "offline" in changed)
-    with pytest.raises(InputError, match=re.escape(message)) as refused:
+    with pytest.raises(HubError, match=re.escape(message)) as refused:
         hub.check_target(repo)
     assert TOKEN not in str(refused.value)
 
 
-def test_a_run_says_so_before_anything_is_trained_where_it_would_push(tiny, tmp_path, capsys):
-    """HF_HUB_OFFLINE is set for all tests."""
+def test_a_run_checks_the_push_target_before_training(tiny, tmp_path, capsys):
     assert train(*tiny(), "--push_to_hub", NAME) == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -415,27 +419,27 @@ def test_a_run_says_so_before_anything_is_trained_where_it_would_push(tiny, tmp_
 
 @pytest.mark.parametrize("failure", [503, "drop"])
 @pytest.mark.parametrize("stage", ["create", "branch", "preupload", "batch", "upload", "commit"])
-def test_a_failure_that_passes_is_overcome(impatient, run, stage, failure):
-    impatient.failures[stage] = [failure]
+def test_a_temporary_failure_is_retried(fake_hub, run, stage, failure):
+    fake_hub.failures[stage] = [failure]
     hub.push(run, NAME, revision="other")
-    assert impatient.files(NAME, "other")["model.safetensors"] == (run / "model.safetensors").read_bytes()
-    assert [branch for branch, _ in impatient.repos[NAME]["commits"]] == ["other"]
+    assert fake_hub.files(NAME, "other")["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert [branch for branch, _ in fake_hub.repos[NAME]["commits"]] == ["other"]
 
 
 @pytest.mark.parametrize("stage", ["create", "preupload", "batch", "upload", "commit"])
-def test_a_refusal_is_said_once_and_not_tried_again(impatient, run, stage):
-    impatient.failures[stage] = [403] * 50
-    with pytest.raises(InputError) as refused:
+def test_a_refusal_is_not_retried(fake_hub, run, stage):
+    fake_hub.failures[stage] = [403] * 50
+    with pytest.raises(HubError) as refused:
         hub.push(run, NAME)
-    assert re.match(rf"{NAME} cannot be pushed to: .*403", str(refused.value))
+    assert re.match(rf"{NAME}: the push failed: .*403", str(refused.value))
     assert "signature" not in str(refused.value)
-    assert [name for name, _ in impatient.requests].count("create") == 1
+    assert [name for name, _ in fake_hub.requests].count("create") == 1
 
 
-def test_a_hub_that_is_gone_is_given_up_after_some_tries(impatient, run):
+def test_a_push_gives_up_after_some_attempts(fake_hub, run):
     for stage in STAGES:
-        impatient.failures[stage] = ["drop"] * 200
-    with pytest.raises(InputError, match=r"cannot be pushed to: .*\(3 tries\)"):
+        fake_hub.failures[stage] = ["drop"] * 200
+    with pytest.raises(HubError, match=r"the push failed: .*\(3 attempts\)"):
         hub.push(run, NAME)
 
 
@@ -443,56 +447,56 @@ def test_a_hub_that_is_gone_is_given_up_after_some_tries(impatient, run):
 
 
 def test_a_run_pushes_its_checkpoints_and_its_model(tiny, tmp_path, server):
-    known, address = server
+    state, address = server
     words = [*tiny(max_steps=200, eval_freq=None, save_freq=50), "--push_to_hub", NAME]
     result = run_command(*words, env=environment(address, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
     assert f"pushed      {tmp_path}/run to {NAME}" in result.stdout
-    commits = [summary for _, summary in known.repos[NAME]["commits"]]
+    commits = [summary for _, summary in state.repos[NAME]["commits"]]
     assert commits[-1] == "Model of run"
     assert all(re.fullmatch(r"Model of run after step (50|100|150)", summary) for summary in commits[:-1])
-    assert known.files(NAME)["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert state.files(NAME)["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert not list((tmp_path / "run").glob("*.partial"))
     assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 
 
-def test_a_hub_that_refuses_does_not_end_a_run_and_is_said_at_its_end(tiny, tmp_path, server):
-    known, address = server
-    known.failures["create"] = [403] * 50
+def test_a_refused_push_is_reported_at_the_end_of_the_run(tiny, tmp_path, server):
+    state, address = server
+    state.failures["create"] = [403] * 50
     result = run_command(*tiny(max_steps=20), "--push_to_hub", NAME, env=environment(address, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
     last = result.stderr.strip()
-    assert re.match(rf"not pushed  {NAME} cannot be pushed to: .*403", last)
-    assert last.endswith(f"later: python -m hf_myllm.hub push {tmp_path}/run {NAME}")
+    assert re.match(rf"not pushed  {NAME}: the push failed: .*403", last)
+    assert last.endswith(f"push later with python -m hf_myllm.hub push {tmp_path}/run {NAME}")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_signal_ends_an_upload_that_goes_on(tiny, tmp_path, server):
-    known, address = server
-    known.slowly = 30
+def test_a_signal_cancels_an_upload(tiny, tmp_path, server):
+    state, address = server
+    state.slowly = 30
     words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
     job = subprocess.Popen(
         command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not any(stage == "upload" for stage, _ in known.requests) and time.monotonic() < deadline:
+    while not any(stage == "upload" for stage, _ in state.requests) and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 143
-    assert "not pushed  the upload was cut short; later: python -m hf_myllm.hub push" in err
+    assert "not pushed  the upload was cancelled; push later with python -m hf_myllm.hub push" in err
     assert not list((tmp_path / "run").glob("*.upload.partial"))
 
 
-def test_what_a_killed_run_was_pushing_ends_with_it(tiny, tmp_path, server):
-    known, address = server
-    known.slowly = 3
+def test_the_upload_of_a_killed_run_ends_with_it(tiny, tmp_path, server):
+    state, address = server
+    state.slowly = 3
     words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
     job = subprocess.Popen(command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"))
     deadline = time.monotonic() + 120
-    while not any(stage == "upload" for stage, _ in known.requests) and time.monotonic() < deadline:
+    while not any(stage == "upload" for stage, _ in state.requests) and time.monotonic() < deadline:
         time.sleep(0.1)
     job.kill()
     job.wait()
     time.sleep(4)
-    assert known.repos[NAME]["commits"] == []  # which might come after those of the run that goes on
+    assert state.repos[NAME]["commits"] == []  # it could overwrite what the resumed run pushes

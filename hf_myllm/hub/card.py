@@ -1,0 +1,184 @@
+"""The model card: README.md of a run, rendered from model_card.md.jinja with what the run's folder holds."""
+
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import TemplateError
+
+from ..errors import HubError
+from ..files import render_template, write_text_atomically
+from ..models import find_family, lora
+from ..reporting.metrics_log import read_metrics, read_run
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_MARKER = "<!-- written by hf_myllm; delete this line to keep your own edits -->"
+_PIPELINES = {  # what follows "For" in the name of the class
+    "CausalLM": "text-generation",
+    "MaskedLM": "fill-mask",
+    "PreTraining": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+}
+
+
+def write_card(run_dir):
+    """Write RUN/README.md, unless a user has edited it."""
+    path = Path(run_dir) / "README.md"
+    if not is_edited(path):
+        write_text_atomically(path, make_card(run_dir, has_plot=(Path(run_dir) / "loss.png").is_file()))
+
+
+def is_edited(path):
+    """Return whether a card exists that this package has not written, or that a user has made their own."""
+    return path.is_file() and _MARKER[:22] not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def run_dir_of(folder):
+    """Return the run's folder of a run or of one of its checkpoints."""
+    folder = Path(folder).resolve()
+    return folder if (folder / "run.json").is_file() or not folder.name.startswith("checkpoint-") else folder.parent
+
+
+def step_of(folder):
+    """Return the step of a checkpoint's folder, or None for a run's folder."""
+    match = re.match(r"checkpoint-(\d+)", Path(folder).name)
+    return int(match[1]) if match else None
+
+
+def hide_tokens(text):
+    """Return the text without access tokens of the Hub."""
+    return HUB_TOKEN.sub("hf_...", text)
+
+
+def make_card(folder, repo=None, revision=None, has_plot=False):
+    """Return the model card of a run's folder or of a checkpoint as Markdown.
+
+    Args:
+        repo, revision: the name and branch under which the usage example loads the model; default: the run's name.
+        has_plot: whether loss.png is beside the card.
+    Raises:
+        HubError: run.json does not have the content that this package writes.
+    """
+    folder, run_dir = Path(folder), run_dir_of(folder)
+    config, run = lora.read_config(folder), read_run(run_dir)
+    try:
+        values = _card_values(folder, run_dir, config, run, repo or run_dir.name, revision)
+        return hide_tokens(render_template(TEMPLATE, **values, has_plot=has_plot, marker=_MARKER))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, TemplateError) as error:
+        raise HubError(f"{run_dir}/run.json: no model card can be made of it: {error!r:.200}") from None
+
+
+def _card_values(folder, run_dir, config, run, name, revision):
+    """Return the values of the template. Without run.json (`run` is {}) most of them are empty."""
+    architecture, family = config["architectures"][0], find_family(config["model_type"])
+    head = architecture.partition("For")[2] or "CausalLM"
+    pipeline, step = _PIPELINES.get(head), step_of(folder) or run.get("published_step")
+    metrics, metrics_step = _last_evaluation(run_dir, step)
+    length = config.get("n_positions") or config.get("max_position_embeddings")
+    base, tokens = run.get("base_model"), run.get("data", {}).get("training", {}).get("tokens")
+    origin = "trained from scratch"
+    if base:
+        origin = f"fine-tuned from [{base}](https://huggingface.co/{base})"
+    elif run and run["init_from"] != "scratch":
+        origin = "trained from another model"
+    tokens_seen = step * run["tokens_per_step"] if tokens and step else None
+    metadata = _metadata(folder, config, run, name, pipeline, metrics if metrics_step == step else {})
+    return {
+        "metadata": metadata.to_yaml(),
+        "title": name.rpartition("/")[2],
+        "run": run,
+        "family": family.display_name if family else config["model_type"],
+        "architecture": architecture,
+        "origin": origin,
+        "step": step,
+        "usage": _usage(folder, head, name),
+        "repo": name,
+        "revision": f', revision="{revision}"' if revision else "",
+        "new_tokens": min(50, length // 2) if length else 50,  # the stock GPT-2 fails beyond its positions
+        "metrics": {_label(key): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for key, v in metrics.items()},
+        "metrics_step": metrics_step,
+        "has_nsp": "val_nsp_loss" in metrics,
+        "unigram": run.get("unigram_loss"),
+        "sources": {part: _describe_sources(counts) for part, counts in run.get("data", {}).items()},
+        "recipe": yaml.safe_dump(run.get("recipe", {}), sort_keys=False, allow_unicode=True),
+        "length": length,
+        "tokens_seen": tokens_seen,
+        "epochs": tokens_seen / tokens if tokens_seen else None,
+        "pipeline": pipeline,
+    }
+
+
+def _metadata(folder, config, run, name, pipeline, metrics):
+    """Return the front matter of the card; `metrics` are those of this very model."""
+    sources = [source for part in run.get("data", {}).values() for source in part["sources"]]
+    license = run.get("license")
+    is_hub_license = license is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license)
+    return ModelCardData(
+        model_name=name.rpartition("/")[2],
+        license=license if is_hub_license else "other",
+        license_name=None if is_hub_license else re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-"),
+        language=run.get("language"),
+        base_model=run.get("base_model"),
+        datasets=sorted({source["name"] for source in sources if source["is_hub"]}) or None,
+        library_name="peft" if lora.base_of(folder) else "transformers",
+        pipeline_tag=pipeline,
+        tags=["hf_myllm" if run else "safetensors", config["model_type"]],
+        eval_results=_eval_results(metrics, pipeline, run),
+    )
+
+
+def _eval_results(metrics, pipeline, run):
+    """Return the metrics in the Hub's model-index format, or None without any."""
+    sources = run.get("data", {}).get("validation", {}).get("sources", [])
+    dataset = next((source["name"] for source in sources if source["is_hub"]), "own")
+    return [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=dataset,
+            dataset_name=", ".join(source["name"] for source in sources) or "validation data",
+            metric_type=key.removeprefix("val_"),
+            metric_value=round(value, 6),
+        )
+        for key, value in metrics.items()
+        if key != "val_tokens"
+    ] or None
+
+
+def _last_evaluation(run_dir, step):
+    """Return the validation metrics of the last evaluation up to a step (None: of all), and its step."""
+    lines = [line for line in read_metrics(run_dir) if "train_loss" in line and (step is None or line["step"] <= step)]
+    if not lines:
+        return {}, None
+    line = lines[-1]
+    metrics = {key: value for key, value in line.items() if key.startswith("val_") and isinstance(value, int | float)}
+    return metrics, line["step"]
+
+
+def _label(key):
+    return "predicted tokens" if key == "val_tokens" else key.removeprefix("val_").replace("_", " ")
+
+
+def _describe_sources(counts):
+    if "held_out" in counts:
+        return f"held out: {counts['held_out']}"
+    return ", ".join(
+        f"[{source['name']}](https://huggingface.co/datasets/{source['name']})" if source["is_hub"] else source["name"]
+        for source in counts["sources"]
+    )
+
+
+def _usage(folder, head, name):
+    """Return the values of the usage example: how to load the model, and which calls it supports."""
+    template, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+    has_tokenizer = any(Path(folder).glob("tokenizer*.json"))
+    line = lora.how_to_load(folder, name)[:-1]  # without the last parenthesis
+    return {
+        "load": line,
+        "classes": sorted(set(re.findall(r"(?:Auto)?[A-Z]\w+(?=\.from_pretrained)", line))),
+        "has_pipeline": has_tokenizer and not lora.base_of(folder),
+        "has_chat": template.is_file() or (config.is_file() and "chat_template" in config.read_text(encoding="utf-8")),
+    }
