@@ -1,30 +1,40 @@
-"""From a recipe to a run: everything that it names is found, checked and put together, before anything is written.
+"""Build a run from a recipe: find its data, tokenizer and model, check that they fit, and plan the steps.
 
-`python -m hf_myllm.prepare recipe.yaml` does as much of it as takes long, ahead of a launch: the tokenizer is trained
-and the text tokenized, into the cache that a launch then finds.
+Nothing is written but the cache. `hf-myllm prepare RECIPE` does the slow part ahead of a launch: it trains the
+tokenizer and tokenizes the text into the cache.
 """
 
+import copy
 import math
 import os
-import stat
-import sys
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
-from . import checkpoint, tasks
+from . import checkpoint, run_folder, tasks
 from .data import cache, corpus, readers, sampler, sources, streaming
 from .data import tokenizer as tokenizers
-from .distributed import cast_to_bf16, silence_libraries
+from .distributed import (
+    cast_to_bf16,
+    create_accelerator,
+    end_training,
+    explain_failures,
+    is_rank_zero,
+    process_settings,
+    shard_model,
+    silence_libraries,
+)
 from .errors import InputError, exit_on_input_error, first_line
 from .evaluation import load_metric
+from .hub import push as hub
 from .models import FAMILIES, lora
+from .optim import build_optimizer, load_optimizer_tensors
 from .recipe import WORDS, Recipe, parse
 from .tasks import TASKS
 
@@ -36,57 +46,63 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a conf
 
 @dataclass
 class Run:
-    """What a run consists of, once everything that its recipe names has been found and fits together."""
+    """The parts of a run, found and checked. What changes while it trains is in [`~hf_myllm.run_state.RunState`]."""
 
-    recipe: Recipe
+    recipe: Recipe  # resolved: no size is left open
     accelerator: Accelerator
-    sources: object  # the sources
-    tokenizer: object  # None for a .bin without one
-    task: object  # a [`tasks.Task`]
-    train_rows: object  # its rows; None when only evaluating
-    val_rows: object  # None when there is nothing to validate on
+    sources: object
+    tokenizer: object  # None for token ids without a tokenizer
+    task: object
+    train_rows: object  # None if only evaluating
+    val_rows: object  # None without validation data
     model: torch.nn.Module
     newly_initialized: list  # names of weights that the model of init_from did not have
     resume_from: Path | None
+    resume_state: dict | None  # trainer_state/state.json of resume_from
     data_stats: dict
-    token_bytes: np.ndarray | None = None
-    optimizer: object = None
-    lock: object = None
-    signals: list = ()  # received so far: see train
-    restore_signals: object = None  # to what they did before
-    uploads: object = None  # to the Hub: see hub; of the first process
-    skipped_steps: int = 0  # steps in a row that were not finite
-    phase: str = "its preparation"  # for messages
+    token_bytes: np.ndarray | None = None  # bytes of text per token id
+    # the plan
     start_step: int = 0
     total_steps: int = 0
     sampler: object = None
     accumulation_steps: int = 1
+    # held while training
+    snapshot: dict | None = None  # of the run's folder before the data were prepared
+    lock: object = None
+    signals: list = ()
+    reporter: object = None
+    uploads: object = None
+    resume_warnings: list = field(default_factory=list)
+    phase: str = "its preparation"  # for error messages
 
     @property
     def scale(self):
-        """How much more text there is than was read: above 1 in a dry run that has read only the beginning."""
+        """Return how much more text there is than was read: above 1 in a dry run that samples the beginning."""
         return 1 / max(1e-9, self.data_stats.get("share", 1.0))
 
+    def data_fingerprints(self):
+        """Return a digest of the tokens of the training and of the validation data."""
+        parts = {"training data": self.train_rows, "validation data": self.val_rows}
+        return {name: rows.tokens.fingerprint for name, rows in parts.items() if rows is not None}
+
+    def mixture(self):
+        """Yield a line for each source of a mixture: its share of the rows, and how many epochs of it are read."""
+        total = sum(weight for _, _, weight in self.sampler.mixture)
+        rows_read = self.total_steps * self.recipe.training.total_batch_size
+        shares = self.data_stats.get("shares", [1.0] * len(self.sampler.mixture))
+        for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.mixture, shares, strict=False):
+            rows = round(rows / max(1e-9, share))
+            part = weight / total
+            yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * rows_read / rows:.2f} times"
+
     def close(self):
-        """Let go of what others may wait for."""
+        """Release the lock, and stop uploads and the thread that tokenizes ahead."""
         if self.recipe.data.streaming and self.train_rows is not None:
             self.train_rows.windows.close()
         if self.uploads is not None:
             self.uploads.stop()
         if self.lock is not None:
             self.lock.release()
-        if self.restore_signals is not None:
-            self.restore_signals()
-
-    def mixture(self):
-        """A line for each of several sources: its share of the rows, and how often it is gone through."""
-        total = sum(weight for _, _, weight in self.sampler.mixture)
-        read = self.total_steps * self.recipe.training.total_batch_size
-        shares = self.data_stats.get("shares", [1.0] * len(self.sampler.mixture))
-        for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.mixture, shares, strict=False):
-            rows = round(rows / max(1e-9, share))
-            part = weight / total
-            yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * read / rows:.2f} times"
 
 
 @dataclass
@@ -106,56 +122,44 @@ class Sources:
         return ", ".join(source.name for source in self.training)
 
 
-def check_folder(recipe):
-    """The checkpoint to resume from, if any; and whether the run's folder may be written to.
+@contextmanager
+def open_run(recipe, train_data=None, eval_data=None):
+    """Build the run of a recipe, and close it when the block ends.
 
-    Checkpoints are looked at by the first process, which reads them whole; to the others it is told later.
+    Args:
+        recipe: a [`Recipe`], which stays as it is.
+        train_data, eval_data: data in memory; see [`~hf_myllm.train.train`].
+
+    Yields:
+        a [`Run`].
+
+    Raises:
+        InputError: the recipe, the data, the model or the folder cannot be used.
     """
-    folder = Path(recipe.run.save_model)
-    if recipe.evaluation.eval_only and not recipe.run.resume:
-        return None
-    try:
-        if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise InputError(f"save_model {folder} is a file; name a folder")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise InputError(f"save_model {str(folder)[:100]!r} cannot be a folder: {error}") from None
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"save_model {folder} cannot be written: no permission in {existing}")
-    if recipe.run.resume:
-        newest = None
-        if is_first_process():
-            newest = checkpoint.find_latest(folder, lambda line: print(f"warning: {line}", file=sys.stderr))
-        has_none = not checkpoint.has_checkpoints(folder)
-        if has_none and recipe.evaluation.eval_only:
-            raise InputError(f"{folder} holds no checkpoint to evaluate; give --load_model FOLDER")
-        if has_none and recipe.run.init_from == "scratch" and (folder / "recipe.yaml").exists():
-            recipe.run.init_from = what_it_started_from(folder / "recipe.yaml")
-        return newest
-    if checkpoint.has_model(folder):
-        raise InputError(
-            f"{folder} already holds a finished run: continue it with --init_from resume, or write elsewhere with "
-            "--save_model FOLDER"
-        )
-    if checkpoint.has_checkpoints(folder):
-        raise InputError(
-            f"{folder} holds the checkpoints of an unfinished run: continue it with --init_from resume, or write "
-            "elsewhere with --save_model FOLDER"
-        )
-    return None
+    recipe, run = copy.deepcopy(recipe), None
+    with process_settings(recipe.run.log_level) as owns_process_group:
+        snapshot = checkpoint.snapshot(recipe.run.save_model)
+        if is_rank_zero() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
+            run_folder.check_unlocked(recipe.run.save_model)
+            if recipe.hub.push_to_hub:
+                hub.check_target(recipe.hub.push_to_hub)
+        resume_from = run_folder.find_checkpoint(recipe)
+        accelerator = create_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
+        try:
+            with explain_failures(accelerator, lambda: run.phase if run else "its preparation"):
+                resume_from = run_folder.share_checkpoint(resume_from, recipe.run.save_model, accelerator)
+                run = build_run(recipe, accelerator, resume_from)
+                run.snapshot = snapshot
+                yield run
+                if accelerator.is_fsdp2:
+                    run.model = None
+                end_training(accelerator, owns_process_group)
+        finally:
+            if run is not None:
+                run.close()
 
 
-def what_it_started_from(path):
-    """The init_from of a run that was stopped before its first checkpoint."""
-    try:
-        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["init_from"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise InputError(f"{path} is not the recipe that the run wrote there; remove it to start anew") from None
-
-
-def prepare(recipe, accelerator, resume_from):
+def build_run(recipe, accelerator, resume_from):
     """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
     data, section = recipe.data, recipe.run
     for name in recipe.evaluation.metrics or []:
@@ -225,6 +229,7 @@ def prepare(recipe, accelerator, resume_from):
         model,
         fresh,
         resume_from,
+        state,
         account,
     )
     if training is not None:
@@ -235,6 +240,7 @@ def prepare(recipe, accelerator, resume_from):
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not recipe.evaluation.eval_only:
         plan(run, state, sampler.integer_weights(given.weights))
+        check_same_data(run)
     return run
 
 
@@ -610,7 +616,7 @@ def plan(run, state, weights):
         run.start_step = state["step"]
         if run.recipe.data.streaming:
             run.train_rows.base = run.sampler.first_row(run.start_step) // len(run.train_rows)
-        changed = [name for name, value in fingerprints(run).items() if state["data"].get(name) != value]
+        changed = [name for name, value in run.data_fingerprints().items() if state["data"].get(name) != value]
         if changed and not run.recipe.run.allow_changed:
             raise InputError(
                 f"{run.resume_from} was trained on other data: the {' and the '.join(changed)} has other tokens now. "
@@ -620,14 +626,6 @@ def plan(run, state, weights):
             raise InputError(
                 f"{run.resume_from} is beyond the {run.total_steps} steps of this recipe: raise max_steps or epochs"
             )
-
-
-def fingerprints(run):
-    return {
-        name: rows.tokens.fingerprint
-        for name, rows in (("training data", run.train_rows), ("validation data", run.val_rows))
-        if rows is not None
-    }
 
 
 def check_same_recipe(recipe, state, resume_from):
@@ -647,8 +645,57 @@ def check_same_recipe(recipe, state, resume_from):
         )
 
 
-def is_first_process():
-    return os.environ.get("RANK", "0") == "0"
+def check_same_data(run):
+    """Raise InputError on all ranks if they did not prepare the same tokens. A collective."""
+    digest = sampler.derive_seed(*sorted(run.data_fingerprints().items()), len(run.tokenizer or ()))
+    digests = run.accelerator.gather(torch.tensor([digest], device=run.accelerator.device)).tolist()
+    if len(set(digests)) > 1:
+        raise InputError("train_file: the ranks do not have the same tokens; give all machines the same files")
+
+
+def prepare_training(run):
+    """Wrap the model for its ranks and devices, and create the optimizer; restore it when the run resumes.
+
+    Returns:
+        (model, optimizer), prepared by accelerate.
+    """
+    section, accelerator, state = run.recipe.training, run.accelerator, run.resume_state
+    if accelerator.is_fsdp2:  # before the optimizer, which then holds this rank's shard only
+        shard_model(accelerator, run.model, section.compile)
+    optimizer = build_optimizer(
+        run.model,
+        section.learning_rate,
+        (section.beta1, section.beta2),
+        section.epsilon,
+        section.weight_decay,
+        section.optimizer,
+    )
+    if accelerator.is_fsdp2:
+        model, optimizer = run.model, accelerator.prepare_optimizer(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(run.model, optimizer)
+    if state is None:
+        return model, optimizer
+    previous = state["recipe"].get("optimizer", "adamw")
+    if previous == section.optimizer:
+        files = checkpoint.OptimizerFiles(run.resume_from)
+        try:
+            load_optimizer_tensors(run.model, optimizer.optimizer, files)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{run.resume_from}: its optimizer state is not of this model: {error}") from None
+    else:
+        run.resume_warnings.append(
+            f"{'':<12}the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
+        )
+    precision = state.get("mixed_precision", accelerator.mixed_precision)
+    if precision != accelerator.mixed_precision:
+        run.resume_warnings.append(
+            f"{'':<12}the precision changed from {precision} to {accelerator.mixed_precision}; the result differs from "
+            "an uninterrupted run"
+        )
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return model, optimizer
 
 
 @exit_on_input_error

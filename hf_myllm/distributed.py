@@ -1,14 +1,17 @@
-"""What a process owes to those around it: its launcher, the machine's cores, signals, and a quiet terminal."""
+"""Ranks, devices, precision, sharding, signals and failures; the only module that configures `Accelerator`."""
 
 import ctypes
+import gc
 import importlib.util
 import logging
 import os
 import re
 import signal
 import sys
+import threading
+import traceback
 import warnings
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -27,201 +31,17 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .errors import InputError, RankError, first_line
+from .errors import InputError, PeerFailure, RankError, first_line
 
 try:
     import resource
-except ImportError:  # of Windows
+except ImportError:  # on Windows
     resource = None
 
-
-def silence_libraries(log_level="info"):
-    """Leave to the libraries only what a person must read; with "debug", they say all that they have to."""
-    if log_level == "debug":
-        transformers.utils.logging.set_verbosity_info()
-        datasets.utils.logging.set_verbosity(logging.INFO)
-        return
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of peft's calls
-
-
-def exit_with_parent(parent, number=signal.SIGKILL):
-    """On Linux, let this process get a signal when the one that has started it ends, however; False when it has."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, number)  # 1: PR_SET_PDEATHSIG
-    return os.getppid() == parent
-
-
-def exit_with_launcher():
-    """On Linux, take the death of a launcher for a SIGTERM: save and leave, rather than train on unseen.
-
-    accelerate's launcher passes no signal on when it is itself told to end. A shell is not a launcher: what it started
-    may outlive it.
-    """
-    parent = os.getppid()
-    try:
-        started_by = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return
-    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
-    is_launcher = bool(launchers & {Path(argument).name for argument in started_by[:4]})
-    if is_launcher:
-        exit_with_parent(parent, signal.SIGTERM)
-    is_orphan = os.getppid() != parent or (parent == 1 and not is_launcher and "TORCHELASTIC_RUN_ID" in os.environ)
-    if is_orphan:
-        raise InputError("the launcher has ended before its processes had begun")
-
-
-def set_num_threads():
-    """Let the processes of this machine share its cores.
-
-    accelerate's launcher sets OMP_NUM_THREADS to 1 when it is not set, which halves the speed of two cores; so 1 is
-    taken for nobody's wish, and any other number for somebody's.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def create_accelerator(is_compiled, log_with=None, folder=None):
-    """The Accelerator of this process.
-
-    Args:
-        log_with: names of trackers, which write what they write to files under `folder`.
-    """
-    for name in log_with or ():
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"log_with {name} needs its package: pip install {name}")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    places = ProjectConfiguration(folder, logging_dir=folder and str(Path(folder) / "tensorboard"))
-    # transformers would leave weights out on all but the first process, and expect accelerate to spread them
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "False"
-    # who dies is seen at once; the time is for one process that works while the others wait, as on a large checkpoint
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    # one set of gradients, not two: a parameter's stands where it was received
-    sending = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    compiler = TorchDynamoPlugin(backend="inductor") if is_compiled else None
-    try:
-        accelerator = Accelerator(
-            dynamo_plugin=compiler, kwargs_handlers=[patience, sending], log_with=log_with, project_config=places
-        )
-    except torch.distributed.DistError as error:
-        who = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
-        message = f"{who}: the others cannot be reached ({first_line(error)[:200]}); the first may have said why"
-        raise RankError(message) from None
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"the settings given to accelerate do not work here: {first_line(error)}") from None
-    if accelerator.distributed_type == DistributedType.FSDP:
-        _check_sharding(accelerator)
-    return accelerator
-
-
-def _check_sharding(accelerator):
-    if not accelerator.is_fsdp2:
-        raise InputError("FSDP1 is not supported: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml does")
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise InputError(f"{accelerator.mixed_precision} does not go with FSDP2: set mixed_precision: bf16")
-
-
-def shard_model(accelerator, model, is_compiled):
-    """Spread a model's parameters over the processes (FSDP2), each layer gathered as a whole when its turn comes.
-
-    By torch's own fully_shard, as accelerate was configured. accelerate's way into it shards embeddings and head by
-    themselves, and fails where they share more than one parameter, as BERT's do; it also adds up gradients in bfloat16,
-    and gives the loss in it. What all layers stand on, the embeddings and the head, is gathered with the whole.
-    """
-    plugin = accelerator.state.fsdp_plugin
-    # what bfloat16 is for: the layers' arithmetic. Gradients are added up in fp32
-    computed_in = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        if is_compiled:
-            layer.compile()
-        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
-    fully_shard(model, **options)
-
-
-def cast_to_bf16(model):
-    """Let a model's layers hand bfloat16 to one another where autocast computes in it, as FSDP2's policy above does. By
-    itself autocast leaves what goes past them in fp32: twice as much to read and write, around each of them."""
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        layer.register_forward_pre_hook(_to_bfloat16)
-
-
-def _to_bfloat16(layer, inputs):
-    hidden_states, *others = inputs
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        return (hidden_states.bfloat16(), *others)
-
-
-def end_training(accelerator):
-    """End the trackers and the process group."""
-    with redirect_stdout(None):
-        try:
-            accelerator.end_training()
-        except Exception as error:
-            if not accelerator.trackers:
-                raise
-            print(f"warning: a tracker did not end well: {first_line(error)[:200]}", file=sys.stderr)
-            accelerator.trackers.clear()
-            accelerator.end_training()
-        if "trackio" in sys.modules:  # which would end once more when Python does, and say so
-            with suppress(RuntimeError):  # it was never started
-                sys.modules["trackio"].finish()
-
-
-def is_first_failure():
-    """Whether no other process has said before why the run ends: when one has failed, the others fail to reach it, and
-    what they would say is no cause."""
-    if not torch.distributed.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return torch.distributed.distributed_c10d._get_default_store().add("hf_myllm/failed", 1) == 1
-    except Exception:  # who keeps the store has ended: it was he
-        return os.environ.get("RANK", "0") == "0"
-
-
-def is_peer_failure(error):
-    """Whether an error says that other processes cannot be reached, and so that they have failed before."""
-    said = r"closed by peer|connection reset|broken pipe|read error|remote worker|nccl .*(error|abort)|recvvalue"
-    return isinstance(error, torch.distributed.DistError) or bool(re.search(said, str(error), re.IGNORECASE))
-
-
-def install_signal_handlers():
-    """A list that SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) put their numbers into, and a function that ends that.
-    A second Ctrl-C stops at once; a second SIGTERM does not, for one may come from whoever ends the launcher, and one
-    from its end."""
-    received, before = [], {}
-
-    def receive(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), receive)
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    return received, restore
-
-
-# ---- the device
-
-
-# Dense 16-bit FLOP/s of a device, by its name, from NVIDIA's data sheets: A100 (2021), H100 (2023), H200 (2024), L4 and
-# L40S (2023), A10 (2021), B200 (2024), and the architecture papers of Ada (RTX 4090), Ampere (RTX 3090), Blackwell (RTX
-# 5090; fp32 accumulation). The first that a name contains.
-_FLOPS = {
+# Peak dense 16-bit FLOP/s by device name; the first name that the device's name contains. Sources: NVIDIA data sheets
+# of A100 (2021), A10 (2021), H100 (2023), L4 and L40S (2023), H200 (2024), B200 (2024); the architecture papers of
+# Ampere (RTX 3090), Ada (RTX 4090) and Blackwell (RTX 5090, fp32 accumulation).
+_PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -238,43 +58,344 @@ _FLOPS = {
     "RTX 3090": 71e12,
 }
 
+# ---- the process
+
+
+def silence_libraries(log_level="info"):
+    """Let the libraries log only errors; with log_level "debug", let them log everything."""
+    if log_level == "debug":
+        transformers.utils.logging.set_verbosity_info()
+        datasets.utils.logging.set_verbosity(logging.INFO)
+        return
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # from peft's calls
+
+
+@contextmanager
+def process_settings(log_level="info"):
+    """Set log levels, threads and environment variables for a run, and restore them afterwards.
+
+    Also restores the random state of torch, and the state of accelerate if this is its first use in the process. So a
+    run can be started twice in one process, from a notebook or a thread.
+
+    Yields:
+        whether this is the first use of accelerate in the process.
+    """
+    verbosity = transformers.utils.logging.get_verbosity()
+    hub_verbosity = huggingface_hub.utils.logging.get_verbosity()
+    datasets_verbosity, hides_bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    shows_transformers_bars = transformers.utils.logging.is_progress_bar_enabled()
+    environment, num_threads = dict(os.environ), torch.get_num_threads()
+    is_first_use = not PartialState._shared_state
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        try:
+            silence_libraries(log_level)
+            _set_num_threads()
+            yield is_first_use
+        finally:
+            transformers.utils.logging.set_verbosity(verbosity)
+            huggingface_hub.utils.logging.set_verbosity(hub_verbosity)
+            datasets.utils.logging.set_verbosity(datasets_verbosity)
+            if shows_transformers_bars:
+                transformers.utils.logging.enable_progress_bar()
+            if not hides_bars:
+                datasets.enable_progress_bars()
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.set_num_threads(num_threads)
+            if is_first_use:
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
+
+
+def _set_num_threads():
+    """Share the machine's cores between its ranks.
+
+    accelerate's launcher sets OMP_NUM_THREADS=1 if it is unset, which halves the speed of two cores. Treat 1 as unset
+    (the launcher's default); respect any other value.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def exit_with_parent(parent, signum=signal.SIGKILL):
+    """On Linux, make the kernel send a signal to this process when its parent exits. Return False if it has exited."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signum)  # 1: PR_SET_PDEATHSIG
+    return os.getppid() == parent
+
+
+def exit_with_launcher():
+    """On Linux, treat the death of the launcher as a SIGTERM: save and exit instead of training on unattended.
+
+    accelerate's launcher does not forward a SIGTERM that it receives. A shell is not a launcher: a process that it
+    started may outlive it.
+
+    Raises:
+        InputError: the launcher has already exited.
+    """
+    parent = os.getppid()
+    try:
+        command_line = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return
+    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
+    has_launcher = bool(launchers & {Path(argument).name for argument in command_line[:4]})
+    if has_launcher:
+        exit_with_parent(parent, signal.SIGTERM)
+    if os.getppid() != parent or (parent == 1 and not has_launcher and "TORCHELASTIC_RUN_ID" in os.environ):
+        raise InputError("the launcher exited before its processes had started")
+
+
+@contextmanager
+def signals_received():
+    """Collect SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) in the list that this yields; restore handlers afterwards.
+
+    A second Ctrl-C stops at once. A second SIGTERM does not: the launcher and whoever stops the launcher may each send
+    one. Outside the main thread Python cannot handle signals, and the list stays empty.
+    """
+    received, handlers = [], {}
+
+    def receive(signum, frame):
+        received.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                handlers[getattr(signal, name)] = signal.signal(getattr(signal, name), receive)
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+# ---- ranks
+
+
+def create_accelerator(compile_model=False, log_with=None, run_dir=None):
+    """Return the Accelerator of this process.
+
+    Args:
+        compile_model: compile with torch.compile.
+        log_with: names of trackers.
+        run_dir: folder of the trackers' files.
+
+    Raises:
+        InputError: a tracker's package is missing, or the launcher's settings do not work here.
+        RankError: the other ranks cannot be reached.
+    """
+    for name in log_with or ():
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"log_with: {name} needs its package; pip install {name}")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # With True, transformers loads weights on rank 0 only and expects accelerate to broadcast them.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "False"
+    # A dead rank is noticed at once; the timeout covers work of one rank that the others wait for, as a large save.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    # Gradients are views of DDP's buckets: one copy in memory instead of two.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    try:
+        accelerator = Accelerator(
+            dynamo_plugin=TorchDynamoPlugin(backend="inductor") if compile_model else None,
+            kwargs_handlers=[timeout, ddp],
+            log_with=log_with,
+            project_config=ProjectConfiguration(run_dir, logging_dir=run_dir and str(Path(run_dir) / "tensorboard")),
+        )
+    except torch.distributed.DistError as error:
+        rank = f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
+        raise RankError(f"{rank} cannot reach the others ({first_line(error)[:200]}); see rank 0's error") from None
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"accelerate's settings do not work here: {first_line(error)}") from None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise InputError("FSDP1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
+        if accelerator.mixed_precision not in ("no", "bf16"):
+            raise InputError(f"{accelerator.mixed_precision} does not work with FSDP2; set mixed_precision: bf16")
+    return accelerator
+
+
+def is_rank_zero():
+    """Return whether this is rank 0, before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def rank_name(accelerator):
+    return f"rank {accelerator.process_index} of {accelerator.num_processes}"
+
+
+def any_rank(accelerator, condition):
+    """Return on all ranks whether the condition is true on any rank. A collective: all ranks must call it."""
+    if accelerator.num_processes > 1:
+        return bool(accelerator.reduce(torch.tensor(int(condition), device=accelerator.device)))
+    return bool(condition)
+
+
+def end_training(accelerator, owns_process_group=True):
+    """Close the trackers, and destroy the process group if this run created it."""
+    gc.collect()  # a sharded model refers to the process group, which must go before the interpreter exits
+    with redirect_stdout(None):
+        for tracker in accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                print(f"warning: {tracker.name} did not close: {first_line(error)[:200]}", file=sys.stderr)
+        accelerator.trackers.clear()
+        if owns_process_group:
+            accelerator.end_training()
+        if "trackio" in sys.modules:  # else it prints at interpreter exit
+            with suppress(RuntimeError):  # raised if it never started
+                sys.modules["trackio"].finish()
+
+
+@contextmanager
+def explain_failures(accelerator, phase):
+    """Turn an error of one rank into one line that names the rank and what it was doing.
+
+    Args:
+        phase: called for what this rank was doing.
+
+    Raises:
+        RankError: the cause, on the rank that failed first.
+        PeerFailure: on the other ranks, which fail only because they cannot reach that one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_first_failure():
+            raise PeerFailure("another rank failed first") from None
+        if isinstance(error, InputError):
+            if accelerator.num_processes == 1:
+                raise
+            raise RankError(str(error)) from None  # printed by this rank, whichever it is
+        if isinstance(error, torch.OutOfMemoryError):
+            problem = f"out of memory; lower batch_size and set total_batch_size to keep the step's size ({error})"
+        elif accelerator.num_processes == 1:
+            raise
+        elif _is_peer_failure(error):
+            problem = "another rank exited without an error message; it was killed or ran out of memory"
+        else:
+            traceback.print_exc()
+            problem = first_line(error)[:300]
+        raise RankError(f"{rank_name(accelerator)}, in {phase()}: {problem}") from None
+
+
+def _is_first_failure():
+    """Return whether no other rank reported a failure before. When one rank fails, the others fail to reach it."""
+    if not torch.distributed.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("hf_myllm/failed", 1) == 1
+    except Exception:  # rank 0, which hosts the store, has exited, and so failed first
+        return is_rank_zero()
+
+
+def _is_peer_failure(error):
+    """Return whether an error means that another rank cannot be reached."""
+    pattern = r"closed by peer|connection reset|broken pipe|read error|remote worker|nccl .*(error|abort)|recvvalue"
+    return isinstance(error, torch.distributed.DistError) or bool(re.search(pattern, str(error), re.IGNORECASE))
+
+
+# ---- sharding and precision
+
+
+def shard_model(accelerator, model, compile_model):
+    """Shard a model's parameters over the ranks with FSDP2: each layer is gathered when it runs.
+
+    Calls torch's fully_shard with accelerate's settings. accelerate's own path shards embeddings and head separately,
+    which fails where they share more than one parameter (BERT), and reduces gradients in bfloat16. Embeddings and head
+    are gathered with the root module.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    param_dtype = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
+    for layer in _layers(model):
+        if compile_model:
+            layer.compile()
+        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
+    fully_shard(model, **options)
+
+
+def cast_to_bf16(model):
+    """Pass bfloat16 hidden states from layer to layer under autocast, as the FSDP2 policy above does.
+
+    Autocast alone keeps the residual stream in fp32, which doubles its memory traffic.
+    """
+    for layer in _layers(model):
+        layer.register_forward_pre_hook(_cast_hidden_states)
+
+
+def _cast_hidden_states(layer, inputs):
+    hidden_states, *others = inputs
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return (hidden_states.bfloat16(), *others)
+
+
+def _layers(model):
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+# ---- the device
+
 
 def to_device(tensor, device):
-    """A tensor of the host on the device. To one of CUDA's it is on its way while both go on, for which it must lie in
-    memory that stays where it is (pinned)."""
+    """Copy a host tensor to the device. To CUDA the copy is asynchronous, from pinned memory."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class AsyncHostCopy:
-    """Numbers of some tensors of one device, on their way to the host while CUDA goes on with what comes next."""
+    """Copies of device tensors on their way to the host, while CUDA goes on with the next step."""
 
     def __init__(self, *tensors):
-        on_cuda = tensors[0].device.type == "cuda"
-        self.tensors = [tensor.detach().to("cpu", non_blocking=on_cuda) for tensor in tensors]
-        self.is_there = None
-        if on_cuda:
-            self.is_there = torch.cuda.Event()
-            self.is_there.record()
+        is_cuda = tensors[0].device.type == "cuda"
+        self.tensors = [tensor.detach().to("cpu", non_blocking=is_cuda) for tensor in tensors]
+        self.event = None
+        if is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
 
     def read(self):
-        """A list for each tensor, once the device has come that far."""
-        if self.is_there is not None:
-            self.is_there.synchronize()
+        """Wait for the copies and return a list of numbers for each tensor."""
+        if self.event is not None:
+            self.event.synchronize()
         return [tensor.tolist() for tensor in self.tensors]
 
 
 def peak_flops(accelerator):
-    """16-bit floating-point operations that all devices can do in a second; 0 where that is not known."""
+    """Return the peak 16-bit FLOP/s of all devices together, or 0 if unknown."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
         return 0.0
-    name = torch.cuda.get_device_name(accelerator.device)
-    return accelerator.num_processes * next((flops for part, flops in _FLOPS.items() if part in name), 0.0)
+    device_name = torch.cuda.get_device_name(accelerator.device)
+    return accelerator.num_processes * next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), 0.0)
+
+
+def flops_per_token(model, length):
+    """Return the FLOPs of a training step per token (Chowdhery et al. 2022, "PaLM", appendix B).
+
+    Frozen parameters need no weight gradient.
+
+    Args:
+        length: tokens per row.
+    """
+    config, trained = model.config, model.num_parameters(only_trainable=True)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * length
+    return 4 * model.num_parameters() + 2 * trained + attention
 
 
 def peak_memory(accelerator):
-    """The most bytes that this process has used so far: of its GPU, or else of the machine; None where not known."""
+    """Return the peak memory of this process in bytes: of its GPU, else of the host; None if unknown."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device)
     if resource is None:

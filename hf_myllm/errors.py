@@ -38,6 +38,10 @@ class RankError(InputError):
     """An error on one rank; that rank prints it."""
 
 
+class PeerFailure(RankError):
+    """This rank failed because another failed first; that one prints the cause, so this one prints nothing."""
+
+
 class Parser(argparse.ArgumentParser):
     """Of a small command: what it cannot make sense of is a user's mistake like any other."""
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .data.sampler import micro_batches
-from .distributed import to_device
+from .data.sampler import derive_seed, micro_batches
+from .distributed import any_rank, shard_model, to_device
 from .errors import InputError, first_line
 from .tasks.base import language_metrics
 
@@ -135,3 +135,75 @@ def unigram_loss(training, validation, vocab_size, token_bytes=None, never=(), l
         frequencies[never], targets = 0.0, targets[~np.isin(targets, never)]
     loss_sum = float(-np.log(frequencies[targets] / frequencies.sum()).sum())
     return language_metrics(loss_sum, len(targets), 0 if token_bytes is None else int(token_bytes[targets].sum()))
+
+
+# ---- the evaluations of a run
+
+
+def evaluate_run(run, model, step, is_final=False):
+    """Evaluate a run after a step; print and log the metrics, and a sample if the recipe asks for one.
+
+    Training rows: `eval_iter` batches. Validation rows: all of them at the end of the run, with metric_for_best, and
+    of labelled data without `eval_iter`; else `eval_iter` batches.
+
+    Returns:
+        the metrics of the validation rows, {} without any, or None if a signal came in between.
+    """
+    section, run.phase = run.recipe.evaluation, f"the evaluation after step {step}"
+    count = (section.eval_iter or 20) * run.recipe.training.total_batch_size
+    first = run.sampler.first_row(max(0, step - 1))
+    train_metrics, val_metrics = _evaluate_some(run, model, run.train_rows, count, first, with_predictions=False), {}
+    if train_metrics is not None and run.val_rows:
+        reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
+        val_metrics = _evaluate_some(run, model, run.val_rows, None if reads_all else count)
+    if train_metrics is None or val_metrics is None:
+        return None
+    line = {"step": step, "train_loss": train_metrics["loss"]}
+    line |= {f"val_{name}": value for name, value in val_metrics.items()}
+    metric = section.metric_for_best
+    if val_metrics and metric and metric not in line:
+        known = ", ".join(name for name in line if name.startswith("val_"))
+        raise InputError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
+    details = run.task.describe_metrics(val_metrics) if val_metrics else ""
+    run.reporter.evaluation(step, run.total_steps, train_metrics, val_metrics, details)
+    generates = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # sharded weights need all ranks
+    if section.start_context is not None and run.tokenizer is not None and generates:
+        line["sample"] = run.task.sample(
+            run.accelerator.unwrap_model(run.model, keep_torch_compile=False),
+            section.start_context,
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            top_k=section.top_k,
+            seed=derive_seed(run.recipe.run.seed, "sample", step),
+        )
+        run.reporter.show_sample(line["sample"])
+    run.reporter.log(line)
+    return val_metrics
+
+
+def evaluate_all(run):
+    """Return the metrics of all validation rows of a run that is opened for evaluation only."""
+    if run.val_rows is None:
+        raise InputError("val_file: there is nothing to evaluate on; give --val_file FILE, or a val_fraction above 0")
+    if run.accelerator.is_fsdp2:
+        shard_model(run.accelerator, run.model, run.recipe.training.compile)
+        model = run.model
+    else:
+        model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
+    return _evaluate_some(run, model, run.val_rows, None)
+
+
+def _evaluate_some(run, model, rows, count, first=0, with_predictions=True):
+    """Return the metrics of `count` rows, evenly spaced (None: all), counted from row `first`."""
+    return evaluate_rows(
+        model,
+        run.task,
+        rows,
+        run.task.choose_rows(rows, count) + first,
+        run.recipe.training.batch_size,
+        run.accelerator,
+        run.token_bytes,
+        lambda: any_rank(run.accelerator, bool(run.signals)),
+        with_predictions,
+        run.recipe.evaluation.metrics or (),
+    )

@@ -227,7 +227,7 @@ def test_a_signal_saves_and_leaves(finished, tmp_path, number):
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "which is saved: --init_from resume goes on from it" in out
+    assert "and saved; --init_from resume continues from there" in out
     (saved,) = run.glob("checkpoint-*")
     assert (saved / "trainer_state" / "complete.json").exists()
     assert not (run / "model.safetensors").exists()
@@ -431,12 +431,12 @@ def test_a_step_that_is_not_finite_is_named_or_left_out_when_asked(
     tiny = partial(tiny, optimizer=optimizer)
     assert train(*tiny(max_steps=6)) == 2
     error = capsys.readouterr().err
-    assert "of step 3 is" in error
+    assert "step 3: loss" in error
     assert re.search(r"rows \d+, \d+, .* of ", error)
     assert "max_skipped_steps" in error
     spoilt(part)
     assert train(*tiny(max_steps=6, max_skipped_steps=1, save_model=tmp_path / "on")) == 0
-    assert "left out: the loss of step 3 is" in capsys.readouterr().out
+    assert "skipped step 3: loss" in capsys.readouterr().out
     lines = [line for line in metrics(tmp_path / "on") if "loss" in line]
     assert [line["step"] for line in lines if line["loss"] is None or line["grad_norm"] is None] == [3]
     assert len(lines) == 6
@@ -448,4 +448,4 @@ def test_a_step_that_is_not_finite_is_named_or_left_out_when_asked(
 
 def test_steps_that_stay_not_finite_stop_the_run(tiny, capsys):
     assert train(*tiny(learning_rate=1e9, grad_clip=0, warmup_steps=0, max_skipped_steps=3)) == 2
-    assert "4 such in a row" in capsys.readouterr().err
+    assert "4 skipped steps in a row" in capsys.readouterr().err

@@ -88,6 +88,17 @@ def skipped_rows(run):
             yield f"left out of {name}: {account['skipped']:,} rows that cannot be used; {account['refused'][0]}"
 
 
+def print_evaluation(run, metrics):
+    """Print the metrics of all validation rows."""
+    for line in skipped_rows(run):
+        print(line)
+    has_perplexity = "perplexity" in metrics
+    count = f"{metrics['tokens']:,} tokens" if has_perplexity else f"{len(run.val_rows):,} rows"
+    perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
+    print(f"validation loss {describe_loss(run.task, metrics)}{perplexity}")
+    print(f"over all {count} of {run.val_rows.name}")
+
+
 def print_result(run, reporter, last, figures, unigram):
     """Say how the run ended, and what can be done with it now.
 

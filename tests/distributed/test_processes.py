@@ -243,7 +243,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tiny, tmp_path, number):
     wait_for(job, reached(run, 5))
     os.kill(trainers(run)[1], number)
     out, _ = job.communicate(timeout=120)
-    assert "which is saved: --init_from resume goes on from it" in out
+    assert "and saved; --init_from resume continues from there" in out
     (saved,) = run.glob("checkpoint-*")
     assert (saved / "trainer_state" / "complete.json").exists()
 
@@ -272,7 +272,7 @@ def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
     os.kill(trainers(tmp_path / "run")[1], signal.SIGKILL)
     out, err = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "error: process 0 of 2, in " in err
+    assert "error: rank 0 of 2, in " in err
     assert "--init_from resume goes on from the newest checkpoint" in err
 
 
@@ -291,7 +291,7 @@ def test_an_error_in_one_process_names_it_and_ends_all(tiny, tmp_path):
     result = launch(2, *tiny(eval_freq=None), program=str(tmp_path / "failing.py"))
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if "error: " in line and "torch" not in line]
-    assert said == ["error: process 1 of 2, in step 4: the disk has gone"]  # and not that the other cannot reach it
+    assert said == ["error: rank 1 of 2, in step 4: the disk has gone"]  # and not that the other cannot reach it
 
 
 def test_a_mistake_that_only_one_process_meets_is_said_by_it(tiny, tmp_path):

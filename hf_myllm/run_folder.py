@@ -1,0 +1,299 @@
+"""The folder of a run: its lock, recipe.yaml, checkpoints, the published model, and the reports."""
+
+import copy
+import os
+import stat
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.utils import broadcast, gather_object
+from filelock import FileLock, Timeout
+
+from . import checkpoint
+from .data import tokenizer as tokenizers
+from .distributed import any_rank, is_rank_zero, rank_name
+from .errors import CheckpointError, InputError, RankError, first_line
+from .files import write_text_atomically
+from .hub import push as hub
+from .models import lora
+from .optim import optimizer_tensors, to_local
+from .reporting import html, plots
+
+# ---- before a run
+
+
+def find_checkpoint(recipe):
+    """Return the checkpoint to resume from, or None; refuse a folder that this run must not write to.
+
+    Only rank 0 verifies checkpoints, which reads them whole; the other ranks get None and learn the result later.
+
+    Raises:
+        InputError: `save_model` is not a folder that can be written, or it holds another run.
+    """
+    run_dir = Path(recipe.run.save_model)
+    if recipe.evaluation.eval_only and not recipe.run.resume:
+        return None
+    _require_writable(run_dir)
+    if recipe.run.resume:
+        latest = None
+        if is_rank_zero():
+            latest = checkpoint.find_latest(run_dir, lambda line: print(f"warning: {line}", file=sys.stderr))
+        is_empty = not checkpoint.has_checkpoints(run_dir)
+        if is_empty and recipe.evaluation.eval_only:
+            raise CheckpointError(f"{run_dir}: it holds no checkpoint to evaluate; give --load_model FOLDER")
+        if is_empty and recipe.run.init_from == "scratch" and (run_dir / "recipe.yaml").exists():
+            recipe.run.init_from = _init_from_of(run_dir / "recipe.yaml")
+        return latest
+    if recipe.run.dry_run:
+        return None
+    choice = "resume it with --init_from resume, or write elsewhere with --save_model FOLDER"
+    if checkpoint.has_model(run_dir):
+        raise CheckpointError(f"{run_dir} already holds a finished run; {choice}")
+    if checkpoint.has_checkpoints(run_dir):
+        raise CheckpointError(f"{run_dir} holds the checkpoints of an unfinished run; {choice}")
+    return None
+
+
+def _require_writable(run_dir):
+    try:
+        if not stat.S_ISDIR(os.stat(run_dir).st_mode):
+            raise CheckpointError(f"save_model: {run_dir} is a file; name a folder")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"save_model: {str(run_dir)[:100]!r} cannot be a folder: {error}") from None
+    existing = next(path for path in [run_dir, *run_dir.absolute().parents] if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(f"save_model: {run_dir} cannot be written; no permission in {existing}")
+
+
+def _init_from_of(path):
+    """Return the `init_from` of a run that was stopped before its first checkpoint."""
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["init_from"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise CheckpointError(f"{path}: not the recipe that the run wrote; remove it to start again") from None
+
+
+def acquire_lock(run_dir):
+    """Keep other runs out of the folder. The operating system releases the lock when this process ends."""
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock", thread_local=False)
+        lock.acquire(timeout=0)
+        return lock
+    except Timeout:
+        raise CheckpointError(f"{run_dir}: another run is using it; write elsewhere with --save_model") from None
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None
+
+
+def check_unlocked(run_dir):
+    """Raise CheckpointError if another run holds the folder's lock."""
+    if os.path.isfile(Path(run_dir) / ".lock"):
+        acquire_lock(run_dir).release()
+
+
+def lock(run):
+    """Lock the folder on rank 0 for the time of the training.
+
+    Raises:
+        CheckpointError: on all ranks, if rank 0 cannot lock the folder, or another run wrote to it while the data were
+            prepared, which may take hours.
+    """
+    run_dir, problem = Path(run.recipe.run.save_model), None
+    if run.accelerator.is_main_process:
+        try:
+            run.lock = acquire_lock(run_dir)
+            if checkpoint.snapshot(run_dir) != run.snapshot:
+                problem = CheckpointError(f"{run_dir}: another run wrote to it since this one started; start again")
+        except CheckpointError as error:
+            problem = error
+    if any_rank(run.accelerator, problem is not None):
+        raise problem or CheckpointError(f"{run.recipe.run.save_model}: rank 0 cannot write it; see its error above")
+
+
+def write_recipe(run):
+    """Write recipe.yaml with all sizes resolved, and remove what a killed process left half-written."""
+    run_dir = Path(run.recipe.run.save_model)
+    if run.accelerator.is_main_process:
+        try:
+            checkpoint.remove_partial(run_dir)
+            if run.start_step == 0 or run.recipe.run.allow_changed:
+                recipe, path = copy.deepcopy(run.recipe), run_dir / "recipe.yaml"
+                recipe.run.resume = recipe.run.allow_changed = False
+                command = f"accelerate launch -m hf_myllm.train {path} --save_model ANOTHER_FOLDER"
+                write_text_atomically(path, f"# to repeat this run: {command}\n{recipe.to_yaml()}")
+        except OSError as error:
+            raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None
+    run.accelerator.wait_for_everyone()
+
+
+# ---- checkpoints
+
+
+def save_checkpoint(run, optimizer, state):
+    """Write checkpoint-<step>: the model, the optimizer's state and what a resume needs.
+
+    Rank 0 writes while the others wait. With FSDP2 each rank writes its rows of the optimizer's state.
+
+    Raises:
+        InputError: a weight is not finite, or the checkpoint cannot be written.
+    """
+    accelerator, recipe, run.phase = run.accelerator, run.recipe, f"the save after step {state.step}"
+    is_sharded, model = accelerator.is_fsdp2, run.model
+    if any_rank(accelerator, not all(bool(to_local(p).isfinite().all()) for p in model.parameters())):
+        raise InputError(
+            f"step {state.step}: a weight is not finite, so this step is not saved; lower learning_rate, or set "
+            "grad_clip"
+        )
+    weights, options = None, {}
+    if is_sharded:
+        weights = accelerator.get_state_dict(model)  # gathered on rank 0
+        if weights:
+            weights |= {tied: weights[source] for tied, source in model.all_tied_weights_keys.items()}
+        options["shard"] = accelerator.process_index, accelerator.num_processes
+        options["exchange"] = lambda value: gather_object([value])
+
+    def write_model(folder):
+        if lora.is_added(model):
+            lora.save(model, folder)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
+        if run.tokenizer is not None:
+            tokenizers.save(run.tokenizer, folder)
+
+    if accelerator.is_main_process or is_sharded:
+        tensors, limit = optimizer_tensors(model, optimizer.optimizer), recipe.run.save_total_limit
+        options["keep"] = state.best_step()
+        try:
+            checkpoint.save(
+                recipe.run.save_model, state.step, write_model, tensors, _trainer_state(run, state), limit, **options
+            )
+        except checkpoint.ShardError as error:
+            raise RankError(f"{rank_name(accelerator)}, in {run.phase}: {error}") from None
+    accelerator.wait_for_everyone()
+
+
+def _trainer_state(run, state):
+    """Return trainer_state/state.json as a dict."""
+    accelerator = run.accelerator
+    content = {
+        "step": state.step,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "recipe": run.recipe.identity(),
+        "data": run.data_fingerprints(),
+        "skipped": state.skipped_steps,
+    }
+    if run.recipe.data.streaming:
+        content["stream"] = run.train_rows.windows.recent_places()
+    if accelerator.scaler is not None:  # the loss scale of fp16 is learned too
+        content["scaler"] = accelerator.scaler.state_dict()
+    return content
+
+
+# ---- after a run
+
+
+def publish_model(run, state):
+    """Make the last or the best checkpoint the model at the folder's root, with LoRA merged if the recipe says so.
+
+    Returns:
+        the step of the published model.
+    """
+    recipe, run_dir = run.recipe, Path(run.recipe.run.save_model)
+    chosen = run_dir / f"checkpoint-{state.step}"
+    best, value, _ = state.best()
+    if best is not None:
+        content = recipe.evaluation.final_model if best != state.step else "last, which is the best"
+        if recipe.evaluation.final_model == "best" and checkpoint.find_corruption(run_dir / f"checkpoint-{best}"):
+            if checkpoint.has_model(run_dir):
+                run.reporter.warning(f"best        checkpoint-{best} is missing or damaged; {run_dir} stays unchanged")
+                return best
+            content = f"last, because checkpoint-{best} is missing or damaged"
+        elif recipe.evaluation.final_model == "best":
+            chosen = run_dir / f"checkpoint-{best}"
+        metric = recipe.evaluation.metric_for_best
+        run.reporter.info(f"best        {metric} {value:.4f} after step {best}; {run_dir} holds the {content}")
+    if not (lora.is_added(run.model) and recipe.lora.merge_lora):
+        checkpoint.publish(chosen, run_dir)
+        return checkpoint.step_of(chosen)
+    merged = lora.merge(run.accelerator.unwrap_model(run.model), chosen)
+
+    def write_model(folder):
+        merged.save_pretrained(folder)
+        tokenizers.save(run.tokenizer, folder)
+
+    checkpoint.publish_new(write_model, run_dir)
+    return checkpoint.step_of(chosen)
+
+
+def is_complete(run, state):
+    """Return on all ranks whether a resumed run has nothing left to do, and print so. A collective."""
+    is_main, run_dir = run.accelerator.is_main_process, Path(run.recipe.run.save_model)
+    if not any_rank(run.accelerator, is_main and _is_published(run, state)):
+        return False
+    if is_main:
+        if not (run_dir / "report.html").exists():
+            write_reports(run_dir, lambda line: print(line, file=sys.stderr))
+        key = "max_steps or epochs" if state.step == run.total_steps else "patience"
+        print(f"{run_dir} is finished, after {state.step} steps; raise {key} to train longer")
+    return True
+
+
+def _is_published(run, state):
+    """Return whether the model at the folder's root is the one that this run ends with."""
+    run_dir = Path(run.recipe.run.save_model)
+    if lora.is_added(run.model) and run.recipe.lora.merge_lora:
+        return False  # a merged model does not record its step: merge again
+    best = state.best_step() if run.recipe.evaluation.final_model == "best" else None
+    path = run_dir / f"checkpoint-{state.step if best is None else best}"
+    if checkpoint.find_corruption(path):
+        return best is not None and checkpoint.has_model(run_dir)
+    return checkpoint.is_published(path, run_dir)
+
+
+def write_reports(run_dir, warn):
+    """Write loss.png, report.html and README.md. A failure is a warning: the model is already saved."""
+    for name, write in (("loss.png", plots.make), ("report.html", html.make), ("README.md", hub.write_card)):
+        try:
+            write(run_dir)
+        except Exception as error:
+            warn(f"warning: {name} could not be written: {first_line(error)[:200]}")
+
+
+def finish_uploads(run, state):
+    """Push the published model if the recipe asks for it; after a signal, stop the push that is running."""
+    if run.uploads is None:
+        return
+    if state.was_interrupted:
+        if line := run.uploads.stop():
+            run.reporter.error(line)
+        return
+    run.reporter.info(f"push        to {run.uploads.repo} ... (Ctrl-C cancels)")
+    line, is_pushed = run.uploads.finish(lambda: bool(run.signals))
+    (run.reporter.info if is_pushed else run.reporter.error)(line)
+
+
+def share_checkpoint(path, run_dir, accelerator):
+    """Return on all ranks the checkpoint that rank 0 found and verified, or None.
+
+    Raises:
+        RankError: a rank does not see it.
+    """
+    if accelerator.num_processes == 1:
+        return path
+    step = -1 if path is None else checkpoint.step_of(path)
+    step = int(broadcast(torch.tensor(step, device=accelerator.device)))
+    if step < 0:
+        return None
+    path = Path(run_dir) / f"checkpoint-{step}"
+    if not path.exists():
+        raise RankError(
+            f"{rank_name(accelerator)} does not see {path}; {run_dir} must be on a disk that all ranks share"
+        )
+    return path
