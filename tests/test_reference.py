@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 from hf_myllm import reference
+from hf_myllm.models import FAMILIES
 from hf_myllm.recipe import SECTIONS, WORDS
 
 PINNED = re.search(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
@@ -66,7 +67,7 @@ def complete(*words):
 def test_a_shell_completes_flags_and_values():
     assert complete("hf-myllm", "--learn") == ["--learning_rate"]
     assert complete("hf-myllm", "--lr_schedule", "c") == ["constant", "cosine"]
-    assert complete("hf-myllm", "--model", "") == ["gpt", "llama", "bert"]
+    assert complete("hf-myllm", "--model", "") == list(FAMILIES)
     assert complete("hf-myllm", "reci") == []  # left to the shell: files
     assert set(complete("hf-myllm", "--")) >= {f"--{name}" for name in WORDS}
 

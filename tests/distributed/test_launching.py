@@ -11,6 +11,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT
+from families import CASES
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -31,13 +32,11 @@ def test_accelerate_takes_it_and_means_what_it_says(path):
     assert f"accelerate_configs/{path.name}" in path.read_text()[:1000]
 
 
-def test_layers_that_fsdp_gathers_are_the_models_own():
-    from hf_myllm.models import FAMILIES
-
+def test_the_fsdp_configuration_names_the_layers_of_all_families():
     text = (CONFIGS / "fsdp2.yaml").read_text()
-    for family in FAMILIES.values():
-        for model_class in family.tasks.values():
-            small = family.config(vocab_size=10, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    for case in CASES.values():
+        for model_class in case.family.tasks.values():
+            small = case.make_config()
             layers = {
                 type(m).__name__ for m in model_class(small).modules() if isinstance(m, GradientCheckpointingLayer)
             }
