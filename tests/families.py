@@ -115,6 +115,22 @@ CASES = {
         # AutoTokenizer loads a Llama tokenizer with a pre-tokenizer of its own unless it is a unigram model.
         tokenizer="{train: unigram, vocab_size: 300}",
     ),
+    "qwen3": FamilyCase(
+        stock="Qwen3",
+        stock_causal_lm="Qwen3ForCausalLM",
+        sizes={**LLAMA_SIZES, "head_dim": 16},
+        run_sizes={**RUN_WIDTHS, "num_key_value_heads": 1, "head_dim": 16},
+        variants=[
+            {},
+            {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1},
+            {"attn_implementation": "eager"},
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "attn_implementation": "eager"},
+            {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 0},
+            {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True},
+            {"rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}},
+        ],
+    ),
     "bert": FamilyCase(
         stock="Bert",
         sizes={"vocab_size": 97, **WIDTHS, "max_position_embeddings": 64},

@@ -12,6 +12,7 @@ from .bert import (
 )
 from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
 from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
+from .qwen3 import MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification
 
 
 class Family(NamedTuple):
@@ -35,6 +36,7 @@ def _decoder(display_name, config, causal_lm, sequence_classifier):
 FAMILIES = {  # recipe's `model` -> family
     "gpt": _decoder("GPT-2", GPTConfig, GPTForCausalLM, GPTForSequenceClassification),
     "llama": _decoder("Llama", MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification),
+    "qwen3": _decoder("Qwen3", MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification),
     "bert": Family(
         "BERT",
         MyBertConfig,

@@ -1,0 +1,48 @@
+"""Qwen3: Yang et al., "Qwen3 Technical Report", 2025. The shared decoder with normalized queries and keys."""
+
+from transformers import GenerationMixin
+
+from ..decoder import (
+    DecoderAttention,
+    DecoderForCausalLM,
+    DecoderForSequenceClassification,
+    DecoderModel,
+    DecoderPreTrainedModel,
+    RMSNorm,
+)
+from .configuration_qwen3 import MyQwen3Config
+
+
+class MyQwen3Attention(DecoderAttention):
+    """Attention that normalizes each head of query and key before the rotation."""
+
+    def __init__(self, config: MyQwen3Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def normalize(self, query, key):
+        return self.q_norm(query), self.k_norm(key)
+
+
+class MyQwen3PreTrainedModel(DecoderPreTrainedModel):
+    """Base class of the Qwen3 models."""
+
+    config: MyQwen3Config
+    attention_class = MyQwen3Attention
+
+
+class MyQwen3Model(DecoderModel, MyQwen3PreTrainedModel):
+    """Qwen3 without a head. On disk it is a stock Qwen3Model."""
+
+
+class MyQwen3ForCausalLM(DecoderForCausalLM, MyQwen3PreTrainedModel, GenerationMixin):
+    """Qwen3 with a language-modeling head. On disk it is a stock Qwen3ForCausalLM."""
+
+    body_class = MyQwen3Model
+
+
+class MyQwen3ForSequenceClassification(DecoderForSequenceClassification, MyQwen3PreTrainedModel):
+    """Qwen3 with a classifier of whole rows. On disk it is a stock Qwen3ForSequenceClassification."""
+
+    body_class = MyQwen3Model
