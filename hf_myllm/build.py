@@ -8,7 +8,7 @@ import copy
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -35,7 +35,9 @@ from .evaluation import load_metric
 from .hub import push as hub
 from .models import FAMILIES, lora
 from .optim import build_optimizer, load_optimizer_tensors
-from .recipe import WORDS, Recipe, parse
+from .recipe import Recipe
+from .recipe.flags import parse
+from .recipe.sections import FIELDS
 from .tasks import TASKS
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
@@ -136,7 +138,9 @@ def open_run(recipe, train_data=None, eval_data=None):
     Raises:
         InputError: the recipe, the data, the model or the folder cannot be used.
     """
-    recipe, run = copy.deepcopy(recipe), None
+    recipe, run = copy.deepcopy(recipe).check_family(FAMILIES), None
+    if train_data is None:
+        recipe.check_sources()
     with process_settings(recipe.run.log_level) as owns_process_group:
         snapshot = checkpoint.snapshot(recipe.run.save_model)
         if is_rank_zero() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
@@ -251,7 +255,7 @@ def find_sources(data, eval_only):
         validation = sources.file_source(data.val_file, data.text_column or "text", data.document)
     if eval_only and validation:
         return Sources([], [], validation)
-    named = data.datasets or [asdict(data)]
+    named = data.datasets or [data.model_dump()]
     return Sources([find_source(one, data) for one in named], [one.get("weight", 1.0) for one in named], validation)
 
 
@@ -631,7 +635,7 @@ def plan(run, state, weights):
 def check_same_recipe(recipe, state, resume_from):
     """Refuse to go on from a checkpoint of another recipe: the run would be neither of the two."""
     then, now = state["recipe"], recipe.identity()
-    then = {key: word.default for key, (_, _, word) in WORDS.items() if key in now} | then  # words that came later
+    then = {key: field.default for key, field in FIELDS.items() if key in now} | then  # keys added since
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
     if own := [one for one in changed if one.partition(" was ")[0] in LORA_WORDS]:

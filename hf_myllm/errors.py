@@ -43,10 +43,10 @@ class PeerFailure(RankError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a small command: what it cannot make sense of is a user's mistake like any other."""
+    """An argument parser that raises an exception instead of exiting."""
 
     def error(self, message):
-        raise InputError(f"{message}; --help lists the options")
+        raise RecipeError(f"{message}; --help lists the options")
 
 
 def first_line(error):

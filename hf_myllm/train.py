@@ -32,7 +32,8 @@ from .evaluation import evaluate_all, evaluate_run
 from .hub import push as hub
 from .models import FAMILIES
 from .optim import learning_rate, step_if, to_full
-from .recipe import Recipe, parse
+from .recipe import Recipe
+from .recipe.flags import parse
 from .reporting import dry_run, plots
 from .reporting.console import Reporter
 from .reporting.metrics_log import amend_run, write_run

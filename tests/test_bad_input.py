@@ -114,7 +114,7 @@ CASES = {
     "UTF-16": ({"train_file": "PLACE/utf16.txt"}, "a NUL byte at offset 1; if it is UTF-16"),
     "a data set of two sources": (
         {"train_file": None, "datasets": "[{train_file: a.txt, dataset: b}]"},
-        "the command line: datasets, the 1.: give one of train_file and dataset",
+        r"datasets\[0\]: needs exactly one of train_file and dataset",
     ),
     "an unknown word of a data set": (
         {"train_file": None, "datasets": "[{train_file: a.txt, wieght: 2}]"},
@@ -124,12 +124,12 @@ CASES = {
         {"train_file": None, "datasets": "[{train_file: a.txt, weight: 1e-9}, {train_file: b.txt}]"},
         "less than a millionth",
     ),
-    "a dry run of an evaluation": ({"eval_only": "true", "dry_run": "true"}, "dry_run says what training would do"),
+    "a dry run of an evaluation": ({"eval_only": "true", "dry_run": "true"}, "dry_run shows what training would do"),
     "a weight of nothing": (
         {"train_file": None, "datasets": "[{train_file: a.txt, weight: 0}]"},
         "must be more than 0",
     ),
-    "whole documents and a stride": ({"packing": "pad", "stride": 8}, "stride has no meaning with packing pad"),
+    "whole documents and a stride": ({"packing": "pad", "stride": 8}, "stride has no effect with packing pad"),
     "an unknown packing": ({"packing": "bestfit"}, "'packing' must be one of stream, documents, pad, best_fit"),
     "a name that no folder can have": ({"save_model": "PLACE/" + "x" * 300}, "save_model .* cannot be a folder"),
     "a config that is none": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),

@@ -259,7 +259,7 @@ def test_a_real_bert_continues_training(tiny, assets, tmp_path):
 
 
 MISTAKES = {
-    "a task of another family": ({"task": "causal"}, "task 'causal' is not one of bert, which learns mlm or mlm_nsp"),
+    "a task of another family": ({"task": "causal"}, "task 'causal' is not a task of bert; choose mlm or mlm_nsp"),
     "a text with nothing to fill in": ({"start_context": "Anna likes the cat."}, r"put \[MASK\] in the text"),
     "a byte-level tokenizer": (
         {"tokenizer": "{train: bpe, vocab_size: 300}"},
@@ -273,7 +273,7 @@ MISTAKES = {
         {"task": "mlm_nsp", "train_file": "PLACE/one.txt", "val_fraction": 0},
         "one.txt is one document, and pairs of sentences need a second",
     ),
-    "pairs of isolated documents": ({"task": "mlm_nsp", "packing": "documents"}, "packing has no meaning"),
+    "pairs of isolated documents": ({"task": "mlm_nsp", "packing": "documents"}, "packing has no effect"),
     "rows too short": ({"max_len": 2}, "max_len 2 is too small"),
     "heads that do not divide": ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide"),
     "an encoder that lacks weights": (
@@ -373,7 +373,7 @@ def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
     assert "next        accelerate launch -m hf_myllm.train" in capsys.readouterr().out
     assert not (tmp_path / "other").exists()
     assert train(*flags, "--packing", "pad", "--save_model", str(tmp_path / "other")) == 2
-    assert "streaming does not go with packing" in capsys.readouterr().err
+    assert "streaming cannot be combined with packing" in capsys.readouterr().err
     (run / "model.safetensors").unlink()
     assert (
         train(*flags, "--streaming_window", "900", "--max_steps", 40, "--init_from", "resume", "--allow_changed") == 2

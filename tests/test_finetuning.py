@@ -460,9 +460,9 @@ def test_what_is_best_must_be_known(tmp_path, noise, capsys):
             {"metric_for_best": "f2"},
             "metric_for_best val_f2 is no figure of task classification, which has val_loss, val_acc",
         ),
-        ({"patience": 2}, "patience 2 needs to know what is best: give --metric_for_best"),
-        ({"final_model": "best"}, "final_model best needs to know what is best"),
-        ({"metric_for_best": "loss", "eval_freq": None}, "needs evaluations to choose from: give --eval_freq"),
+        ({"patience": 2}, "patience 2 needs a metric; give --metric_for_best"),
+        ({"final_model": "best"}, "final_model best needs a metric"),
+        ({"metric_for_best": "loss", "eval_freq": None}, "needs several evaluations; give --eval_freq"),
         ({"metric_for_best": "loss", "val_file": None, "val_fraction": 0}, "needs rows to validate on"),
         ({"metrics": "no_such_metric_anywhere"}, "metric no_such_metric_anywhere cannot be loaded"),
     ):
@@ -674,8 +674,8 @@ def test_lora_is_refused_where_it_has_no_meaning(tmp_path, gpt, capsys):
         save_model=tmp_path / "run",
     )
     for more, message in (
-        (flags(tokenizer=BPE, r=4, **GPT), "lora adds to a model that is trained already: give --init_from"),
-        (flags(init_from=gpt, lora_alpha=4), "lora_alpha has no meaning without LoRA: give --r 16"),
+        (flags(tokenizer=BPE, r=4, **GPT), "lora needs a trained model to add to; give --init_from"),
+        (flags(init_from=gpt, lora_alpha=4), "lora_alpha has no effect without LoRA; give --r 16"),
         (flags(init_from=gpt, r=4, target_modules="q_proj"), "lora: Target modules"),
         (flags(init_from=gpt, r=4, add_tokens="<x>"), "add_tokens needs embeddings that are trained"),
         (
@@ -683,8 +683,8 @@ def test_lora_is_refused_where_it_has_no_meaning(tmp_path, gpt, capsys):
             "lora leaves the embeddings as they are, and the model lacks 108 rows",
         ),
         (flags(init_from=gpt, r=4, target_modules="wte"), "lora: transformer.wte shares its weight with another"),
-        (flags(init_from=gpt, lora_dropout=0.1), "lora_dropout has no meaning without LoRA"),
-        ((*flags(init_from=gpt), "--merge_lora"), "merge_lora has no meaning without LoRA"),
+        (flags(init_from=gpt, lora_dropout=0.1), "lora_dropout has no effect without LoRA"),
+        ((*flags(init_from=gpt), "--merge_lora"), "merge_lora has no effect without LoRA"),
     ):
         assert train(*words, *more) == 2
         assert message in capsys.readouterr().err

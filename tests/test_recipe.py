@@ -1,15 +1,15 @@
 """A recipe means one thing, from a file or from flags, and a wrong one is refused by name."""
 
-import dataclasses
-
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 
-from hf_myllm.errors import InputError
+from hf_myllm.errors import RecipeError
 from hf_myllm.models import FAMILIES
-from hf_myllm.recipe import ALIASES, SECTIONS, WORDS, config_types, parse
+from hf_myllm.recipe import Recipe, config_types
+from hf_myllm.recipe.flags import parse
+from hf_myllm.recipe.sections import ALIASES, FIELDS, SECTION_OF, SECTIONS
 
 
 def read(*argv):
@@ -17,8 +17,8 @@ def read(*argv):
 
 
 def test_each_name_stands_in_one_section_and_in_no_config():
-    names = [field.name for owner in SECTIONS.values() for field in dataclasses.fields(owner)]
-    assert len(names) == len(set(names)) == len(WORDS)
+    names = [name for section in SECTIONS.values() for name in section.model_fields]
+    assert len(names) == len(set(names)) == len(FIELDS) == len(SECTION_OF)
     for family in FAMILIES.values():
         assert not set(names) & set(config_types(family.config))
     assert not set(ALIASES) & set(names)
@@ -85,6 +85,95 @@ def test_resume_keeps_what_the_run_started_from(tmp_path):
     assert (recipe.run.resume, recipe.run.init_from) == (True, "some/model")
 
 
+def test_quiet_is_an_alias(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: {train_file: a.txt}\nrun: {quiet: false, log_level: error}\n")
+    assert read(tmp_path / "recipe.yaml").run.log_level == "error"
+    recipe = read(tmp_path / "recipe.yaml", "--quiet")
+    assert recipe.run.log_level == "warning"
+    assert "quiet" not in recipe.to_yaml()
+
+
+def test_a_recipe_from_python(tmp_path):
+    recipe = Recipe(
+        model="gpt",
+        config={"hidden_size": 64},
+        data={"train_file": [tmp_path / "a.txt"], "tokenizer": {"train": "bpe", "vocab_size": 300}},
+        training={"num_epochs": 2, "learning_rate": "1e-4"},
+        run={"save_model": tmp_path / "run", "init_from": "resume"},
+    )
+    assert recipe.data.train_file == [str(tmp_path / "a.txt")]
+    assert (recipe.training.epochs, recipe.training.learning_rate) == (2.0, 1e-4)
+    assert (recipe.run.save_model, recipe.run.resume) == (str(tmp_path / "run"), True)
+    assert recipe.check_family(FAMILIES) is recipe
+    assert (recipe.task, recipe.data.packing, recipe.config) == ("causal", "stream", {"n_embd": 64})
+    recipe.training.batch_size = 2  # sections are mutable
+    assert recipe.to_dict()["training"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"lerning_rate": 1}}, "Recipe: unknown key 'lerning_rate' in training; did you mean"),
+        ({"learning_rate": 1}, "Recipe: 'learning_rate' belongs in the section 'training:'"),
+        ({"training": {"epochs": 1, "max_steps": 2}}, "Recipe: epochs and max_steps are both given"),
+        ({"training": {"epochs": 1, "num_epochs": 2}}, "Recipe: 'epochs' and 'num_epochs' are the same key"),
+        ({"data": 3}, "Recipe: 'data' is a section and must hold keys, not 3"),
+    ],
+)
+def test_a_wrong_recipe_from_python_is_one_line(sections, message):
+    with pytest.raises(RecipeError) as error:
+        Recipe(**sections)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": "gtp"}, "model 'gtp' is not known; there is gpt, llama"),
+        ({"config": {"n_layers": 2}}, "Recipe: unknown key 'n_layers' in config of gpt; did you mean 'n_layer'?"),
+        ({"config": {"n_layer": "two"}}, "Recipe: 'n_layer' must be a whole number, not 'two'"),
+        ({"task": "mlm"}, "task 'mlm' is not a task of gpt; choose causal"),
+        ({"task": "classification", "data": {"streaming": True}}, "streaming has no effect with task classification"),
+    ],
+)
+def test_the_family_is_checked_when_a_run_is_built(sections, message):
+    recipe = Recipe(**sections)
+    with pytest.raises(RecipeError) as error:
+        recipe.check_family(FAMILIES)
+    assert message in str(error.value)
+
+
+def test_load_takes_a_name_and_overrides():
+    recipe = Recipe.load("quickstart", epochs=2, config={"n_layer": 3}, training={"batch_size": 4})
+    assert recipe.training.max_steps is None  # excluded by epochs
+    assert (recipe.training.epochs, recipe.training.batch_size, recipe.training.optimizer) == (2.0, 4, "muon")
+    assert recipe.config["n_layer"] == 3
+    assert recipe.config["n_head"] == 4
+    assert Recipe.load() == Recipe()
+    for overrides, message in (
+        ({"lerning_rate": 1}, "Recipe.load: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+        ({"max_iters": 1}, "Recipe.load: unknown key 'max_iters'; it is called 'max_steps' here"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            Recipe.load("quickstart", **overrides)
+        assert message in str(error.value)
+
+
+def test_only_relevant_keys_are_shown():
+    recipe = read("--train_file", "a.txt", "--max_steps", 3)
+    shown = recipe.relevant()
+    assert "lora" not in shown
+    assert "mlm_probability" not in shown["data"]
+    assert "streaming_window" not in shown["data"]
+    assert "max_answer_len" not in shown["data"]
+    assert "hub_private_repo" not in shown.get("hub", {})
+    assert shown["training"]["max_steps"] == 3
+    assert read("--model", "bert", "--train_file", "a.txt").relevant()["data"]["mlm_probability"] == 0.15
+    lora = read("--train_file", "a.txt", "--r", 4, "--init_from", "x").relevant()["lora"]
+    assert lora == {"r": 4, "lora_dropout": 0.0, "merge_lora": False}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_that_ships_is_valid_and_says_what_it_does(path):
     recipe = read(path)
@@ -99,9 +188,11 @@ def test_help_names_every_key(capsys):
         read("--help")
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    for name, (_, _, field) in WORDS.items():
-        assert f"--{name}" in shown
-        assert len(field.metadata["help"]) > 10
+    for name, field in FIELDS.items():
+        assert f"--{name} " in shown
+        assert len(field.description) > 10
+    for family in FAMILIES.values():
+        assert all(f"--{name}" in shown for name in config_types(family.config))
 
 
 FILES = {
@@ -114,8 +205,18 @@ FILES = {
     "'batch_size' must be a whole number, not True": {"training": {"batch_size": True}},
     "'compile' must be true or false, not 3": {"training": {"compile": 3}},
     "'stride' must be at least 1, not 0": {"data": {"stride": 0}},
+    "unknown key 'eval_interval' in evaluation; it is called 'eval_freq' here": {"evaluation": {"eval_interval": 5}},
+    "unknown key 'per_device_train_batch_size'; it is called 'batch_size' here": {"per_device_train_batch_size": 5},
+    "datasets[1]: 'weight' must be more than 0": {
+        "data": {"datasets": [{"dataset": "a"}, {"dataset": "b", "weight": 0}]}
+    },
+    "datasets[0]: unknown key 'wieght'; did you mean 'weight'?": {
+        "data": {"datasets": [{"dataset": "a", "wieght": 2}]}
+    },
+    "'n_head' must be a whole number, not 3.5": {"config": {"n_head": 3.5}},
+    "'quiet' must be true or false, not 3": {"run": {"quiet": 3}},
     "'learning_rate' must be a number, not nan": {"training": {"learning_rate": float("nan")}},
-    "'learning_rate' must be more than 0, not -1.0": {"training": {"learning_rate": -1}},
+    "'learning_rate' must be more than 0, not -1": {"training": {"learning_rate": -1}},
     "'lr_schedule' must be one of constant, linear, cosine, wsd": {"training": {"lr_schedule": "cosin"}},
     "'learning_rate' has no value": {"training": {"learning_rate": None}},
     "'training' is a section": {"training": 3},
@@ -128,10 +229,12 @@ FILES = {
     },
     "min_lr (0.1) must not be above": {"data": {"train_file": "a"}, "training": {"min_lr": 0.1}},
     "model 'gtp' is not known; there is gpt, llama": {"model": "gtp"},
-    "vocab_size must be at least 257": {"data": {"train_file": "a", "tokenizer": {"train": "bpe", "vocab_size": 3}}},
-    "tokenizer must be a name, a folder or": {"data": {"train_file": "a", "tokenizer": {"train": "bpe"}}},
-    "'epochs' and 'num_epochs' are the same": {"training": {"epochs": 1, "num_epochs": 2}},
-    "'hidden_size' and 'n_embd' are the same": {"config": {"n_embd": 64, "hidden_size": 32}},
+    "bpe's vocab_size must be at least 257": {
+        "data": {"train_file": "a", "tokenizer": {"train": "bpe", "vocab_size": 3}}
+    },
+    "'tokenizer' must be a name, a folder or": {"data": {"train_file": "a", "tokenizer": {"train": "bpe"}}},
+    "'epochs' and 'num_epochs' are the same key": {"training": {"epochs": 1, "num_epochs": 2}},
+    "'hidden_size' and 'n_embd' are the same key": {"config": {"n_embd": 64, "hidden_size": 32}},
     "'batch_size' must be at most": {"training": {"batch_size": 10**15}},
     "eval_only needs a trained model": {"data": {"val_file": "a"}, "evaluation": {"eval_only": True}},
 }
@@ -140,7 +243,7 @@ FILES = {
 @pytest.mark.parametrize("message", FILES, ids=str)
 def test_a_wrong_file_is_refused(message, tmp_path):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(FILES[message]))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(RecipeError) as error:
         read(tmp_path / "wrong.yaml")
     assert message in str(error.value)
 
@@ -160,7 +263,7 @@ def test_a_wrong_file_is_refused(message, tmp_path):
 )
 def test_a_file_that_is_no_recipe(text, message, tmp_path):
     (tmp_path / "wrong.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(RecipeError, match=message):
         read(tmp_path / "wrong.yaml")
 
 
@@ -168,18 +271,18 @@ def test_a_file_that_is_no_recipe(text, message, tmp_path):
     ("argv", "message"),
     [
         (["--n_layers", "2"], "--n_layers; did you mean 'n_layer'"),
-        (["--learning_rate"], "--learning_rate needs a value"),
-        (["--seed", "1", "2"], "--seed takes one value, and got 2"),
+        (["--learning_rate"], "argument --learning_rate: expected one argument"),
+        (["--seed", "1", "2"], "unexpected argument '2'; a recipe comes first, then --key value"),
         (["recipe.yml"], "recipe.yml does not exist"),
-        (["--epochs", "1", "stray.yaml"], "--epochs takes one value"),
+        (["--epochs", "1", "stray.yaml"], "unexpected argument 'stray.yaml'"),
         (["--compile", "maybe"], "'compile' must be true or false"),
-        (["--load_model", ""], "'load_model' is empty"),
-        (["--init_from", "a", "--load_model", "b"], "'init_from' and 'load_model' are the same"),
+        (["--load_model", ""], "'init_from' is empty"),
+        (["--init_from", "a", "--load_model", "b"], "'init_from' and 'load_model' are the same key"),
         (["--n_head", "3.5"], "'n_head' must be a whole number"),
     ],
 )
 def test_wrong_flags_are_refused(argv, message):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(RecipeError) as error:
         read(*argv)
     assert message in str(error.value)
 

@@ -1,0 +1,333 @@
+"""A recipe: everything that a run depends on, as typed keys in sections.
+
+A recipe comes from a YAML file, from flags or from Python. A key's name is unique over all sections, so every key is
+also a flag, and flags override the file: `hf-myllm train quickstart --learning_rate 1e-4`. The section `config` takes
+the architecture's own names from its stock configuration class.
+
+Nothing is loaded or written here. An invalid recipe is refused with one line that names the key, its file and the
+nearest known key.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from transformers import PreTrainedConfig
+
+from ..errors import RecipeError
+from .fields import Section, UniqueKeys, convert, members
+from .messages import explain, unknown_key
+from .sections import (
+    ALIASES,
+    EXCLUSIVE,
+    FIELDS,
+    LABELLED_TASKS,
+    SECTION_OF,
+    SECTIONS,
+    TEXT_TASKS,
+    Data,
+    Evaluation,
+    Hub,
+    Lora,
+    Run,
+    Training,
+)
+
+RECIPES = Path(__file__).parent.parent / "recipes"  # the recipes that ship with the package
+
+
+class Recipe(BaseModel):
+    """A validated recipe.
+
+    `Recipe(model="gpt", config={...}, data={...})` checks all keys, types, limits and combinations that do not depend
+    on the model family. `check_family` checks the rest when a run is built.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, an impossible value or combination.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = Field("gpt", description="Model family.")
+    task: str | None = Field(None, description="What the model is trained for. Default: the family's first task.")
+    config: dict[str, Any] = Field({}, description="Architecture, in the names of the stock configuration class.")
+    data: Data = Field(default_factory=Data)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    lora: Lora = Field(default_factory=Lora)
+    run: Run = Field(default_factory=Run)
+    hub: Hub = Field(default_factory=Hub)
+
+    @classmethod
+    def load(cls, path_or_name=None, **overrides):
+        """Load a recipe from a YAML file, or by the name of one that ships, with some keys overridden.
+
+        Example: `Recipe.load("quickstart", max_steps=100, config={"n_layer": 2})`.
+        """
+        return _load(path_or_name, overrides, "Recipe.load")
+
+    def to_dict(self):
+        """Return the recipe as nested dictionaries of plain values."""
+        return self.model_dump()
+
+    def to_yaml(self):
+        """Return the recipe as YAML text that `Recipe.load` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def relevant(self):
+        """Return `to_dict()` without keys that have no effect: unset, of another task, or of a feature that is off."""
+        values = self.to_dict()
+        flat = {name: values[section][name] for name, section in SECTION_OF.items()}
+        for name, value in flat.items():
+            details = FIELDS[name].json_schema_extra
+            is_of_task = self.task is None or self.task in details.get("tasks", [self.task])
+            needed = details.get("needs")
+            if value is None or not is_of_task or (needed and flat[needed] in (None, False)):
+                del values[SECTION_OF[name]][name]
+        return {name: value for name, value in values.items() if value}
+
+    def identity(self):
+        """Return the keys that define the run, flat: two recipes with equal identities train the same model."""
+        keys = {"model": self.model, "task": self.task}
+        keys |= {f"config.{name}": value for name, value in self.config.items()}
+        if self.data.datasets:
+            keys["weights"] = [source.get("weight", 1.0) for source in self.data.datasets]
+        for name, field in FIELDS.items():
+            if field.json_schema_extra["on_resume"] == "refuse":
+                keys[name] = getattr(getattr(self, SECTION_OF[name]), name)
+        return keys
+
+    def check_family(self, families, origins=None):
+        """Check what depends on the model family, and fill in the task and the packing that were left open.
+
+        Args:
+            families: name -> family, with its configuration class `config` and its `tasks`.
+            origins: key -> where its value came from, for messages.
+        """
+        if self.model not in families:
+            raise RecipeError(f"model '{self.model}' is not known; there is {', '.join(families)}")
+        family = families[self.model]
+        self.task = self.task or next(iter(family.tasks))
+        if self.task not in family.tasks:
+            raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
+        self.config = _check_config(self.config, self.model, family.config, origins or {})
+        self.data.packing = self.data.packing or ("best_fit" if self.task == "instruction" else "stream")
+        _check_task(self)
+        _check_streaming(self)
+        return self
+
+    def check_sources(self):
+        """Check that there is data to train or evaluate on; not for runs on in-memory data."""
+        data = self.data
+        has_training_data = bool(data.train_file or data.dataset or data.datasets)
+        if not self.evaluation.eval_only and not has_training_data:
+            raise RecipeError("there is nothing to train on; give --train_file FILE, or --dataset ID of the Hub")
+        if self.evaluation.eval_only and not (data.val_file or has_training_data):
+            raise RecipeError("there is nothing to evaluate on; give --val_file FILE")
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, values, handler, info):
+        """Resolve aliases, and turn pydantic's errors into one line."""
+        origins = info.context or {}
+        if isinstance(values, dict):
+            values = {
+                name: _resolve_aliases(value, "Recipe") if name in SECTIONS and isinstance(value, dict) else value
+                for name, value in values.items()
+            }
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise explain(error, origins, "Recipe") from None
+
+    @model_validator(mode="after")
+    def _check(self, info):
+        origins = info.context or {}
+        for pair in EXCLUSIVE:
+            if all(getattr(getattr(self, SECTION_OF[name]), name) is not None for name in pair):
+                where = origins.get(pair[0], "Recipe")
+                raise RecipeError(f"{where}: {pair[0]} and {pair[1]} are both given; give one of them")
+        starts_from_model = self.run.init_from != "scratch" or self.run.resume
+        if self.lora.r and not starts_from_model:
+            raise RecipeError("lora needs a trained model to add to; give --init_from FOLDER_OR_HUB_ID")
+        if self.lora.r and self.data.add_tokens:
+            raise RecipeError("add_tokens needs trained embeddings, and lora freezes them; remove one of the two")
+        if self.evaluation.eval_only and self.run.dry_run:
+            raise RecipeError("dry_run shows what training would do, and eval_only does not train; remove one of them")
+        if self.evaluation.eval_only and not starts_from_model:
+            raise RecipeError("eval_only needs a trained model; give --load_model FOLDER, or --init_from resume")
+        return self
+
+
+def config_types(config_class):
+    """Return the names that `config` may set, with their types: the stock class's own names and their synonyms."""
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    own = {field.name: field.type for field in dataclasses.fields(config_class) if field.name not in common}
+    return own | {alias: own[name] for alias, name in config_class.attribute_map.items() if name in own}
+
+
+def config_section(config_class):
+    """Return the section `config` of a family; it checks plain types only, the configuration class checks the rest."""
+    plain = (str, int, float, bool, type(None))
+    hints = {
+        name: hint if all(option in plain for option in members(hint)) else Any
+        for name, hint in config_types(config_class).items()
+    }
+    no_default = {"json_schema_extra": lambda schema: schema.pop("default", None)}
+    return create_model(
+        "Config", __base__=Section, **{name: (hint, Field(None, **no_default)) for name, hint in hints.items()}
+    )
+
+
+def _check_config(values, model, config_class, origins):
+    section = config_section(config_class)
+    for name in values:
+        if name not in section.model_fields:
+            where = origins.get(name, "Recipe")
+            raise unknown_key(name, where, f"config of {model}", section.model_fields)
+    try:
+        checked = section.model_validate(values).model_dump(include=set(values))
+    except ValidationError as error:
+        raise explain(error, origins, "Recipe", section.model_fields) from None
+    resolved, written = {}, {}
+    for name in values:  # hidden_size is GPT-2's n_embd
+        stock = config_class.attribute_map.get(name, name)
+        if stock in resolved and origins.get(name) == origins.get(written[stock]):
+            where = origins.get(name, "Recipe")
+            raise RecipeError(f"{where}: '{written[stock]}' and '{name}' are the same key; give one of them")
+        resolved[stock], written[stock] = checked[name], name
+    return resolved
+
+
+def _check_task(recipe):
+    """Refuse keys that the task does not use."""
+    data, evaluation, task = recipe.data, recipe.evaluation, recipe.task
+    if task == "mlm_nsp" and (data.packing != "stream" or data.stride):
+        name = "stride" if data.stride else "packing"
+        raise RecipeError(f"{name} has no effect with task mlm_nsp, whose rows are pairs of sentences; remove it")
+    if data.packing in ("pad", "best_fit") and data.stride:
+        raise RecipeError(f"stride has no effect with packing {data.packing}, whose rows are documents; remove it")
+    unused = {}
+    if task not in TEXT_TASKS:
+        unused = {"stride": data.stride and task != "question_answering", "streaming": data.streaming}
+        unused |= {"datasets": data.datasets}
+    if task in LABELLED_TASKS:
+        unused |= {"packing": data.packing != "stream", "start_context": evaluation.start_context is not None}
+    else:
+        unused |= {"metrics": evaluation.metrics}
+    if task == "instruction" and data.packing in ("stream", "documents"):
+        raise RecipeError(f"packing {data.packing} would cut conversations; use best_fit or pad for task instruction")
+    for name, is_set in unused.items():
+        if is_set:
+            raise RecipeError(f"{name} has no effect with task {task}; remove it")
+
+
+def _check_streaming(recipe):
+    data = recipe.data
+    if not data.streaming:
+        return
+    others = {"epochs": recipe.training.epochs, "datasets": data.datasets, "stride": data.stride}
+    others |= {f"packing {data.packing}": data.packing in ("pad", "best_fit")}
+    others |= {"task mlm_nsp": recipe.task == "mlm_nsp"}
+    for name, is_set in others.items():
+        if is_set:
+            raise RecipeError(f"streaming cannot be combined with {name}; remove one of them")
+    if recipe.training.max_steps is None:
+        raise RecipeError("streaming needs the number of steps; give --max_steps N")
+
+
+def find_recipe(path_or_name):
+    """Return the path of a recipe file, or of a recipe that ships, by its name."""
+    shipped = RECIPES / f"{path_or_name}.yaml"
+    if not Path(path_or_name).is_file() and Path(path_or_name).name == str(path_or_name) and shipped.is_file():
+        return str(shipped)
+    return str(path_or_name)
+
+
+def read_file(path):
+    """Return the content of a recipe file: a dictionary of sections."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, UniqueKeys)
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist; `hf-myllm recipes` lists the ones that ship") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path!r} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise RecipeError(f"recipe {path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} holds no keys; a recipe is a YAML mapping, see recipes/quickstart.yaml")
+    return content
+
+
+def _load(path_or_name, overrides, where, families=None):
+    """Return the recipe of a file with overrides, which win.
+
+    Args:
+        overrides: key -> value; `config` and the sections may be given as dictionaries.
+        where: the source of the overrides, for messages.
+        families: if given, names of a family's configuration are accepted as keys, and the family is checked.
+    """
+    sections, origins = {}, {}
+    path = None if path_or_name is None else find_recipe(path_or_name)
+    for name, value in ({} if path is None else read_file(path)).items():
+        if name not in Recipe.model_fields:
+            raise unknown_key(name, path)
+        if isinstance(value, dict):
+            value = _resolve_aliases(value, path)
+            origins |= dict.fromkeys(value, path)
+        sections[name], origins[name] = value, path
+    flat = {}
+    for name, value in overrides.items():
+        flat |= value if name in SECTIONS and isinstance(value, dict) else {name: value}
+    of_config = {name for family in (families or {}).values() for name in config_types(family.config)}
+    for name, value in _resolve_aliases(flat, where).items():
+        section = SECTION_OF.get(name, "config" if name in of_config else None)
+        if section or (name == "config" and isinstance(value, dict)):
+            section, keys = (section, {name: value}) if section else ("config", value)
+            if isinstance(sections.setdefault(section, {}), dict):
+                sections[section] = sections[section] | keys
+            origins |= dict.fromkeys(keys, where)
+        elif name in ("model", "task", "config"):
+            sections[name] = value
+        else:
+            raise unknown_key(name, where)
+        origins[name] = where
+        if convert(value, str | None) is not None:
+            _drop_replaced(name, sections, origins, where)
+    recipe = Recipe.model_validate(sections, context=origins)
+    return recipe if families is None else recipe.check_family(families, origins)
+
+
+def _drop_replaced(name, sections, origins, where):
+    """Remove the file's value of the keys that exclude `name`."""
+    for pair in EXCLUSIVE:
+        if name in pair:
+            other = pair[1 - pair.index(name)]
+            if origins.get(other, where) != where:
+                sections[SECTION_OF[other]].pop(other, None)
+
+
+def _resolve_aliases(values, where):
+    """Return the keys of one source with every alias replaced by the key that it stands for."""
+    values = dict(values)
+    for alias, name in ALIASES.items():
+        if alias in values:
+            if name in values:
+                raise RecipeError(f"{where}: '{name}' and '{alias}' are the same key; give one of them")
+            values[name] = values.pop(alias)
+    if values.get("init_from") == "resume":  # init_from keeps what the run started from
+        values["resume"] = True
+        del values["init_from"]
+    if "quiet" in values:
+        quiet = convert(values.pop("quiet"), bool)
+        if not isinstance(quiet, bool):
+            raise RecipeError(f"{where}: 'quiet' must be true or false, not {quiet!r}")
+        if quiet:
+            values["log_level"] = "warning"
+    return values

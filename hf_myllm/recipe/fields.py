@@ -1,0 +1,143 @@
+"""The base class of a recipe's sections: how a key is declared and how its value is read.
+
+Values come from YAML, from flags (always text) or from Python. They are converted to the declared type first and then
+validated by pydantic in strict mode, so that `batch_size: true` or `2.5` is refused rather than rounded.
+"""
+
+import os
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import is_typeddict
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+
+
+def key(default, help, *, on_resume="refuse", tasks=None, needs=None, **limits):
+    """Declare a key of a recipe.
+
+    Args:
+        default: its default value.
+        help: one or two sentences for `--help`, the docs and the JSON schema, with the unit.
+        on_resume: "refuse" if a resumed run must keep the value; "accept" if the value may change, or if something more
+            reliable is compared instead (the tokens in a file rather than its name).
+        tasks: the tasks that use the key; None means all.
+        needs: the key that must be set for this one to have an effect.
+        limits: pydantic's `ge`, `gt`, `le` and `lt`.
+    """
+    extra = {"on_resume": on_resume} | ({"tasks": list(tasks)} if tasks else {}) | ({"needs": needs} if needs else {})
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+def one_or_many(item, schema):
+    """Return the type of a list that may also be given as one item: `log_with: wandb`."""
+    return Annotated[list[item], WithJsonSchema({"anyOf": [schema, {"type": "array", "items": schema}]})]
+
+
+Texts = one_or_many(str, {"type": "string"})
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Safe YAML that refuses a repeated key; plain YAML keeps the last value without a warning."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key_node, deep=deep) for key_node, _ in node.value]
+        for name in keys:
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys and wrong types are refused."""
+
+    model_config = STRICT
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _convert(cls, value, info):
+        value = convert(value, cls.model_fields[info.field_name].annotation)
+        if value == "" and info.field_name != "start_context":
+            raise PydanticCustomError("empty", "is empty")
+        return value
+
+
+def members(hint):
+    """Return the alternatives of a type: `int | None` gives [int, NoneType]."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return [inner for option in typing.get_args(hint) for inner in members(option)]
+    return [hint]
+
+
+def plain_type(option):
+    """Return the built-in type of values of one alternative: Literal["a"] gives str, list[str] gives list."""
+    if is_typeddict(option):
+        return dict
+    origin = typing.get_origin(option) or option
+    return str if origin is Literal else origin
+
+
+def choices(hint):
+    """Return the values that a key may take, or () if any value of its type is allowed."""
+    for option in members(hint):
+        if typing.get_origin(option) is Literal:
+            return typing.get_args(option)
+        if typing.get_origin(option) is list and (of_items := choices(typing.get_args(option)[0])):
+            return of_items
+    return ()
+
+
+def describe_type(hint):
+    """Return a type in words: `int | None` gives "a whole number"."""
+    plain = [plain_type(option) for option in members(hint) if option is not type(None)]
+    return " or ".join(dict.fromkeys(TYPE_NAMES.get(option, "a list") for option in plain))
+
+
+def convert(value, hint):
+    """Return `value` converted to the type `hint`, or unchanged if it does not fit (pydantic then refuses it).
+
+    A flag's value is always text, and YAML 1.1 reads `1e-3` as text.
+    """
+    options = {plain_type(option): option for option in members(hint)}
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        value = _convert_text(value, options)
+    if isinstance(value, float) and value.is_integer() and int in options and float not in options:
+        return int(value)
+    if isinstance(value, (list, tuple)) and list in options:
+        (item,) = typing.get_args(options[list]) or (Any,)
+        return [convert(entry, item) for entry in value]
+    if isinstance(value, dict) and is_typeddict(options.get(dict)):
+        hints = typing.get_type_hints(options[dict])
+        return {name: convert(entry, hints.get(name, Any)) for name, entry in value.items()}
+    return value
+
+
+def _convert_text(text, options):
+    stripped = text.strip()
+    if type(None) in options and stripped.lower() in ("null", "none"):
+        return None
+    if (dict in options and stripped[:1] == "{") or (list in options and str not in options and stripped[:1] == "["):
+        try:
+            return yaml.load(stripped, UniqueKeys)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return text
+    if str in options:
+        return text
+    if bool in options and stripped.lower() in ("true", "false", "yes", "no"):
+        return stripped.lower() in ("true", "yes")
+    for number in (int, float):
+        if int in options or float in options:
+            try:
+                return number(stripped)
+            except ValueError:
+                continue
+    return [text] if list in options else text

@@ -1,0 +1,112 @@
+"""One-line messages for invalid recipes: `<file or "the command line">: <problem>; <what to do>`."""
+
+import difflib
+
+from ..errors import RecipeError
+from .fields import choices, describe_type
+from .sections import ALIASES, FIELDS, SECTION_OF, SECTIONS, Source
+
+COMMAND_LINE = "the command line"
+LIMITS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+EXPECTED = {"tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece)"}
+# Keys of nanoGPT, transformers' TrainingArguments and its example scripts -> the key here; for error messages.
+FOREIGN_NAMES = {
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "epsilon",
+    "block_size": "max_len",
+    "dataset_config_name": "dataset_config",
+    "dataset_name": "dataset",
+    "early_stopping_patience": "patience",
+    "eval_interval": "eval_freq",
+    "eval_iters": "eval_iter",
+    "eval_steps": "eval_freq",
+    "hub_model_id": "push_to_hub",
+    "log_interval": "log_freq",
+    "logging_steps": "log_freq",
+    "lr_scheduler_type": "lr_schedule",
+    "max_grad_norm": "grad_clip",
+    "max_iters": "max_steps",
+    "max_seq_length": "max_len",
+    "metric_for_best_model": "metric_for_best",
+    "model_name_or_path": "init_from",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "out_dir": "save_model",
+    "output_dir": "save_model",
+    "per_device_train_batch_size": "batch_size",
+    "project": "project_name",
+    "report_to": "log_with",
+    "resume_from_checkpoint": "init_from",
+    "save_steps": "save_freq",
+    "sequence_length": "max_len",
+    "tokenizer_name": "tokenizer",
+    "torch_compile": "compile",
+    "total_batch": "total_batch_size",
+    "validation_file": "val_file",
+    "validation_split_percentage": "val_fraction",
+    "wandb_log": "log_with",
+    "wandb_project": "project_name",
+    "warmup_iters": "warmup_steps",
+}
+
+
+def unknown_key(name, where, section=None, more=()):
+    """Return the error for a key that does not exist, or not in this section; `more` are further known names."""
+    if name in SECTION_OF:
+        instead = f", not in '{section}:'" if section else ""
+        return RecipeError(f"{where}: '{name}' belongs in the section '{SECTION_OF[name]}:'{instead}")
+    shown = f"unknown key '{name}'" + (f" in {section}" if section else "")
+    if where == COMMAND_LINE:
+        shown = f"unknown key --{name}"
+    if name in FOREIGN_NAMES:
+        return RecipeError(f"{where}: {shown}; it is called '{FOREIGN_NAMES[name]}' here")
+    known = [*FIELDS, *ALIASES, *SECTIONS, "model", "task", "config", *more]
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return RecipeError(
+        f"{where}: {shown}; " + (f"did you mean '{nearest[0]}'?" if nearest else "--help lists the keys")
+    )
+
+
+def explain(error, origins, default_origin, fields=FIELDS):
+    """Return the RecipeError for the first problem in a pydantic ValidationError.
+
+    Args:
+        origins: key -> where its value came from.
+        default_origin: where all other values came from.
+        fields: key -> its declaration.
+    """
+    problem = error.errors(include_url=False)[0]
+    path, code, value = list(problem["loc"]), problem["type"], problem["input"]
+    name = path[min(1, len(path) - 1)] if path[0] in (*SECTIONS, "config") else path[0]
+    where = origins.get(name, default_origin)
+    hint = fields[name].annotation if name in fields else str
+    if name == "datasets" and len(path) > 3:  # datasets[0].weight
+        where, name = f"{where}: datasets[{path[2]}]", path[3]
+        hint = Source.__annotations__.get(name, str)
+    if code == "extra_forbidden":
+        section = path[0] if len(path) == 2 else None
+        return unknown_key(name, where, section, Source.__annotations__ if len(path) > 2 else ())
+    return RecipeError(f"{where}: '{name}' {_requirement(path, code, value, hint, problem.get('ctx', {}))}")
+
+
+def _requirement(path, code, value, hint, details):
+    """Return what a value must be, and what it is."""
+    if len(path) == 1 and code in ("model_type", "dict_type") and path[0] in (*SECTIONS, "config"):
+        return f"is a section and must hold keys, not {value!r}"
+    if code == "empty":
+        return "is empty; give a value, or remove it"
+    if value is None:
+        return "has no value; give one, or remove the key"
+    if code in LIMITS:
+        words, bound = LIMITS[code]
+        return f"must be {words} {details[bound]:.12g}, not {value}"
+    if code == "literal_error" and choices(hint):
+        return f"must be one of {', '.join(choices(hint))}, not '{value}'"
+    expected = next((EXPECTED[name] for name in path if name in EXPECTED), describe_type(hint))
+    return f"must be {expected}, not {value!r}"
