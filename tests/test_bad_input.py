@@ -59,7 +59,7 @@ CASES = {
     "held-out part shorter than a row": ({"val_fraction": 0.0001}, "the validation part of .* fewer than one row"),
     "heads that do not divide": ({"n_head": 5}, r"n_head \(5\) must divide n_embd \(32\)"),
     "dropout of 2": ({"resid_pdrop": 2}, "resid_pdrop is 2"),
-    "unknown activation": ({"activation_function": "gelo"}, "activation_function 'gelo' is not one of"),
+    "unknown activation": ({"activation_function": "gelo"}, "activation_function 'gelo' is unknown; choose one of"),
     "rows longer than the positions": ({"n_positions": 16}, "max_len 32 is more than the 16 positions"),
     "vocabulary smaller than the tokenizer": ({"vocab_size": 100}, "vocab_size 100 is smaller than .* 300"),
     "vocabulary smaller than the data": (
@@ -91,7 +91,7 @@ CASES = {
         "nope cannot be found",
     ),
     "another tokenizer's special token": ({"eos_token_id": 99999}, "eos_token_id is 99999"),
-    "a norm's epsilon below zero": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon must be above 0"),
+    "a norm's epsilon below zero": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1.0; it must be above 0"),
     "a context longer than the positions": ({"start_context": "Anna " * 99}, "the prompt has .* tokens, and the model"),
     "half a character": ({"train_file": "PLACE/surrogate.jsonl"}, "line 1: half a character"),
     "nothing left to train on": (

@@ -183,11 +183,12 @@ def config_section(config_class):
 
 
 def _check_config(values, model, config_class, origins):
-    section = config_section(config_class)
+    section, hints = config_section(config_class), config_types(config_class)
     for name in values:
         if name not in section.model_fields:
             where = origins.get(name, "Recipe")
             raise unknown_key(name, where, f"config of {model}", section.model_fields)
+    values = {name: convert(value, hints[name]) for name, value in values.items()}
     try:
         checked = section.model_validate(values).model_dump(include=set(values))
     except ValidationError as error:
