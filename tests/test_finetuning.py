@@ -677,7 +677,7 @@ def test_lora_is_refused_where_it_has_no_meaning(tmp_path, gpt, capsys):
         (flags(tokenizer=BPE, r=4, **GPT), "lora needs a trained model to add to; give --init_from"),
         (flags(init_from=gpt, lora_alpha=4), "lora_alpha has no effect without LoRA; give --r 16"),
         (flags(init_from=gpt, r=4, target_modules="q_proj"), "lora: Target modules"),
-        (flags(init_from=gpt, r=4, add_tokens="<x>"), "add_tokens needs embeddings that are trained"),
+        (flags(init_from=gpt, r=4, add_tokens="<x>"), "add_tokens needs trained embeddings"),
         (
             flags(init_from=gpt, r=4, vocab_size=400),
             "lora leaves the embeddings as they are, and the model lacks 108 rows",
