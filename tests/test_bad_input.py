@@ -131,7 +131,7 @@ CASES = {
     ),
     "whole documents and a stride": ({"packing": "pad", "stride": 8}, "stride has no effect with packing pad"),
     "an unknown packing": ({"packing": "bestfit"}, "'packing' must be one of stream, documents, pad, best_fit"),
-    "a name that no folder can have": ({"save_model": "PLACE/" + "x" * 300}, "save_model .* cannot be a folder"),
+    "a name that no folder can have": ({"save_model": "PLACE/" + "x" * 300}, "save_model: .* cannot be a folder"),
     "a config that is none": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
     "a model that does not fit into memory": ({"vocab_size": 10**14}, "of this config cannot be made"),
     "save_model is a file": ({"save_model": "PLACE/a_file"}, "a_file is a file"),

@@ -22,7 +22,16 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"cli"},
     {"plot", "page", "prepare"},  # entry points
 )
-PLAIN_ARGUMENTS = {"models", "optim", "distributed", "data", "checkpoint", "generate", "tasks", "evaluation"}  # no recipe
+PLAIN_ARGUMENTS = {
+    "models",
+    "optim",
+    "distributed",
+    "data",
+    "checkpoint",
+    "generate",
+    "tasks",
+    "evaluation",
+}
 
 
 def imports(path):
