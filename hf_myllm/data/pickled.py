@@ -1,8 +1,7 @@
-"""Token ids out of a pickle, without running what a pickle may ask to run.
+"""Read token ids from a pickle without running what the pickle may ask to run.
 
-A pickle is a program, and loading one calls whatever it names, with arguments of its own choosing. Here a name stands
-for nothing but a part of this file: what a list, numpy array or torch tensor of numbers consists of is described by
-inert objects, from which [`read_token_ids`] makes arrays itself. Any other name is refused.
+A pickle is a program: loading one calls whatever it names, with any arguments. Here a name stands only for a function
+of this file, and these rebuild lists, numpy arrays and torch tensors of numbers. Any other name is refused.
 """
 
 import io
@@ -18,217 +17,199 @@ import torch
 
 from ..errors import DataError, first_line
 
-_LARGEST = (1 << 32) - 1  # ids are kept in 32 bits at most
-_INTEGERS = {
-    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64,
-}  # fmt: skip
+_MAX_ID = (1 << 32) - 1
+_INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)}
 
 
-class _Refused(Exception):
-    """What a pickle asked for."""
+class _RefusedError(Exception):
+    """The pickle asks for something else than numbers; the message names it."""
 
 
-class _Type:
-    """Of numpy's types of numbers, the plain ones; "O" stands for a list in an array's clothes."""
+class _DType:
+    """A numpy type of plain numbers, or "O": an array of objects, whose content a pickle stores as a list."""
+
+    byte_order = "="
 
     def __init__(self, name, align=False, copy=False):
         if not isinstance(name, str) or not re.fullmatch(r"[iuf][1248]|b1|O8?", name):
-            raise _Refused(f"numbers of type {name!r:.40}")
-        self.name, self.order = name, "="
+            raise _RefusedError(f"numbers of type {name!r:.40}")
+        self.name = name
 
     def __setstate__(self, state):
-        self.order = state[1] if state[1] in ("<", ">") else "="
+        self.byte_order = state[1] if state[1] in ("<", ">") else "="
 
     def numbers(self, data, shape, order="C"):
         if self.name.startswith("O"):
-            return list(data) if isinstance(data, list) else _refuse("an array of objects from bytes")
-        if isinstance(data, str):  # how the oldest protocol keeps bytes
+            if not isinstance(data, list):
+                raise _RefusedError("an array of objects from bytes")
+            return list(data)
+        if isinstance(data, str):  # protocol 0
             data = data.encode("latin1")
         if not isinstance(data, (bytes, bytearray)):
-            raise _Refused("an array without bytes")
-        flat = np.frombuffer(bytes(data), dtype=np.dtype(self.order + self.name))
+            raise _RefusedError("an array without bytes")
+        flat = np.frombuffer(bytes(data), dtype=self.byte_order + self.name)
         if math.prod(shape) != flat.size or min(shape, default=0) < 0:
-            raise _Refused(f"an array of shape {shape!r:.40} from {flat.size} numbers")
+            raise _RefusedError(f"an array of shape {shape!r:.40} from {flat.size} numbers")
         return flat.reshape(shape, order=order)
 
 
 class _Array:
-    """An array, once its state has been given."""
+    """An array or tensor. The pickle of an array creates it empty and sets its state later."""
 
-    content = None
+    def __init__(self, content=None):
+        self.content = content
 
     def __setstate__(self, state):
-        _, shape, kind, is_fortran, data = state
-        self.content = kind.numbers(data, tuple(shape), "F" if is_fortran else "C")
+        _, shape, dtype, is_fortran, data = state
+        self.content = dtype.numbers(data, tuple(shape), "F" if is_fortran else "C")
 
 
-def _refuse(what):
-    raise _Refused(what)
-
-
-def _reconstruct(kind, shape, letter):
-    return _Array()
-
-
-def _frombuffer(data, kind, shape, order):
-    array = _Array()
-    array.content = kind.numbers(data, tuple(shape), order)
-    return array
-
-
-def _scalar(kind, data):
-    return int(kind.numbers(data, (1,))[0]) if not kind.name.startswith(("O", "f", "b")) else _refuse("a scalar")
+def _ndarray(*args):
+    raise _RefusedError("numpy.ndarray")  # a valid pickle only passes the class to _reconstruct
 
 
 def _encode(text, encoding):
-    """What old pickles of arrays keep their bytes with."""
-    if encoding != "latin1" or not isinstance(text, str):
-        raise _Refused("_codecs.encode with another encoding than latin1")
+    if encoding != "latin1" or not isinstance(text, str):  # protocols 0 to 2 store bytes so
+        raise _RefusedError("_codecs.encode with another encoding than latin1")
     return text.encode("latin1")
 
 
 def _load_from_bytes(content):
-    """A tensor's numbers, which lie in a pickle as a file of torch's own kind; weights_only restricts it likewise."""
     storage = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     if not isinstance(storage, torch.storage.TypedStorage) or storage.dtype not in _INTEGERS:
-        raise _Refused("a tensor of anything but whole numbers")
+        raise _RefusedError("a tensor of anything but whole numbers")
     return storage
 
 
 def _rebuild_tensor(storage, offset, size, stride, *rest):
     if not isinstance(storage, torch.storage.TypedStorage) or math.prod(size) > len(storage):
-        raise _Refused("a tensor with more numbers than it has")
+        raise _RefusedError("a tensor with more numbers than it has")
     flat = torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), 0, (len(storage),))
-    array = _Array()
-    array.content = torch.as_strided(flat, tuple(size), tuple(stride), offset).numpy()  # raises beyond the storage
-    return array
+    return _Array(torch.as_strided(flat, tuple(size), tuple(stride), offset).numpy())  # raises beyond the storage
 
 
-class _Name:
-    """What a name stands for. It can be called, and not be changed."""
-
-    __slots__ = ("make",)
-
-    def __init__(self, make):
-        self.make = make
-
-    def __call__(self, *arguments):
-        return self.make(*arguments)
-
-    def __setstate__(self, state):
-        raise _Refused("a change of what reads it")
-
-
-_KNOWN = {
-    ("numpy", "ndarray"): lambda *arguments: _refuse("numpy.ndarray"),  # only ever handed to _reconstruct
-    ("numpy", "dtype"): _Type,
+_FUNCTIONS = {
+    ("numpy", "ndarray"): _ndarray,
+    ("numpy", "dtype"): _DType,
     ("_codecs", "encode"): _encode,
-    ("collections", "OrderedDict"): lambda: None,  # a tensor's hooks, of which it has none
+    ("collections", "OrderedDict"): lambda: None,  # the hooks of a tensor, of which there are none
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch.storage", "_load_from_bytes"): _load_from_bytes,
 }
-for _core in ("numpy.core", "numpy._core"):  # before and after numpy 2
-    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
-    _KNOWN[f"{_core}.multiarray", "scalar"] = _scalar
-    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _frombuffer
+for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    _FUNCTIONS[f"{_core}.multiarray", "_reconstruct"] = lambda array_class, shape, typecode: _Array()
+    _FUNCTIONS[f"{_core}.multiarray", "scalar"] = lambda dtype, data: dtype.numbers(data, (1,)).item()
+    _FUNCTIONS[f"{_core}.numeric", "_frombuffer"] = lambda data, dtype, shape, order: _Array(
+        dtype.numbers(data, tuple(shape), order)
+    )
+
+
+class _Callable:
+    """A function that a pickle can call but not change: setting the state of a plain function would change it."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __setstate__(self, state):
+        raise _RefusedError("a change of what reads it")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        return _Name(_KNOWN[module, name]) if (module, name) in _KNOWN else _refuse(f"{module}.{name}")
+        if (module, name) not in _FUNCTIONS:
+            raise _RefusedError(f"{module}.{name}")
+        return _Callable(_FUNCTIONS[module, name])
 
     def persistent_load(self, pid):
-        raise _Refused("an object outside the file")
+        raise _RefusedError("an object outside the file")
 
 
 def read_token_ids(path):
-    """The token ids in a pickle: a list, numpy array or torch tensor of them, or lists of such, joined in their order;
-    of several pickles in one file, one after another.
+    """Return the token ids in a pickle: a list, numpy array or torch tensor, or lists of these, joined in order.
 
     Args:
-        path: written by pickle.dump or torch.save.
+        path: a file written by pickle.dump, also several times, or by torch.save.
     Returns:
-        (ids,) uint16, or uint32 where an id needs it.
+        (ids,) uint16, or uint32 if an id needs it.
     Raises:
         DataError: the pickle asks for anything else, is damaged, or holds something other than token ids.
     """
     try:
-        contents = _load(path)
-        chunks = [_check(part, path) for part in _arrays(contents, os.path.getsize(path))]
-    except DataError:
-        raise
-    except _Refused as error:
+        chunks = list(_flatten(_load(path), os.path.getsize(path)))
+    except _RefusedError as error:
         raise DataError(
             f"{path} is a pickle that asks for {error}, and is not loaded: only lists, numpy arrays and torch tensors "
             "of token ids are"
         ) from None
-    except (Exception, MemoryError) as error:  # a damaged pickle fails in as many ways as there are instructions
+    except (Exception, MemoryError) as error:  # a damaged pickle may raise anything
         raise DataError(f"{path} cannot be read as a pickle of token ids: {first_line(error)[:200]}") from None
     if not sum(map(len, chunks)):
         raise DataError(f"{path} holds no token ids")
-    for number, chunk in enumerate(chunks):
-        wrong = (chunk < 0) | (chunk > _LARGEST)
-        if wrong.any():
-            place = int(np.argmax(wrong))
-            before = sum(map(len, chunks[:number]))
-            raise DataError(f"{path} has {chunk[place]} at position {before + place}, which is no token id")
+    position = 0
+    for chunk in chunks:
+        if chunk.dtype == object:
+            raise DataError(f"{path} has numbers too large to be token ids")
+        if chunk.dtype.kind not in "iu":
+            raise DataError(f"{path} holds {chunk.dtype} numbers; token ids are whole numbers")
+        wrong = np.flatnonzero((chunk < 0) | (chunk > _MAX_ID))
+        if len(wrong):
+            raise DataError(f"{path} has {chunk[wrong[0]]} at position {position + wrong[0]}, which is no token id")
+        position += len(chunk)
     is_small = max(int(chunk.max(initial=0)) for chunk in chunks) < 1 << 16
     return np.concatenate([chunk.astype(np.uint16 if is_small else np.uint32) for chunk in chunks])
 
 
 def _load(path):
-    if zipfile.is_zipfile(path):  # torch.save's kind; weights_only is a restricted unpickler too
+    """Return the objects of the pickles in a file."""
+    if zipfile.is_zipfile(path):  # torch.save; weights_only is a restricted unpickler too
         return [torch.load(path, weights_only=True, map_location="cpu")]
     contents, size = [], os.path.getsize(path)
     with open(path, "rb") as file:
         while file.peek(1):
             start = file.tell()
-            # the unpickler makes room for as many things as the largest number that one is remembered by
-            if any("PUT" in code.name and number > size for code, number, _ in pickletools.genops(file)):
-                raise _Refused("memory for more than it has bytes")
+            # pickle allocates as many slots as the largest index that an object is stored under
+            if any("PUT" in opcode.name and index > size for opcode, index, _ in pickletools.genops(file)):
+                raise _RefusedError("memory for more than it has bytes")
             file.seek(start)
             contents.append(_Unpickler(file).load())
-            if contents == [torch.serialization.MAGIC_NUMBER]:  # torch.save's kind of old
+            if contents == [torch.serialization.MAGIC_NUMBER]:  # the old format of torch.save
                 return [torch.load(path, weights_only=True, map_location="cpu")]
     return contents
 
 
-def _arrays(content, most):
-    """The arrays that a list's, array's or tensor's numbers make, in order.
+def _flatten(content, size):
+    """Yield the numbers of lists, arrays and tensors in order, as one-dimensional arrays.
 
     Args:
-        most: how many things may be in it; a file in which a list stands for itself many times holds more than bytes.
+        size: of the file in bytes. A list that contains itself, or another one many times, has more numbers than that.
     """
-    pending, seen = [content], 0
+    pending, num_seen = [content], 0
     while pending:
         item = pending.pop()
-        item = item.content if isinstance(item, _Array) else item
+        if isinstance(item, _Array):
+            item = item.content
         if isinstance(item, torch.Tensor):
             if item.dtype not in _INTEGERS or item.layout != torch.strided or item.device.type != "cpu":
-                raise _Refused(f"a {item.dtype} tensor")
+                raise _RefusedError(f"a {item.dtype} tensor")
             item = item.detach().numpy()
-        is_flat = isinstance(item, (list, tuple)) and all(type(value) is int for value in item)
-        seen += len(item) if is_flat else item.size if isinstance(item, np.ndarray) else 1
-        if seen > most + len(pending):
-            raise _Refused("more numbers than it has bytes")
+        is_list = isinstance(item, (list, tuple))
+        is_flat = is_list and all(type(value) is int for value in item)
+        num_seen += len(item) if is_flat else item.size if isinstance(item, np.ndarray) else 1
+        if num_seen > size + len(pending) or (is_list and len(pending) + len(item) > 2 * size):
+            raise _RefusedError("more numbers than it has bytes")
         if is_flat:
             yield np.array(item, dtype=object if max(map(abs, item), default=0) >> 62 else np.int64)
+        elif is_list:
+            pending += reversed(item)
         elif isinstance(item, np.ndarray):
             yield item.reshape(-1)
         elif type(item) is int:
             yield np.array([item])
-        elif isinstance(item, (list, tuple)):
-            pending += reversed(item)
-            if len(pending) > 2 * most:
-                raise _Refused("more numbers than it has bytes")
         else:
-            kind = type(item).__name__
-            raise TypeError(f"it holds a {kind} where token ids should be; give lists, numpy arrays or torch tensors")
-
-
-def _check(part, path):
-    if part.dtype == object:
-        raise DataError(f"{path} has numbers too large to be token ids")
-    if part.dtype.kind not in "iu":
-        raise DataError(f"{path} holds {part.dtype} numbers; token ids are whole numbers")
-    return part
+            name = type(item).__name__
+            raise TypeError(f"it holds a {name} where token ids should be; give lists, numpy arrays or torch tensors")

@@ -1,12 +1,12 @@
-"""A corpus larger than the disk: a window of its tokens at a time.
+"""Streaming: a corpus larger than the disk, one window of tokens at a time.
 
-The corpus is one endless stream of tokens, in the order of its files, and from the beginning again when it ends. The
-stream is cut into windows of equal size, and rows are drawn from a window in random order until all have been read. So
-which rows a step reads is a function of the step, as ever; a window is made when it is needed, from the place in the
-corpus where it begins, which the window before it has found. These places are kept in each checkpoint, so that a run
-goes on exactly, on any number of processes, without tokenizing what lies before.
+The corpus is one endless stream of tokens, in the order of its files, and starts again at its end. The stream is cut
+into windows of equal size. Rows are drawn from a window in random order until all have been read, so the rows of a step
+are still a function of the step. A window is made when it is needed, from its position in the corpus, which is known
+once the window before it was made. Checkpoints keep these positions, so a run resumes exactly, on any number of ranks,
+without tokenizing what was read before.
 
-One process of each machine makes the windows, the next one while the present one is being read; two or three are on the
+On each machine one rank makes the windows, the next one while the current one is read. Two or three windows are on the
 disk at any time.
 """
 
@@ -26,121 +26,129 @@ from .tokenizer import end_of_document, fingerprint, safe_split_pattern
 
 
 class TokenWindows:
-    """The windows of a source, made when they are asked for.
+    """The windows of a source, made on demand.
 
     Args:
-        size: tokens of a window.
-        owner: whose windows these are: two runs do not share them, for each removes what it has read.
-        places: where windows begin, as far as is known: {number: place}.
-        is_maker: whether this process removes old windows and makes the next one ahead.
+        size: tokens per window.
+        owner: identifies the run: two runs do not share windows, because each removes those that it has read.
+        positions: where windows begin in the corpus, as far as is known: {window: position}.
+        is_maker: whether this rank removes old windows and makes the next one ahead.
     Raises:
-        DataError: the source cannot be read, or holds no text.
+        DataError: the source cannot be read, or has no text.
     """
 
-    max_id = 0  # no more than the tokenizer has
+    max_id = 0  # token ids come from the tokenizer, so none is out of its vocabulary
 
-    def __init__(self, source, tokenizer, size, owner="", places=None, is_maker=True):
+    def __init__(self, source, tokenizer, size, owner="", positions=None, is_maker=True):
         self.source, self.tokenizer, self.size, self.is_maker = source, tokenizer, size, is_maker
         self.key = ["window", source_key(source), fingerprint(tokenizer), end_of_document(tokenizer), size]
         self.fingerprint = key_digest(self.key)
         self.key.append(owner)
-        self.places = {0: {}} | {int(number): place for number, place in (places or {}).items()}
-        self.opened, self.ahead, self.is_closed = {}, None, threading.Event()
+        self.positions = {0: {}} | {int(window): position for window, position in (positions or {}).items()}
+        self.opened, self.prefetch, self.is_closed = {}, None, threading.Event()
 
-    def open(self, number):
-        """The tokens of a window and the one after them, memory-mapped."""
-        if number not in self.opened:
-            if self.ahead is not None:
-                self.ahead.join()
-            self.opened = {old: ids for old, ids in self.opened.items() if old == number - 1}
-            self.opened[number] = np.load(self._make(number) / "ids.npy", mmap_mode="r")
+    def open(self, window):
+        """Return the tokens of a window and the token after them, memory-mapped."""
+        if window not in self.opened:
+            if self.prefetch is not None:
+                self.prefetch.join()
+            self.opened = {index: ids for index, ids in self.opened.items() if index == window - 1}
+            self.opened[window] = np.load(self._make(window) / "ids.npy", mmap_mode="r")
             if self.is_maker:
-                for old in range(max(0, number - 3), number - 1):
-                    shutil.rmtree(cached_path([*self.key, old]), ignore_errors=True)
-                self.ahead = threading.Thread(target=self._make_quietly, args=(number + 1,))
-                self.ahead.start()
-        return self.opened[number]
+                for index in range(max(0, window - 3), window - 1):
+                    self._remove(index)
+                self.prefetch = threading.Thread(target=self._try_to_make, args=(window + 1,))
+                self.prefetch.start()
+        return self.opened[window]
 
     def close(self):
-        """End what is being made ahead, and remove what is left on the disk."""
+        """Stop making the next window, and remove the windows on the disk."""
         self.is_closed.set()
-        if self.ahead is not None:
-            self.ahead.join()
-        for number in [*self.opened, max(self.opened, default=0) + 1] if self.is_maker else ():
-            shutil.rmtree(cached_path([*self.key, number]), ignore_errors=True)
+        if self.prefetch is not None:
+            self.prefetch.join()
+        for window in [*self.opened, max(self.opened, default=0) + 1] if self.is_maker else ():
+            self._remove(window)
 
     def recent_positions(self):
-        """What a checkpoint keeps: where the windows from the present one on begin."""
+        """Return what a checkpoint keeps: where the windows from the one before the current one on begin."""
         first = min(self.opened, default=0) - 1
-        return {number: place for number, place in self.places.items() if number >= first}
+        return {window: position for window, position in self.positions.items() if window >= first}
 
-    def _make(self, number):
-        """The folder of a window; those between it and the last one whose beginning is known are made too."""
-        for one in range(max(known for known in self.places if known <= number), number + 1):
-            folder = cached_folder([*self.key, one], lambda aside, one=one: self._fill(aside, self.places[one]))
-            self.places[one + 1] = json.loads((folder / "next.json").read_text())
-            if self.is_maker and one < number - 1:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _remove(self, window):
+        shutil.rmtree(cached_path([*self.key, window]), ignore_errors=True)
+
+    def _make(self, window):
+        """Return the folder of a window; make it, and those between it and the last one with a known position."""
+        for index in range(max(known for known in self.positions if known <= window), window + 1):
+            position = self.positions[index]
+            folder = cached_folder([*self.key, index], lambda folder, position=position: self._fill(folder, position))
+            self.positions[index + 1] = json.loads((folder / "next.json").read_text())
+            if self.is_maker and index < window - 1:
+                self._remove(index)
         return folder
 
-    def _make_quietly(self, number):
+    def _try_to_make(self, window):
         try:
-            self._make(number)
-        except Exception:  # which comes again when the window is needed, and is said then
+            self._make(window)
+        except Exception:  # raised again when the window is opened
             return
 
-    def _fill(self, folder, place):
-        dtype, shape = token_dtype(self.tokenizer), (self.size + 1,)
-        ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=dtype, shape=shape)
-        filled, skip, after = 0, place.get("tokens", 0), None
+    def _fill(self, folder, position):
+        """Write ids.npy, the tokens from a position on, and next.json, the position after them."""
+        ids = np.lib.format.open_memmap(
+            folder / "ids.npy", mode="w+", dtype=token_dtype(self.tokenizer), shape=(self.size + 1,)
+        )
+        filled, skip, following = 0, position.get("tokens", 0), None
         is_awaited = self.is_maker and threading.current_thread() is threading.main_thread()
         with Progress(self.size, is_awaited) as progress:
-            for batch in tokenize_pieces(self._pieces_from(place), self.tokenizer):
+            for batch in tokenize_pieces(self._pieces_from(position), self.tokenizer):
                 if self.is_closed.is_set():
                     raise DataError("the run has ended")
-                for (_, _, before), found in batch:
-                    found = found[skip:]
-                    if after is None and filled + len(found) > self.size:
-                        after = before | {"tokens": skip + self.size - filled}
-                    taken = found[: len(ids) - filled]
-                    ids[filled : filled + len(taken)] = taken
-                    filled, skip = filled + len(taken), 0
+                for (_, _, piece_position), piece_ids in batch:
+                    piece_ids = piece_ids[skip:]
+                    if following is None and filled + len(piece_ids) > self.size:
+                        following = piece_position | {"tokens": skip + self.size - filled}
+                    piece_ids = piece_ids[: len(ids) - filled]
+                    ids[filled : filled + len(piece_ids)] = piece_ids
+                    filled, skip = filled + len(piece_ids), 0
                     if filled == len(ids):
                         ids.flush()
-                        (folder / "next.json").write_text(json.dumps(after))
+                        (folder / "next.json").write_text(json.dumps(following))
                         return
                 progress.add_read(filled - progress.num_read)
                 progress.add_tokens(filled - progress.num_tokens)
 
-    def _pieces_from(self, place):
-        """(text, is_end, place) of each piece from a place on, again and again; `place` is where the piece begins."""
-        cut, file, pieces = safe_split_pattern(self.tokenizer), place.get("file", 0), place.get("pieces", 0)
+    def _pieces_from(self, position):
+        """Yield (text, is_end, position of the piece) from a position on, over and over again."""
+        read = self._read_hub if self.source.format == "hub" else self._read_files
         while True:
-            is_empty = file == 0 and pieces == 0
-            if self.source.format == "hub":
-                state = place.get("dataset")
-                for text, is_end, before, count in stream_documents(self.source, cut, state):
-                    if count >= pieces:
-                        yield text, is_end, {"dataset": before, "pieces": count}
-                        is_empty = False
-                    if is_end:
-                        pieces = 0
-                is_empty, place = is_empty and state is None, {}
-            else:
-                for number in range(file, max(1, len(self.source.files))):  # data in memory has no files
-                    one = replace(self.source, files=self.source.files[number : number + 1])
-                    for count, (text, is_end) in enumerate(read_documents(one, cut)):
-                        if count >= pieces:
-                            yield text, is_end, {"file": number, "pieces": count}
-                            is_empty = False
-                    pieces = 0
+            is_empty = not position
+            for piece in read(position):
+                yield piece
+                is_empty = False
             if is_empty:
                 raise DataError(f"{self.source.name} holds no text")
-            file = pieces = 0
+            position = {}
+
+    def _read_hub(self, position):
+        skip = position.get("pieces", 0)  # pieces of the first document that were read before
+        pieces = stream_documents(self.source, safe_split_pattern(self.tokenizer), position.get("dataset"))
+        for text, is_end, state, index in pieces:
+            if index >= skip:
+                yield text, is_end, {"dataset": state, "pieces": index}
+            skip = 0 if is_end else skip
+
+    def _read_files(self, position):
+        first, skip = position.get("file", 0), position.get("pieces", 0)
+        for number in range(first, max(1, len(self.source.files))):  # data in memory has no files
+            source = replace(self.source, files=self.source.files[number : number + 1])
+            for index, (text, is_end) in enumerate(read_documents(source, safe_split_pattern(self.tokenizer))):
+                if number > first or index >= skip:
+                    yield text, is_end, {"file": number, "pieces": index}
 
 
 class StreamedRows:
-    """Rows of a stream of [`TokenWindows`]: row k of window w has the number w * len(self) + k.
+    """Rows of [`TokenWindows`]: row k of window w has the number w * len(self) + k.
 
     Args:
         length, ahead: see [`packing.StridedRows`].
@@ -161,7 +169,7 @@ class StreamedRows:
 
     @property
     def tokens(self):
-        """The tokens of the present window, which stand for the corpus where it is looked at as a whole."""
+        """The tokens of the current window, which stand for the corpus in statistics."""
         ids = self.windows.open(self.base)
         return TokenStream([ids[:-1]], self.windows.fingerprint, len(self.windows.tokenizer) - 1)
 
@@ -172,7 +180,8 @@ class StreamedRows:
         """See [`packing.StridedRows.read`]."""
         width = self.length + self.ahead
         result = np.empty((len(rows), width), dtype=np.int64)
-        for place, row in enumerate(np.asarray(rows, dtype=np.int64).tolist()):
-            self.base, number = divmod(row, self.num_rows)
-            result[place] = self.windows.open(self.base)[number * self.length : number * self.length + width]
+        for index, row in enumerate(np.asarray(rows, dtype=np.int64).tolist()):
+            self.base, row_in_window = divmod(row, self.num_rows)
+            start = row_in_window * self.length
+            result[index] = self.windows.open(self.base)[start : start + width]
         return result, np.zeros(len(rows), dtype=np.int64)

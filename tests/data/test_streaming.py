@@ -58,20 +58,20 @@ def test_windows_are_the_stream_whatever_is_known_of_it(stories, bpe, source, hu
     windows.ahead.join()
     there = [number for number in range(last + 2) if cache.cached_path([*windows.key, number]).exists()]
     assert there == [last - 2, last - 1, last]
-    places = json.loads(json.dumps(windows.recent_positions()))
-    assert min(map(int, places)) >= last - 3
+    positions = json.loads(json.dumps(windows.recent_positions()))
+    assert min(map(int, positions)) >= last - 3
     windows.close()
     assert not any(cache.cached_path([*windows.key, number]).exists() for number in range(last + 2))
 
     # another machine goes on from what a checkpoint knows, and tokenizes no more than that
-    again = streaming.TokenWindows(source, bpe, size, owner="elsewhere", places=places)
+    again = streaming.TokenWindows(source, bpe, size, owner="elsewhere", positions=positions)
     begun = []
     fill = again._fill
     monkeypatch.setattr(again, "_fill", lambda folder, place: begun.append(place) or fill(folder, place))
     number = last - 1
     assert np.array_equal(again.open(number), endless[number * size : (number + 1) * size + 1])
     again.close()
-    assert begun[0] == places[str(number)]
+    assert begun[0] == positions[str(number)]
     assert len(begun) <= 2
 
 
