@@ -41,8 +41,8 @@ from .recipe.sections import FIELDS
 from .tasks import TASKS
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
-QUICK_LOOK = 4_000_000  # characters that a dry run reads of a large source
-LORA_WORDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
+LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
 
 
@@ -109,11 +109,11 @@ class Run:
 
 @dataclass
 class Sources:
-    """The sources that a recipe names."""
+    """Where a run's data come from."""
 
-    training: list  # none when only evaluating on a val_file
-    weights: list  # of each, in any unit
-    validation: object  # None: a part of training is held out
+    training: list  # empty if only evaluating on val_file
+    weights: list  # of each training source, in any unit
+    validation: object  # None: a part of the training data is held out
 
     @property
     def all(self):
@@ -122,6 +122,10 @@ class Sources:
     @property
     def name(self):
         return ", ".join(source.name for source in self.training)
+
+    @property
+    def val_name(self):
+        return self.validation.name if self.validation else f"the validation part of {self.name}"
 
 
 @contextmanager
@@ -152,7 +156,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         try:
             with explain_failures(accelerator, lambda: run.phase if run else "its preparation"):
                 resume_from = run_folder.share_checkpoint(resume_from, recipe.run.save_model, accelerator)
-                run = build_run(recipe, accelerator, resume_from)
+                run = build_run(recipe, accelerator, resume_from, train_data, eval_data)
                 run.snapshot = snapshot
                 yield run
                 if accelerator.is_fsdp2:
@@ -163,118 +167,166 @@ def open_run(recipe, train_data=None, eval_data=None):
                 run.close()
 
 
-def build_run(recipe, accelerator, resume_from):
-    """Tokenizer, data and model of a recipe, resolved: sizes that were left open have their values afterwards."""
-    data, section = recipe.data, recipe.run
+def build_run(recipe, accelerator, resume_from, train_data=None, eval_data=None):
+    """Return the [`Run`] of a recipe, in which sizes that were left open are filled in."""
+    section, eval_only = recipe.run, recipe.evaluation.eval_only
     for name in recipe.evaluation.metrics or []:
         load_metric(name)
-    given = find_sources(data, recipe.evaluation.eval_only)
-    if section.dry_run and not data.streaming and not TASKS[recipe.task].is_labelled:
-        given = Sources(
-            [quick_look(one) for one in given.training],
-            given.weights,
-            given.validation and quick_look(given.validation),
-        )
+    found = find_sources(recipe, train_data, eval_data)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
     check_family(recipe, pretrained)
-    is_trained = resume_from is not None or recipe.evaluation.eval_only
-    tokenizer = find_tokenizer(recipe, given, pretrained, is_trained)
-    task = build_task(recipe, given, tokenizer, pretrained, is_trained)
+    is_trained = resume_from is not None or eval_only
+    tokenizer = find_tokenizer(recipe, found, pretrained, is_trained)
+    task = build_task(recipe, found, tokenizer, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
-    if tokenizer is not None and tokenizer.model_max_length > config.max_position_embeddings:
-        tokenizer.model_max_length = config.max_position_embeddings  # so that stock pipelines know where to cut
-    if recipe.lora.r and accelerator.is_fsdp2:
-        raise InputError("lora does not go with FSDP2: launch it with accelerate_configs/ddp.yaml")
     state = checkpoint.load_state(resume_from) if resume_from else None
-    resolve(recipe, config, task, accelerator, state)
-    if state is not None and not recipe.evaluation.eval_only:
+    resolve_sizes(recipe, config, task, accelerator, state)
+    if state is not None and not eval_only:
         check_same_recipe(recipe, state, resume_from)
     if pretrained:
         check_architecture(recipe, pretrained, is_trained)
-    if recipe.evaluation.start_context is not None and tokenizer is not None:
-        task.check_prompt(recipe.evaluation.start_context, config.max_position_embeddings)
+    check_tokenizer(recipe, config, tokenizer, task)
 
-    is_maker = accelerator.is_local_main_process
-    if data.streaming and not recipe.evaluation.eval_only:
-        training, validation, account = open_stream(recipe, given, tokenizer, state, is_maker)
-    else:
-        training, validation, account = task.load(given.training, given.validation, is_maker)
-    vars(data).update(task.resolved_settings)
-    held_out = given.validation.name if given.validation else f"the validation part of {given.name}"
-    for part, name in ((training, given.name), (validation, held_out)):
-        tokens = part.tokens if task.is_labelled and part else part
-        if tokens is None or tokens.max_id < config.vocab_size:
-            continue
-        if (place := tokens.find_out_of_vocabulary(config.vocab_size)) is not None:
-            raise InputError(
-                f"{name} has the token id {int(tokens.read(place, 1)[0])} (at position {place}, and up to "
-                f"{tokens.max_id}), and the model a vocabulary of {config.vocab_size}: raise vocab_size, or give the "
-                "data's own tokenizer"
-            )
-    model, fresh = build_model(recipe, config, pretrained, is_trained, task)
-    # asked of accelerate too, which would draw other dropout when it computes a layer again; the models' own does not
-    if recipe.training.gradient_checkpointing or (
-        accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
-    ):
-        # before transformers 5.23 it had the second name
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
-        cast_to_bf16(model)
-    if task.isolates_documents:
-        use_fast_isolation(model, config, accelerator)
+    train_part, val_part, stats = load_data(recipe, found, tokenizer, task, state, accelerator.is_local_main_process)
+    for part, name in ((train_part, found.name), (val_part, found.val_name)):
+        check_token_ids(part.tokens if task.is_labelled and part else part, config.vocab_size, name)
+    model, newly_initialized = build_model(recipe, config, pretrained, is_trained, task)
+    adapt_model(recipe, accelerator, model, task)
     run = Run(
         recipe,
         accelerator,
-        given,
+        found,
         tokenizer,
         task,
-        None if training is None else task.make_rows(training, given.name, data.stride),
-        None if validation is None else task.make_rows(validation, held_out),  # without overlap: each token once
+        None if train_part is None else task.make_rows(train_part, found.name, recipe.data.stride),
+        None if val_part is None else task.make_rows(val_part, found.val_name),  # without overlap: each token once
         model,
-        fresh,
+        newly_initialized,
         resume_from,
         state,
-        account,
+        stats,
     )
-    if training is not None:
-        task.update_generation_config(model, account["train"])
+    if train_part is not None:
+        task.update_generation_config(model, stats["train"])
     if recipe.evaluation.metric_for_best and run.val_rows is None:
-        raise InputError("metric_for_best needs rows to validate on: give --val_file FILE, or a val_fraction above 0")
+        raise InputError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
     if tokenizer is not None and task.has_bits_per_byte:
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
-    if not recipe.evaluation.eval_only:
-        plan(run, state, sampler.integer_weights(given.weights))
+    if not eval_only:
+        plan_steps(run)
         check_same_data(run)
     return run
 
 
-def find_sources(data, eval_only):
-    """Where the text comes from."""
-    validation = None
-    if data.val_file:
-        validation = sources.file_source(data.val_file, data.text_column or "text", data.document)
-    if eval_only and validation:
+# ---- data
+
+
+def find_sources(recipe, train_data=None, eval_data=None):
+    """Return the [`Sources`] of a recipe, or of data in memory in place of its files."""
+    data, validation = recipe.data, None
+    column = data.text_column or "text"
+    if eval_data is not None:
+        validation = sources.in_memory_source(eval_data, "eval_data", column, data.document)
+    elif data.val_file:
+        validation = sources.file_source(data.val_file, column, data.document)
+    if recipe.evaluation.eval_only and validation:
         return Sources([], [], validation)
+    if train_data is not None:
+        return Sources([sources.in_memory_source(train_data, "train_data", column, data.document)], [1.0], validation)
     named = data.datasets or [data.model_dump()]
-    return Sources([find_source(one, data) for one in named], [one.get("weight", 1.0) for one in named], validation)
+    training = [find_source(entry, data) for entry in named]
+    if recipe.run.dry_run and not data.streaming and not TASKS[recipe.task].is_labelled:
+        training, validation = [first_part(source) for source in training], validation and first_part(validation)
+    return Sources(training, [entry.get("weight", 1.0) for entry in named], validation)
 
 
-def find_source(one, data):
-    """The source that a mapping names, with `data`'s words where it has none."""
-    column = one.get("text_column", data.text_column) or "text"
-    if one.get("dataset"):
-        split = one.get("dataset_split", data.dataset_split)
-        return sources.hub_source(one["dataset"], one.get("dataset_config"), split, one.get("dataset_revision"), column)
-    return sources.file_source(one["train_file"], column, one.get("document", data.document))
+def find_source(entry, data):
+    """Return the source that an entry of `datasets` names; keys that it lacks are those of the section `data`."""
+    column = entry.get("text_column", data.text_column) or "text"
+    if entry.get("dataset"):
+        split = entry.get("dataset_split", data.dataset_split)
+        hub_options = entry.get("dataset_config"), split, entry.get("dataset_revision"), column
+        return sources.hub_source(entry["dataset"], *hub_options)
+    return sources.file_source(entry["train_file"], column, entry.get("document", data.document))
 
 
-def quick_look(source):
-    """The source as a dry run reads it: only its beginning, unless it is small or prepared already."""
+def first_part(source):
+    """Return the source as a dry run reads it: only its beginning if it is large."""
     if source.format == "hub":
-        return replace(source, max_chars=QUICK_LOOK, is_streamed=True)
+        return replace(source, max_chars=DRY_RUN_CHARS, is_streamed=True)
     size = 0 if source.format in sources.TOKEN_ID_FORMATS else sources.total_size(source)
-    is_large = size is None or size > (QUICK_LOOK / 200 if source.format in ("parquet", "memory") else 5 * QUICK_LOOK)
-    return replace(source, max_chars=QUICK_LOOK) if is_large else source
+    limit = DRY_RUN_CHARS / 200 if source.format in ("parquet", "memory") else 5 * DRY_RUN_CHARS  # rows or bytes
+    return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
+
+
+def load_data(recipe, found, tokenizer, task, state, show_progress):
+    """Tokenize the data or open it in the cache. Return training data, validation data and their statistics."""
+    if recipe.data.streaming and not recipe.evaluation.eval_only:
+        loaded = open_stream(recipe, found, tokenizer, state, show_progress)
+    else:
+        loaded = task.load(found.training, found.validation, show_progress)
+    for name, value in task.resolved_settings.items():
+        setattr(recipe.data, name, value)
+    return loaded
+
+
+def open_stream(recipe, found, tokenizer, state, is_maker):
+    """Return what [`load_data`] does, of a corpus that is tokenized a window at a time."""
+    data, (source,), validation = recipe.data, found.training, None
+    positions = state.get("stream") if state else None
+    if source.format in sources.TOKEN_ID_FORMATS:
+        raise InputError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
+    if found.validation:
+        validation, _, _ = corpus.load_tokens(found.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    if positions and (previous := state["recipe"].get("streaming_window")) != data.streaming_window:
+        raise InputError(
+            f"streaming_window: {previous} when the run started, {data.streaming_window} now; give {previous}, because "
+            "the positions in a checkpoint are those of its windows"
+        )
+    size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
+    owner = os.path.abspath(recipe.run.save_model)
+    stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, positions, is_maker)
+    return stream, validation, {"train": {}}
+
+
+def check_token_ids(tokens, vocab_size, name):
+    """Raise InputError if some token id is beyond the model's vocabulary."""
+    if tokens is None or tokens.max_id < vocab_size:
+        return
+    if (position := tokens.find_out_of_vocabulary(vocab_size)) is not None:
+        raise InputError(
+            f"{name}: token id {int(tokens.read(position, 1)[0])} at position {position} (the largest is "
+            f"{tokens.max_id}), but the model's vocabulary has {vocab_size} tokens; raise vocab_size, or give the "
+            "data's own tokenizer"
+        )
+
+
+# ---- tokenizer, task and model
+
+
+def check_tokenizer(recipe, config, tokenizer, task):
+    """Check the prompt of samples, and limit the tokenizer to the model's positions, where stock pipelines truncate."""
+    if tokenizer is None:
+        return
+    positions = config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if recipe.evaluation.start_context is not None:
+        task.check_prompt(recipe.evaluation.start_context, positions)
+
+
+def adapt_model(recipe, accelerator, model, task):
+    """Set gradient checkpointing, the dtype between layers, and the attention kernel for separate documents."""
+    if recipe.lora.r and accelerator.is_fsdp2:
+        raise InputError("r: LoRA does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
+    # The model's own checkpointing draws the same dropout when it recomputes a layer; accelerate's does not.
+    checkpoints = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
+    if recipe.training.gradient_checkpointing or checkpoints:
+        # transformers renamed the method in 5.23
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
+        cast_to_bf16(model)
+    if task.isolates_documents:
+        use_fast_isolation(model, model.config, accelerator)
 
 
 def find_tokenizer(recipe, given, pretrained, keep):
@@ -537,7 +589,7 @@ def use_fast_isolation(model, config, accelerator):
         model.set_attn_implementation("flex_attention")
 
 
-def resolve(recipe, config, task, accelerator, state):
+def resolve_sizes(recipe, config, task, accelerator, state):
     """Fill in the sizes that follow from others."""
     data, training = recipe.data, recipe.training
     positions = config.max_position_embeddings
@@ -559,93 +611,82 @@ def resolve(recipe, config, task, accelerator, state):
         training.epochs = 1.0
 
 
-def open_stream(recipe, given, tokenizer, state, is_maker):
-    """What `task.load` gives, of a corpus that is read a window at a time."""
-    data, (source,), validation = recipe.data, given.training, None
-    places = state.get("stream") if state else None
-    if source.format in sources.TOKEN_ID_FORMATS:
-        raise InputError(f"streaming has no meaning with token ids, which are read where they are: {source.name}")
-    if given.validation:
-        validation, _, _ = corpus.load_tokens(given.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
-    if places and state["recipe"].get("streaming_window") != data.streaming_window:
-        raise InputError(
-            f"streaming_window was {state['recipe'].get('streaming_window')}, and cannot be another in the middle of a "
-            "run: the places in the corpus that it knows are of such windows"
-        )
-    size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
-    owner = os.path.abspath(recipe.run.save_model)
-    stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, places, is_maker)
-    return stream, validation, {"train": {}}
-
-
-def plan(run, state, weights):
-    """From which step to which, of how many micro-batches, over which rows.
-
-    Args:
-        state: that of the checkpoint to go on from, or None.
-        weights: of each source, whole numbers.
-    """
-    section = run.recipe.training
-    # no larger micro-batches than the step can fill
-    section.batch_size = min(section.batch_size, math.ceil(section.total_batch_size / run.accelerator.num_processes))
-    run.accumulation_steps = math.ceil(section.total_batch_size / (section.batch_size * run.accelerator.num_processes))
-    last_position = None
+def plan_steps(run):
+    """Set the run's first and last step, its micro-batches and its sampler."""
+    section, world_size = run.recipe.training, run.accelerator.num_processes
+    section.batch_size = min(section.batch_size, math.ceil(section.total_batch_size / world_size))
+    run.accumulation_steps = math.ceil(section.total_batch_size / (section.batch_size * world_size))
+    total_rows = None
     if section.max_steps:
         run.total_steps = section.max_steps
     else:
-        last_position = max(1, int(section.epochs * len(run.train_rows)))
-        run.total_steps = math.ceil(last_position / section.total_batch_size)
-    parts = ()
-    if len(run.train_rows.source_starts) > 1:
-        edges = [*run.train_rows.source_starts, len(run.train_rows)]
-        parts = [(a, b - a, weight) for a, b, weight in zip(edges, edges[1:], weights, strict=False)]
-        for source, (_, rows, _) in zip(run.sources.training, parts, strict=True):
-            if rows < 1:
-                raise InputError(
-                    f"{source.name} is too small to have a row of its own: give more of it, or leave it out"
-                )
+        total_rows = max(1, int(section.epochs * len(run.train_rows)))
+        run.total_steps = math.ceil(total_rows / section.total_batch_size)
+    if section.warmup_steps > run.total_steps:
+        raise InputError(f"warmup_steps: {section.warmup_steps} is above the run's {run.total_steps} steps; lower it")
     run.sampler = sampler.Sampler(
         len(run.train_rows),
         section.total_batch_size,
         run.recipe.run.seed,
-        last_position,
-        tuple(parts),
+        total_rows,
+        mixture(run),
         run.recipe.data.streaming,
         run.train_rows.lengths,
         run.task.length_group_steps,
     )
-    if section.warmup_steps > run.total_steps:
-        raise InputError(f"warmup_steps ({section.warmup_steps}) must not be above the run's {run.total_steps} steps")
-    if state is not None:
-        run.start_step = state["step"]
+    if run.resume_state is not None:
+        run.start_step = run.resume_state["step"]
         if run.recipe.data.streaming:
             run.train_rows.base = run.sampler.first_row(run.start_step) // len(run.train_rows)
-        changed = [name for name, value in run.data_fingerprints().items() if state["data"].get(name) != value]
-        if changed and not run.recipe.run.allow_changed:
-            raise InputError(
-                f"{run.resume_from} was trained on other data: the {' and the '.join(changed)} has other tokens now. "
-                "Give the data that it had, or --allow_changed to go on with the new"
-            )
-        if run.start_step > run.total_steps:
-            raise InputError(
-                f"{run.resume_from} is beyond the {run.total_steps} steps of this recipe: raise max_steps or epochs"
-            )
+        check_resumable(run)
+
+
+def mixture(run):
+    """Return (first row, number of rows, weight) of each of several sources, for the sampler; () of a single one."""
+    starts, weights = run.train_rows.source_starts, sampler.integer_weights(run.sources.weights)
+    if len(starts) < 2:
+        return ()
+    edges = [*starts, len(run.train_rows)]
+    parts = [(start, end - start, weight) for start, end, weight in zip(edges, edges[1:], weights, strict=False)]
+    for source, (_, num_rows, _) in zip(run.sources.training, parts, strict=True):
+        if num_rows < 1:
+            raise InputError(f"{source.name}: too small for one row; give more of it, or leave it out")
+    return tuple(parts)
+
+
+# ---- resuming
+
+
+def check_resumable(run):
+    """Raise InputError if the data have changed since the checkpoint, or the checkpoint is beyond the last step."""
+    previous = run.resume_state["data"]
+    changed = [name for name, value in run.data_fingerprints().items() if previous.get(name) != value]
+    if changed and not run.recipe.run.allow_changed:
+        raise InputError(
+            f"{run.resume_from}: the {' and the '.join(changed)} has other tokens now; give the data of the run, or "
+            "--allow_changed to continue with these"
+        )
+    if run.start_step > run.total_steps:
+        raise InputError(
+            f"{run.resume_from} is beyond the {run.total_steps} steps of this recipe; raise max_steps or epochs"
+        )
 
 
 def check_same_recipe(recipe, state, resume_from):
-    """Refuse to go on from a checkpoint of another recipe: the run would be neither of the two."""
-    then, now = state["recipe"], recipe.identity()
-    then = {key: field.default for key, field in FIELDS.items() if key in now} | then  # keys added since
+    """Raise InputError if the checkpoint is of another recipe: a resumed run would be neither of the two."""
+    now = recipe.identity()
+    defaults = {key: field.default for key, field in FIELDS.items() if key in now}  # of keys added later
+    then = defaults | state["recipe"]
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
-    if own := [one for one in changed if one.partition(" was ")[0] in LORA_WORDS]:
-        raise InputError(f"{resume_from} has the matrices of its own lora: {'; '.join(own)}. Give what it had")
+    if lora_changes := [change for key, change in zip(keys, changed, strict=True) if key in LORA_KEYS]:
+        raise InputError(f"{resume_from}: LoRA has other settings there: {'; '.join(lora_changes)}; give the same")
     if "tokenizer" in keys:
-        raise InputError(f"{resume_from} was trained with another tokenizer: {then['tokenizer']!r}; give that one")
+        raise InputError(f"{resume_from}: trained with another tokenizer, {then['tokenizer']!r}; give that one")
     if changed and not recipe.run.allow_changed:
         raise InputError(
-            f"{resume_from} belongs to another recipe: {'; '.join(changed)}. Give what it had, or --allow_changed to "
-            "go on with the new, or --save_model FOLDER for a run of its own"
+            f"{resume_from} belongs to another recipe: {'; '.join(changed)}; give the same, or --allow_changed to "
+            "continue with the new, or --save_model FOLDER for a new run"
         )
 
 
@@ -707,7 +748,7 @@ def main(argv):
     recipe = parse(argv, FAMILIES)
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
-    given = find_sources(data, False)
+    given = find_sources(recipe)
     check_family(recipe, pretrained)
     tokenizer = find_tokenizer(recipe, given, pretrained, False)
     task = build_task(recipe, given, tokenizer, pretrained, False)

@@ -64,7 +64,7 @@ def test_the_first_batch_is_the_first_step_s_and_shows_what_is_special(tiny, tin
 
 
 def test_of_a_large_corpus_only_the_beginning_is_read(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "QUICK_LOOK", 20_000)
+    monkeypatch.setattr(prepare, "DRY_RUN_CHARS", 20_000)
     (tmp_path / "large.jsonl").write_text("".join(json.dumps({"text": write_story(n)}) + "\n" for n in range(600)))
     flags = tiny(train_file=tmp_path / "large.jsonl", epochs=2)
     assert train(*flags, "--dry_run") == 0

@@ -348,7 +348,7 @@ def test_a_source_without_rows_is_reported(tiny, stories, tmp_path, capsys, pack
     code = train(*flags)
     if packing == "stream":
         assert code == 2
-        assert "little.txt is too small to have a row of its own" in capsys.readouterr().err
+        assert "little.txt: too small for one row" in capsys.readouterr().err
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
     else:
         assert code == 0

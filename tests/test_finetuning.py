@@ -693,7 +693,7 @@ def test_lora_is_refused_where_it_has_no_meaning(tmp_path, gpt, capsys):
     assert train(*words, *flags(init_from=run, r=4), "--save_model", tmp_path / "second") == 2
     assert "is an adapter itself: make a whole model of it first" in capsys.readouterr().err
     assert train(run / "recipe.yaml", "--init_from", "resume", "--max_steps", 4, "--r", 8, "--allow_changed") == 2
-    assert "has the matrices of its own lora: r was 4 and is 8" in capsys.readouterr().err
+    assert "LoRA has other settings there: r was 4 and is 8" in capsys.readouterr().err
     config = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
     assert train(run / "recipe.yaml", "--eval_only", "--load_model", run) == 2
