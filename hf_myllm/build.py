@@ -143,7 +143,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         InputError: the recipe, the data, the model or the folder cannot be used.
     """
     recipe, run = copy.deepcopy(recipe).check_family(FAMILIES), None
-    if train_data is None:
+    if train_data is None and not (recipe.evaluation.eval_only and eval_data is not None):
         recipe.check_sources()
     with process_settings(recipe.run.log_level) as owns_process_group:
         snapshot = checkpoint.snapshot(recipe.run.save_model)
