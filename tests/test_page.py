@@ -8,23 +8,23 @@ import subprocess
 import pytest
 from conftest import train
 
-from hf_myllm.reporting import html as page
+from hf_myllm.reporting import html as report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, stories):
-    folder = tmp_path_factory.mktemp("page") / "run <b>&"  # a name that would be markup
+    folder = tmp_path_factory.mktemp("page") / "run <b>&"  # the name needs escaping
     words = ["--train_file", stories, "--tokenizer", "{train: bpe, vocab_size: 300}", "--max_len", 32]
     words += ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--max_steps", 40, "--eval_freq", 20, "--eval_iter", 1]
     assert train(*words, "--start_context", "Anna", "--max_new_tokens", 10, "--save_model", folder) == 0
     return folder
 
 
-def test_it_has_all_of_the_run_and_needs_nothing_else(run):
+def test_the_report_is_complete_and_self_contained(run):
     text = (run / "report.html").read_text(encoding="utf-8")
-    for said in (
+    for heading in (
         "Curves",
         "Samples",
         "after step 20",
@@ -34,7 +34,7 @@ def test_it_has_all_of_the_run_and_needs_nothing_else(run):
         "Recipe",
         "To repeat it",
     ):
-        assert said in text
+        assert heading in text
     assert "run &lt;b&gt;&amp;" in text
     assert "<b>" not in text
     assert html.escape((run / "recipe.yaml").read_text().strip()) in text
@@ -44,14 +44,14 @@ def test_it_has_all_of_the_run_and_needs_nothing_else(run):
     assert "http" not in text
 
 
-def test_what_a_model_says_is_text_and_no_markup(tmp_path):
+def test_samples_are_escaped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.0, "sample": "<script>alert(1)</script>"}\n')
-    page.make(tmp_path)
+    report.make(tmp_path)
     assert "&lt;script&gt;alert(1)" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium")
-def test_a_browser_shows_it_light_and_dark_without_a_complaint(run, tmp_path):
+def test_a_browser_shows_it_in_light_and_dark_without_errors(run, tmp_path):
     from matplotlib.image import imread
 
     shots = {}
@@ -67,21 +67,21 @@ def test_a_browser_shows_it_light_and_dark_without_a_complaint(run, tmp_path):
         ]
         command += [f"--user-data-dir={tmp_path / name}", "--host-resolver-rules=MAP * ~NOTFOUND"]  # no network
         command += ["--window-size=800,1200", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}"]
-        said = subprocess.run([*command, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
-        assert shot.is_file(), said.stderr
-        assert "CONSOLE" not in said.stderr
+        result = subprocess.run([*command, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+        assert shot.is_file(), result.stderr
+        assert "CONSOLE" not in result.stderr
         shots[name] = imread(shot)[..., :3]
     assert shots["light"].mean() > 0.8
     assert shots["dark"].mean() < 0.3
-    for picture in shots.values():  # the curve is there, in its colours
+    for picture in shots.values():  # the colours of the curves
         assert (picture.max(axis=2) - picture.min(axis=2) > 0.3).sum() > 1000
 
 
-def test_it_can_be_made_again(run, capsys):
+def test_the_report_can_be_written_again(run, capsys):
     (run / "report.html").unlink()
-    page.main([str(run)])
+    report.main([str(run)])
     assert capsys.readouterr().out == f"{run}/report.html\n"
     assert (run / "report.html").is_file()
     (run / "report.html").unlink()
-    assert train(run / "recipe.yaml", "--resume") == 0  # finished, and so it makes what is missing
+    assert train(run / "recipe.yaml", "--resume") == 0  # a finished run writes a missing report
     assert (run / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""Curves, of one run or of several."""
+"""The curves of one run or of several."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from hf_myllm.reporting.plots import main
 
 
 def write(folder, steps=100, log_freq=1, every=50, **about):
-    """A folder with the metrics of a run that never was."""
+    """Write the metrics of an invented run into a folder."""
     folder.mkdir(exist_ok=True)
     lines = [{"step": 0, "train_loss": 5.0, "val_loss": 5.1}]
     for step in range(log_freq, steps + 1, log_freq):
@@ -26,7 +26,7 @@ def write(folder, steps=100, log_freq=1, every=50, **about):
 
 
 @pytest.mark.parametrize("lines", [[{"step": 1, "loss": 3.0, "learning_rate": 1.0}], [{"step": 0, "train_loss": 3.0}]])
-def test_a_plot_of_little_is_a_picture_too(tmp_path, lines):
+def test_a_single_point_can_be_plotted(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot.make(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -36,12 +36,12 @@ def test_a_plot_of_little_is_a_picture_too(tmp_path, lines):
 def test_axes_count_tokens_and_training_time(tmp_path):
     run = plot.read(write(tmp_path / "run", log_freq=5))
     assert run.axes["step"][-1] == 100
-    assert run.axes["tokens"][-1] == 6400  # of each step, also of those between the lines
+    assert run.axes["tokens"][-1] == 6400  # steps between the lines count too
     assert run.axes["time"][-1] == 50
     assert run.at([0, 50, 100], "tokens").tolist() == [0, 3200, 6400]
 
 
-def test_a_run_that_was_stopped_and_resumed_has_one_line(tiny, tmp_path):
+def test_a_resumed_run_has_one_line(tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*tiny(save_model=whole)) == 0
     assert train(*tiny(save_model=parts, max_steps=25)) == 0
@@ -49,27 +49,27 @@ def test_a_run_that_was_stopped_and_resumed_has_one_line(tiny, tmp_path):
     one, two = plot.read(whole), plot.read(parts)
     assert two.axes["step"].tolist() == one.axes["step"].tolist()
     assert two.axes["tokens"].tolist() == one.axes["tokens"].tolist()
-    assert (np.diff(two.axes["time"]) > 0).all()  # without the time in which nothing was trained
+    assert (np.diff(two.axes["time"]) > 0).all()  # without the time between the two launches
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     wall = [line["time"] for line in lines if "time" in line]
     assert two.axes["time"][-1] < wall[-1] - wall[0] + 1
 
 
 @pytest.mark.parametrize("by", plot.AXES)
-def test_runs_are_laid_over_each_other(tmp_path, monkeypatch, capsys, by):
+def test_several_runs_share_the_axes(tmp_path, monkeypatch, capsys, by):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "first", steps=60)
     write(tmp_path / "second", steps=100, unit="nats per label")
     main(["first", "second", "--by", by])
     assert capsys.readouterr().out.split() == ["curves.png", "curves.svg"]
     text = re.sub(r"<[^>]+>", "", (tmp_path / "curves.svg").read_text())
-    for said in ("first: validation", "second: validation", "learning rate", "nats per label or nats per token"):
-        assert said in text
+    for text_part in ("first: validation", "second: validation", "learning rate", "nats per label or nats per token"):
+        assert text_part in text
     assert {"step": "step", "tokens": "thousand tokens", "time": "training time (seconds"}[by] in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+def test_runs_of_the_same_name_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -78,15 +78,15 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert "a/run: validation" in (tmp_path / "both.svg").read_text()
 
 
-def test_one_run_has_its_level_its_tokens_and_units(tmp_path):
+def test_one_run_shows_its_unigram_loss_tokens_and_units(tmp_path):
     folder = write(tmp_path / "run", unigram_loss=4.2)
     main([str(folder)])
     text = (folder / "loss.svg").read_text()
-    for said in ("thousand tokens", "unigram level", "loss (nats per token)", "training, smoothed", "validation"):
-        assert said in text
+    for text_part in ("thousand tokens", "unigram loss", "loss (nats per token)", "training, smoothed", "validation"):
+        assert text_part in text
 
 
-def test_a_long_run_is_thinned_and_keeps_its_peaks(tmp_path):
+def test_thinning_keeps_peaks(tmp_path):
     x = np.arange(100_000)
     y = np.zeros(100_000)
     y[54_321] = 7.0
@@ -99,13 +99,13 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is not a folder"),
-        (["."], ". has no curves: its metrics.jsonl is missing or empty"),
-        ([".", "--output", "x.pdf"], "--output x.pdf: give a file that ends in .png or .svg"),
+        (["nowhere"], "nowhere: it is not a folder"),
+        (["."], ".: metrics.jsonl is missing or empty"),
+        ([".", "--output", "x.pdf"], "--output: x.pdf is not a picture; give a file that ends in .png or .svg"),
         ([".", "--by", "weight"], "invalid choice: 'weight'"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         main(arguments)
@@ -114,7 +114,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path, monkeypatch, capsys, a
 
 
 @pytest.mark.parametrize("name", ["_under", "$ma$th_{x}", r"run_$\alpha_{$", "x" * 200, "日本 🙂"])
-def test_a_name_is_shown_as_it_stands(tmp_path, name, recwarn):
+def test_names_are_shown_literally(tmp_path, name, recwarn):
     write(tmp_path / name)
     write(tmp_path / "other")
     main([str(tmp_path / name), str(tmp_path / "other"), "--output", str(tmp_path / "both.svg")])
@@ -123,7 +123,7 @@ def test_a_name_is_shown_as_it_stands(tmp_path, name, recwarn):
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-def test_steps_that_were_left_out_are_marked_and_spikes_do_not_hide_the_rest(tmp_path):
+def test_skipped_steps_are_marked_and_spikes_are_cut(tmp_path):
     folder = write(tmp_path / "run", steps=300)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -134,22 +134,22 @@ def test_steps_that_were_left_out_are_marked_and_spikes_do_not_hide_the_rest(tmp
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     main([str(folder)])
     text = (folder / "loss.svg").read_text()
-    assert "left out: not finite" in text
-    assert "1 steps are higher, up to 1e+06" in text
+    assert "skipped steps: loss not finite" in text
+    assert "1 step is higher, up to 1e+06" in text
 
 
 @pytest.mark.parametrize(
     "odd",
     [{"loss": "x"}, {"loss": {}}, {"tokens": None}, {"val_loss": [1]}, {"step": 10**400}, {"learning_rate": None}],
 )
-def test_what_is_no_number_is_passed_over(tmp_path, odd):
+def test_values_that_are_not_numbers_are_ignored(tmp_path, odd):
     folder = write(tmp_path / "run", unit=5)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 101, "loss": 1.0, "learning_rate": 1.0, "train_loss": 2.0} | odd) + "\n")
     main([str(folder)])
 
 
-def test_a_run_without_times_is_not_laid_over_time(tmp_path, capsys):
+def test_a_run_without_times_cannot_be_plotted_by_time(tmp_path, capsys):
     folder = write(tmp_path / "run")
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(re.sub(r'"train_seconds": [\d.]+, ', "", text))
@@ -158,8 +158,8 @@ def test_a_run_without_times_is_not_laid_over_time(tmp_path, capsys):
     assert "run has no training times" in capsys.readouterr().err
 
 
-def test_the_plots_of_a_notebook_stay_as_they_are(tmp_path, monkeypatch):
-    """Neither is its backend changed, nor one needed that a process of another environment does not have."""
+def test_the_matplotlib_backend_of_a_notebook_is_left_alone(tmp_path, monkeypatch):
+    """It is not changed, and a backend that another environment lacks is not needed."""
     import subprocess
     import sys
 

@@ -1,11 +1,9 @@
-"""The curves of a run, or of several over each other: `python -m hf_myllm.plot RUN [RUN2 ...]`.
+"""The curves of one run, or of several on one plot: `hf-myllm plot RUN [RUN2 ...]`.
 
-All of it is read from RUN/metrics.jsonl, in which a run that was stopped goes on where its checkpoint was, so that
-there is one line, whatever happened on the way. Time is that of the training steps alone: not of evaluations, saves,
-and the hours between a stop and what went on from it.
+All data are read from RUN/metrics.jsonl, where a resumed run continues at its checkpoint: each run has one line. Time
+is that of the training steps alone, without evaluations, saves and the time between a stop and a resume.
 """
 
-import itertools
 import math
 import os
 import sys
@@ -15,292 +13,283 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError, Parser, exit_on_input_error
+from ..errors import CheckpointError, InputError, Parser, exit_on_input_error
 from ..files import atomic_path
 from .metrics_log import read_metrics, read_run
 
 AXES = {"step": "step", "tokens": "tokens", "time": "training time"}
-_POINTS = 4000  # of a line: more than these cannot be told apart, and make a slow picture
-_LOGGED = ("loss", "learning_rate", "tokens")
+_MAX_POINTS = 4000  # of a line: more cannot be distinguished, and make a slow picture
 _DASHES = ("-", "--", "-.")
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6d31")  # Okabe & Ito: for all eyes
-_LIGHT = {
-    "text": "#24292f",
-    "grid": "#e5e5e5",
-    "raw": "#9ecae1",
-    "line": "#08519c",
-    "eval": "#4292c6",
-    "val": "#d94801",
-}
-_DARK = {"text": "#c9d1d9", "grid": "#30363d", "raw": "#2f5d83", "line": "#79c0ff", "eval": "#4292c6", "val": "#ffa657"}
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6d31")  # Okabe & Ito: color-blind safe
+_TEXT, _RAW, _SMOOTH, _EVALUATED, _VALIDATION = "#24292f", "#9ecae1", "#08519c", "#4292c6", "#d94801"
+_STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _TEXT)
+_STYLE |= {"grid.color": "#e5e5e5", "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+_STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "hf_myllm", "font.family": ["DejaVu Sans", "sans-serif"]}
 
 
 @dataclass
 class Curves:
-    """What metrics.jsonl says of a run, as arrays: where each point lies on each axis, and how high."""
+    """The curves of a run as arrays with one entry per logged step."""
 
     name: str
-    axes: dict  # "step", "tokens", "time" (seconds) of each logged step
+    axes: dict  # "step", "tokens", "time" (seconds) -> x
     loss: np.ndarray
-    rate: np.ndarray
-    evaluations: dict  # "train_loss" and "val_loss": (steps, values)
+    learning_rate: np.ndarray
+    evaluations: dict  # "train_loss" and "val_loss" -> (steps, values)
     unigram: float | None
     unit: str
 
     def at(self, steps, by):
-        """Where steps lie on an axis."""
+        """Return the position of steps on an axis."""
         if by == "step" or not len(self.axes["step"]):
             return np.asarray(steps, dtype=float)
         return np.interp(steps, [0, *self.axes["step"]], [0, *self.axes[by]])
 
 
-def read(folder):
-    """The curves of a run.
+def read(run_dir):
+    """Read the curves of a run.
 
     Raises:
-        InputError: it has none.
+        InputError: the run has logged nothing.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder of a run")
-    lines, about = read_metrics(folder), read_run(folder)
+    if not Path(run_dir).is_dir():
+        raise InputError(f"{run_dir}: it is not a folder; give the folder of a run")
+    lines, run = read_metrics(run_dir), read_run(run_dir)
     if not lines:
-        raise InputError(f"{folder} has no curves: its metrics.jsonl is missing or empty")
+        raise InputError(f"{run_dir}: metrics.jsonl is missing or empty; train first")
     logged = [line for line in lines if "learning_rate" in line]
-    steps = np.array([line["step"] for line in logged], dtype=float)
-    since = np.diff(steps, prepend=0)  # with log_freq, a line stands for the steps since the one before
-    numbers = {key: np.array([_number(line.get(key)) for line in logged]) for key in (*_LOGGED, "train_seconds")}
-    tokens = np.cumsum(np.nan_to_num(numbers["tokens"]) * since)
+    keys = ("step", "loss", "learning_rate", "tokens", "train_seconds")
+    columns = {key: np.array([_to_float(line.get(key)) for line in logged]) for key in keys}
+    # With log_freq, a line stands for all steps since the line before it.
+    tokens = np.cumsum(np.nan_to_num(columns["tokens"]) * np.diff(columns["step"], prepend=0))
     evaluations = {}
     for key in ("train_loss", "val_loss"):
-        points = [(line["step"], _number(line[key])) for line in lines if key in line]
-        points = [point for point in points if np.isfinite(point[1])]
+        points = [(line["step"], _to_float(line[key])) for line in lines if key in line]
+        points = [point for point in points if math.isfinite(point[1])]
         if points:
             evaluations[key] = np.array(points, dtype=float).T
     return Curves(
-        Path(folder).resolve().name,
-        {"step": steps, "tokens": tokens, "time": numbers["train_seconds"]},
-        numbers["loss"],
-        numbers["learning_rate"],
+        Path(run_dir).resolve().name,
+        {"step": columns["step"], "tokens": tokens, "time": columns["train_seconds"]},
+        columns["loss"],
+        columns["learning_rate"],
         evaluations,
-        about.get("unigram_loss"),
-        str(about.get("unit", "nats per token")),
+        run.get("unigram_loss"),
+        str(run.get("unit", "nats per token")),
     )
 
 
-def _number(value):
-    """A number of metrics.jsonl; of a step that was left out, and of what is none, not a number."""
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
+def _to_float(value):
+    """Return a number as a float, and anything else (a skipped step logs null) as NaN."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
 
 
-def make(folder):
+def make(run_dir):
     """Draw RUN/loss.png."""
-    draw([read(folder)], [Path(folder) / "loss.png"])
+    draw([read(run_dir)], [Path(run_dir) / "loss.png"])
 
 
-def draw(runs, files, by="step", is_dark=False):
-    """Draw the training loss of each step, smoothed, both evaluated losses and the learning rate; of several runs, the
-    smoothed and the validation loss.
+def plot(run_dirs, by="step", output=None):
+    """Draw one or several runs and return the files written.
 
     Args:
-        runs: curves; see [`read`].
-        files: what to write: paths that end in .png or .svg.
-        by: what the runs lie over: "step", "tokens" or "time".
-        is_dark: whether for a dark page; the background is then that of the page.
+        run_dirs: folders of runs.
+        by: the x axis; a key of [`AXES`].
+        output: .png or .svg files; default: loss.png and loss.svg in the folder of one run, curves.png and curves.svg
+            in the current folder for several.
     """
-    matplotlib = _matplotlib()
+    stem = Path(run_dirs[0]) / "loss" if len(run_dirs) == 1 else Path("curves")
+    files = output or [f"{stem}.png", f"{stem}.svg"]
+    if invalid := [file for file in files if Path(file).suffix.lower() not in (".png", ".svg")]:
+        raise InputError(f"--output: {invalid[0]} is not a picture; give a file that ends in .png or .svg")
+    unique = {Path(run_dir).resolve(): run_dir for run_dir in run_dirs}
+    runs = {run_dir: read(run_dir) for run_dir in unique.values()}
+    names = [run.name for run in runs.values()]
+    for run_dir, run in runs.items():
+        if names.count(run.name) > 1:  # a/run and b/run
+            run.name = str(run_dir)
+    draw(list(runs.values()), files, by)
+    return files
+
+
+def draw(runs, files, by="step"):
+    """Draw losses and learning rate. Several runs share the axes, each with its smoothed and its validation loss.
+
+    Args:
+        runs: a list of [`Curves`].
+        files: paths to write, ending in .png or .svg.
+        by: the x axis: "step", "tokens" or "time".
+    """
+    matplotlib = _import_matplotlib()
     from matplotlib.figure import Figure
 
     if by == "time" and (old := [run.name for run in runs if np.isnan(run.axes["time"]).any()]):
-        raise InputError(f"{old[0]} has no training times: an earlier version has logged none; lay it over steps")
-    color = _DARK if is_dark else _LIGHT
-    style = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), color["text"])
-    style |= {"axes.edgecolor": color["text"], "grid.color": color["grid"], "svg.fonttype": "none"}
-    style |= {"svg.hashsalt": "hf_myllm", "font.family": ["DejaVu Sans", "sans-serif"]}
-    with matplotlib.rc_context(style):
+        raise InputError(f"--by: {old[0]} has no training times, from an earlier version; use --by step")
+    size, label = _unit_of_axis(runs, by)
+    with matplotlib.rc_context(_STYLE):
+        # room for the legend of several runs below the axes
         below = 0.17 * sum(2 if "val_loss" in run.evaluations else 1 for run in runs) if len(runs) > 1 else 0
-        figure = Figure(figsize=(8, 5.8 + below), dpi=150, layout="constrained")  # the names of several are below
+        figure = Figure(figsize=(8, 5.8 + below), dpi=150, layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        scale, label = _scale(runs, by)
-        for number, run in enumerate(runs):
-            shade, dashes = _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
-            own = (shade, dashes) if len(runs) > 1 else None
-            _draw_loss(top, run, by, scale, color, own)
-            bottom.plot(*_thin(run.axes[by] / scale, run.rate), **_look(own, color["line"]), linewidth=1.2)
-        if len(runs) == 1 and by == "step":
-            _tokens_above(top, runs[0])
+        if len(runs) == 1:
+            _draw_run(top, runs[0], by, size)
+            bottom.plot(*_thin(runs[0].axes[by] / size, runs[0].learning_rate), color=_SMOOTH, linewidth=1.2)
+        for index, run in enumerate(runs if len(runs) > 1 else ()):
+            look = {"color": _COLORS[index % len(_COLORS)], "linestyle": _DASHES[index // len(_COLORS) % len(_DASHES)]}
+            _draw_compared(top, run, by, size, look)
+            bottom.plot(*_thin(run.axes[by] / size, run.learning_rate), **look, linewidth=1.2)
         bottom.set_xlabel(label)
         bottom.set_ylabel("learning rate")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
         bottom.set_ylim(bottom=0)
-        units = sorted({run.unit for run in runs})
-        top.set_ylabel(f"loss ({' or '.join(units)})")
-        figure.suptitle(_label(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs", fontsize=11)
-        for axes in (top, bottom):
-            axes.grid(linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_facecolor("none")
+        top.set_ylabel(f"loss ({' or '.join(sorted({run.unit for run in runs}))})")
+        figure.suptitle(_escape(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs", fontsize=11)
         if len(runs) > 1:
-            figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+            figure.legend(loc="outside lower center", fontsize=8)
         elif top.get_legend_handles_labels()[0]:
-            top.legend(frameon=False, fontsize=9)
-        try:
-            for path in map(Path, files):
-                kind = path.suffix[1:].lower()
-                metadata = {"Date": None} if kind == "svg" else None  # the same run, the same file
-                with atomic_path(path) as aside, warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of characters that no font here has
-                    figure.savefig(aside, format=kind, metadata=metadata, facecolor="none" if is_dark else "white")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error}") from None
+            top.legend(fontsize=9)
+        for path in map(Path, files):
+            _save(figure, path)
 
 
-def _matplotlib():
-    """The library, without the backend that a notebook asks of all that it starts, and may not have for them."""
-    asked = os.environ.pop("MPLBACKEND", None)
+def _save(figure, path):
+    file_format = path.suffix[1:].lower()
+    metadata = {"Date": None} if file_format == "svg" else None  # the same run gives the same bytes
+    try:
+        with atomic_path(path) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about characters that the font does not have
+            figure.savefig(temporary, format=file_format, metadata=metadata)
+    except OSError as error:
+        raise CheckpointError(f"{path}: it cannot be written: {error}") from None
+
+
+def _import_matplotlib():
+    """Import matplotlib without MPLBACKEND: a notebook sets it for its child processes, which may lack that backend."""
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
     finally:
-        if asked is not None:
-            os.environ["MPLBACKEND"] = asked
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return matplotlib
 
 
-def _label(name):
-    """A run's name as it stands: not as markup, not left out for its first character, and not too long."""
+def _escape(name):
+    """Return a run's name as matplotlib shows it literally: no math text, no hidden legend entry, not too long."""
     name = name if len(name) <= 60 else f"{name[:28]} ... {name[-28:]}"
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
-def _look(own, color):
-    """The colour and dashes of one of several runs, or of the only one."""
-    return {"color": color} if own is None else {"color": own[0], "linestyle": own[1]}
-
-
-def _draw_loss(axes, run, by, scale, color, own):
-    """The losses of a run; with a look of its own, as one of several."""
-    x, finite = run.axes[by] / scale, np.isfinite(run.loss)
-    name = "" if own is None else f"{_label(run.name)}: "
-    if own is None and finite.any():
-        each = "each step" if run.axes["step"][-1] == len(x) else "logged steps"
+def _draw_run(axes, run, by, size):
+    """Draw the losses of a single run, its unigram loss and its skipped steps."""
+    x, finite = run.axes[by] / size, np.isfinite(run.loss)
+    if finite.any():
+        label = "training, each step" if run.axes["step"][-1] == len(x) else "training, logged steps"
         marker = "." if finite.sum() < 3 else None
-        how = {"color": color["raw"], "linewidth": 0.7, "marker": marker, "label": f"training, {each}"}
-        axes.plot(*_thin(x, run.loss), **how)
+        axes.plot(*_thin(x, run.loss), color=_RAW, linewidth=0.7, marker=marker, label=label)
+    _draw_smoothed(axes, run, x, label="training, smoothed", color=_SMOOTH, linewidth=1.4)
+    _draw_evaluations(axes, run, by, size, "train_loss", label="training, evaluated", color=_EVALUATED)
+    _draw_evaluations(axes, run, by, size, "val_loss", label="validation", color=_VALIDATION)
+    if run.unigram is not None:
+        label = "unigram loss: token frequencies alone"
+        axes.axhline(run.unigram, color="#737373", linestyle="--", linewidth=1, label=label)
+    if (~finite).any():  # on the lower edge
+        edge = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "marker": "x", "color": "#cf222e"}
+        axes.plot(x[~finite], np.full((~finite).sum(), 0.02), **edge, label="skipped steps: loss not finite")
+    # Spikes must not compress the rest of the curve.
+    limit = 3 * np.quantile(run.loss[finite], 0.99) if finite.any() else 0
+    if limit > 0 and (count := int((run.loss[finite] > limit).sum())):
+        axes.set_ylim(top=max(limit, *(v.max() * 1.05 for _, v in run.evaluations.values()), run.unigram or 0))
+        steps = "1 step is" if count == 1 else f"{count} steps are"
+        axes.plot([], [], linestyle="none", label=f"{steps} higher, up to {np.nanmax(run.loss):.3g}")
+    if by == "step" and len(x) and run.axes["tokens"][-1]:
+        tokens_per_step = run.axes["tokens"][-1] / run.axes["step"][-1]
+        unit_size, unit = _unit_of_count(run.axes["tokens"][-1])
+        scale = tokens_per_step / unit_size
+        above = axes.secondary_xaxis("top", functions=(lambda steps: steps * scale, lambda tokens: tokens / scale))
+        above.set_xlabel(f"{unit}tokens", fontsize=9)
+        above.tick_params(labelsize=8)
+        above.spines["top"].set_visible(False)
+
+
+def _draw_compared(axes, run, by, size, look):
+    """Draw the smoothed and the validation loss of one of several runs."""
+    name = _escape(run.name)
+    _draw_smoothed(axes, run, run.axes[by] / size, label=f"{name}: training, smoothed", **look, linewidth=1, alpha=0.5)
+    _draw_evaluations(axes, run, by, size, "val_loss", label=f"{name}: validation", **look)
+
+
+def _draw_smoothed(axes, run, x, **look):
+    finite = np.isfinite(run.loss)
     if finite.sum() >= 20:
         smooth = np.full(len(x), np.nan)
         smooth[finite] = _smooth(run.loss[finite], reach=max(3, int(finite.sum()) // 40))
-        how = {"linewidth": 1.4} if own is None else {"linewidth": 1.0, "alpha": 0.5}
-        axes.plot(*_thin(x, smooth), **_look(own, color["line"]), **how, label=f"{name}training, smoothed")
-    for key, label in (("train_loss", "training, evaluated"), ("val_loss", "validation")):
-        if key not in run.evaluations or (own is not None and key == "train_loss"):
-            continue
+        axes.plot(*_thin(x, smooth), **look)
+
+
+def _draw_evaluations(axes, run, by, size, key, **look):
+    if key in run.evaluations:
         steps, values = run.evaluations[key]
-        how = _look(own, color["val" if key == "val_loss" else "eval"])
-        how |= {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "label": name + label}
-        axes.plot(run.at(steps, by) / scale, values, **how)
-    if own is not None:
-        return
-    if run.unigram is not None:
-        axes.axhline(run.unigram, color="#737373", linestyle="--", linewidth=1, label="unigram level (validation)")
-    if (~finite).any():  # on the lower edge
-        edge = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "marker": "x", "color": "#cf222e"}
-        axes.plot(x[~finite], np.full((~finite).sum(), 0.02), **edge, label="left out: not finite")
-    usual = 3 * np.quantile(run.loss[finite], 0.99) if finite.any() else 0
-    if usual > 0 and (above := int((run.loss[finite] > usual).sum())):
-        top = max(usual, *(values.max() * 1.05 for _, values in run.evaluations.values()), run.unigram or 0)
-        axes.set_ylim(top=top)
-        axes.plot([], [], linestyle="none", label=f"{above} steps are higher, up to {np.nanmax(run.loss):.3g}")
+        axes.plot(run.at(steps, by) / size, values, **look, marker="o", markersize=3.5, linewidth=1.2)
 
 
-def _tokens_above(axes, run):
-    """A second axis with the tokens that were trained on up to a step."""
-    steps, tokens = run.axes["step"], run.axes["tokens"]
-    if not len(steps) or not tokens[-1]:
-        return
-    steps, tokens = np.array([0, *steps]), np.array([0, *tokens])
-    each = tokens[-1] / steps[-1]
-
-    def forth(x):  # beyond the ends, as steeply as on the whole
-        return np.interp(x, steps, tokens) + each * (np.minimum(x, 0) + np.maximum(x - steps[-1], 0))
-
-    def back(y):
-        return np.interp(y, tokens, steps) + (np.minimum(y, 0) + np.maximum(y - tokens[-1], 0)) / each
-
-    size, unit = _unit_of_count(tokens[-1])
-    above = axes.secondary_xaxis("top", functions=(lambda x: forth(x) / size, lambda y: back(y * size)))
-    above.set_xlabel(f"{unit}tokens".strip(), fontsize=9)
-    above.tick_params(labelsize=8)
-    above.spines["top"].set_visible(False)
-
-
-def _scale(runs, by):
-    """What to divide an axis by, and its label with the unit."""
-    most = max((run.axes[by][-1] for run in runs if len(run.axes[by])), default=1)
+def _unit_of_axis(runs, by):
+    """Return what to divide the x values by, and the label of the axis with its unit."""
+    longest = max((run.axes[by][-1] for run in runs if len(run.axes[by])), default=1)
     if by == "time":
-        size, unit = next(
-            (s, u) for s, u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if most >= 2 * s or s == 1
-        )
+        units = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+        size, unit = next((size, unit) for size, unit in units if longest >= 2 * size or size == 1)
         return size, f"training time ({unit}; without evaluations and saves)"
     if by == "tokens":
-        size, unit = _unit_of_count(most)
+        size, unit = _unit_of_count(longest)
         return size, f"{unit}tokens"
     return 1, "step"
 
 
-def _unit_of_count(most):
-    return next(
-        (s, u) for s, u in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "), (1, "")) if most >= s or s == 1
-    )
+def _unit_of_count(count):
+    units = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "), (1, ""))
+    return next((size, unit) for size, unit in units if count >= size or size == 1)
 
 
 def _smooth(values, reach):
-    """The mean over `reach` values on either side; near the start over fewer on both, for a loss falls fast there, and
-    near the end over those that there are."""
+    """Return the mean over `reach` values on either side.
+
+    Near the start over fewer on both sides, because the loss falls fast there; near the end over those that exist.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(0, places - reach), np.minimum(len(values), places + np.minimum(places, reach) + 1)
+    indices = np.arange(len(values))
+    low, high = np.maximum(0, indices - reach), np.minimum(len(values), indices + np.minimum(indices, reach) + 1)
     return (sums[high] - sums[low]) / (high - low)
 
 
 def _thin(x, y):
-    """A line of very many points as its lowest and highest of each small stretch, which look the same."""
-    if len(x) <= _POINTS:
+    """Reduce a long line to the lowest and highest point of each short stretch, which looks the same."""
+    if len(x) <= _MAX_POINTS:
         return x, y
-    edges = np.linspace(0, len(y), _POINTS // 2 + 1).astype(int)
     kept = {0, len(y) - 1}
-    for low, high in itertools.pairwise(edges):
-        piece = y[low:high]
-        kept |= {low + int(np.argmin(piece)), low + int(np.argmax(piece))}  # of a gap, a place in it
-        if np.isfinite(piece).any():
-            kept |= {low + int(np.nanargmin(piece)), low + int(np.nanargmax(piece))}
+    for stretch in np.array_split(np.arange(len(y)), _MAX_POINTS // 2):
+        values = y[stretch]
+        kept |= {stretch[np.argmin(values)], stretch[np.argmax(values)]}  # a NaN is both: gaps stay visible
+        if np.isfinite(values).any():
+            kept |= {stretch[np.nanargmin(values)], stretch[np.nanargmax(values)]}
     kept = sorted(kept)
     return x[kept], y[kept]
 
 
 @exit_on_input_error
 def main(argv):
-    parser = Parser(prog="python -m hf_myllm.plot", description=__doc__)
+    parser = Parser(prog="python -m hf_myllm.plot", description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--by", default="step", choices=AXES, help="what the curves lie over (default: step)")
+    parser.add_argument("--by", default="step", choices=AXES, help="the x axis (default: step)")
     parser.add_argument(
         "--output",
         nargs="+",
-        help=".png or .svg files to write (default: loss.png and loss.svg in the folder of one run, curves.png and "
-        "curves.svg here for several)",
+        help=".png or .svg files to write (default: loss.png and loss.svg in the folder of one run; curves.png and "
+        "curves.svg in the current folder for several)",
     )
     args = parser.parse_args(argv)
-    stem = Path(args.runs[0]) / "loss" if len(args.runs) == 1 else Path("curves")
-    files = args.output or [f"{stem}.png", f"{stem}.svg"]
-    if odd := [file for file in files if Path(file).suffix.lower() not in (".png", ".svg")]:
-        raise InputError(f"--output {odd[0]}: give a file that ends in .png or .svg")
-    folders = {Path(folder).resolve(): folder for folder in reversed(args.runs)}  # each once
-    runs = [read(folder) for folder in reversed(folders.values())]
-    names = [run.name for run in runs]
-    for run, folder in zip(runs, reversed(folders.values()), strict=True):
-        if names.count(run.name) > 1:  # a/run and b/run
-            run.name = folder
-    draw(runs, files, args.by)
-    print("\n".join(map(str, files)))
+    print("\n".join(map(str, plot(args.runs, args.by, args.output))))
 
 
 if __name__ == "__main__":

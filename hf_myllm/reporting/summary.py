@@ -228,7 +228,7 @@ def launch_facts(run):
     if device == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
     elif device == "cpu":
-        device = f"{torch.get_num_threads()} cores of {platform.processor() or platform.machine()}"
+        device = f"{platform.machine()} CPU ({torch.get_num_threads()} threads)"
     return {
         "step": run.start_step,
         "time": round(time.time()),
