@@ -179,7 +179,7 @@ def build_run(recipe, accelerator, resume_from, train_data=None, eval_data=None)
     tokenizer = find_tokenizer(recipe, found, pretrained, is_trained)
     task = build_task(recipe, found, tokenizer, pretrained, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
-    state = checkpoint.load_state(resume_from) if resume_from else None
+    state = checkpoint.load_trainer_state(resume_from) if resume_from else None
     resolve_sizes(recipe, config, task, accelerator, state)
     if state is not None and not eval_only:
         check_same_recipe(recipe, state, resume_from)

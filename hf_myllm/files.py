@@ -33,6 +33,23 @@ def write_text_atomically(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def link_or_copy(source, target):
+    """Create `target` as a hard link to `source`, which must not be written to any more, or else as a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def flush(path):
+    """Flush a file, or the entries of a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def render_template(path, **values):
     """Return the text of a Jinja template with its values filled in; in an HTML template they are escaped.
 

@@ -155,8 +155,8 @@ def save_checkpoint(run, optimizer, state):
         weights = accelerator.get_state_dict(model)  # gathered on rank 0
         if weights:
             weights |= {tied: weights[source] for tied, source in model.all_tied_weights_keys.items()}
-        options["shard"] = accelerator.process_index, accelerator.num_processes
-        options["exchange"] = lambda value: gather_object([value])
+        options["rank"], options["world_size"] = accelerator.process_index, accelerator.num_processes
+        options["all_gather"] = lambda value: gather_object([value])
 
     def write_model(folder):
         if lora.is_added(model):
@@ -169,12 +169,9 @@ def save_checkpoint(run, optimizer, state):
     if accelerator.is_main_process or is_sharded:
         tensors, limit = optimizer_tensors(model, optimizer.optimizer), recipe.run.save_total_limit
         options["keep"] = state.best_step()
-        try:
-            checkpoint.save(
-                recipe.run.save_model, state.step, write_model, tensors, _trainer_state(run, state), limit, **options
-            )
-        except checkpoint.ShardError as error:
-            raise RankError(f"{rank_name(accelerator)}, in {run.phase}: {error}") from None
+        checkpoint.save(
+            recipe.run.save_model, state.step, write_model, tensors, _trainer_state(run, state), limit, **options
+        )
     accelerator.wait_for_everyone()
 
 

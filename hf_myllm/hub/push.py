@@ -8,6 +8,7 @@ the model in stock transformers with our class.
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .. import checkpoint
 from ..distributed import exit_with_parent, silence_libraries
 from ..errors import HubError, Parser, exit_on_input_error, first_line
+from ..files import link_or_copy
 from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, run_dir_of, step_of, write_card  # noqa: F401
 from .stock_check import check, single_process_environment
 
@@ -121,11 +123,11 @@ def _stage(folder, staging, repo, revision):
     run_dir = run_dir_of(folder)
     for path in folder.iterdir():
         if _is_shared(path.name) and path.is_file() and not path.is_symlink():
-            checkpoint.link_or_copy(path, staging / path.name)
+            link_or_copy(path, staging / path.name)
     for name in ("README.md", "loss.png"):
         if folder != run_dir and (run_dir / name).is_file():
             (staging / name).unlink(missing_ok=True)
-            checkpoint.link_or_copy(run_dir / name, staging / name)
+            link_or_copy(run_dir / name, staging / name)
     card = staging / "README.md"
     if not is_edited(card):
         card.unlink(missing_ok=True)
@@ -242,7 +244,7 @@ class BackgroundUploads:
             code = self.process.returncode
             self.problem = (output or [f"exit code {code}"])[-1].removeprefix("error: ") if code else None
         if self.staged is not None:
-            checkpoint.unstage(self.staged)
+            shutil.rmtree(self.staged, ignore_errors=True)
         self.process = self.staged = None
 
 
