@@ -20,6 +20,7 @@ from .hub import push as hub
 from .models import lora
 from .optim import optimizer_tensors, to_local
 from .reporting import html, plots
+from .reporting.metrics_log import amend_run
 
 # ---- before a run
 
@@ -199,34 +200,68 @@ def _trainer_state(run, state):
 def publish_model(run, state):
     """Make the last or the best checkpoint the model at the folder's root, with LoRA merged if the recipe says so.
 
+    All ranks call it.
+
     Returns:
-        the step of the published model.
+        the published model; None if it is sharded (FSDP2).
     """
-    recipe, run_dir = run.recipe, Path(run.recipe.run.save_model)
-    chosen = run_dir / f"checkpoint-{state.step}"
-    best, value, _ = state.best()
-    if best is not None:
-        content = recipe.evaluation.final_model if best != state.step else "last, which is the best"
-        if recipe.evaluation.final_model == "best" and checkpoint.find_corruption(run_dir / f"checkpoint-{best}"):
-            if checkpoint.has_model(run_dir):
-                run.reporter.warning(f"best        checkpoint-{best} is missing or damaged; {run_dir} stays unchanged")
-                return best
-            content = f"last, because checkpoint-{best} is missing or damaged"
-        elif recipe.evaluation.final_model == "best":
-            chosen = run_dir / f"checkpoint-{best}"
-        metric = recipe.evaluation.metric_for_best
-        run.reporter.info(f"best        {metric} {value:.4f} after step {best}; {run_dir} holds the {content}")
-    if not (lora.is_added(run.model) and recipe.lora.merge_lora):
-        checkpoint.publish(chosen, run_dir)
-        return checkpoint.step_of(chosen)
-    merged = lora.merge(run.accelerator.unwrap_model(run.model), chosen)
+    accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
+    chosen = share_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
+    model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
+    if chosen is not None and checkpoint.step_of(chosen) != state.step and not accelerator.is_fsdp2:
+        load_weights(model, chosen)
+    merges = chosen is not None and lora.is_added(model) and run.recipe.lora.merge_lora
+    if merges:
+        model = model.merge_and_unload()
 
     def write_model(folder):
-        merged.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizers.save(run.tokenizer, folder)
 
-    checkpoint.publish_new(write_model, run_dir)
-    return checkpoint.step_of(chosen)
+    if accelerator.is_main_process and chosen is not None:
+        if merges:
+            checkpoint.publish_new(write_model, run_dir)
+        else:
+            checkpoint.publish(chosen, run_dir)
+        amend_run(run_dir, published_step=checkpoint.step_of(chosen))
+    return None if accelerator.is_fsdp2 else model
+
+
+def _choose_checkpoint(run, state):
+    """Return the checkpoint to publish, on rank 0; None if the root already holds the best, which is gone elsewhere."""
+    recipe, run_dir = run.recipe, Path(run.recipe.run.save_model)
+    last = run_dir / f"checkpoint-{state.step}"
+    if not run.accelerator.is_main_process:
+        return None
+    step, value, _ = state.best()
+    if step is None:
+        return last
+    chosen, content = last, recipe.evaluation.final_model if step != state.step else "last, which is the best"
+    if recipe.evaluation.final_model == "best":
+        chosen = run_dir / f"checkpoint-{step}"
+        if checkpoint.find_corruption(chosen):
+            if checkpoint.has_model(run_dir):
+                run.reporter.warning(f"best        {chosen.name} is missing or damaged; {run_dir} stays unchanged")
+                return None
+            content, chosen = f"last, because {chosen.name} is missing or damaged", last
+    metric = recipe.evaluation.metric_for_best
+    run.reporter.info(f"best        {metric} {value:.4f} after step {step}; {run_dir} holds the {content}")
+    return chosen
+
+
+def load_published(run):
+    """Return the model at the folder's root, which a finished run published before."""
+    model = run.accelerator.unwrap_model(run.model).eval()
+    load_weights(model, run.recipe.run.save_model)
+    return model
+
+
+def load_weights(model, path):
+    """Load the weights of a checkpoint, or of its adapter, into a model of the same architecture."""
+    if lora.is_added(model):
+        lora.load_weights(model, path)
+    else:
+        model.load_state_dict(type(model).from_pretrained(path, config=model.config, dtype=model.dtype).state_dict())
 
 
 def is_complete(run, state):

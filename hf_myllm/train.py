@@ -17,6 +17,7 @@ import torch
 
 from . import run_folder
 from .build import open_run, prepare_training
+from .checkpoint import find_model
 from .data import sampler
 from .distributed import (
     AsyncHostCopy,
@@ -36,7 +37,7 @@ from .recipe import Recipe
 from .recipe.flags import parse
 from .reporting import dry_run, plots
 from .reporting.console import Reporter
-from .reporting.metrics_log import amend_run, write_run
+from .reporting.metrics_log import read_metrics, write_run
 from .reporting.profiling import Profiler
 from .reporting.summary import launch_facts, print_evaluation, print_result, print_summary, run_facts
 from .reporting.trackers import start_trackers
@@ -51,7 +52,7 @@ class RunResult:
     """What [`train`] returns.
 
     Attributes:
-        model: the trained model; None if its parameters are sharded (FSDP2): load it from `run_dir`.
+        model: the model as published in `run_dir`; None after a signal, and if it is sharded (FSDP2).
         tokenizer: None if the data are token ids and no tokenizer was given.
         metrics: of the last evaluation of the validation rows, as val_<name>; {} without validation data.
         run_dir: the run's folder, from which `from_pretrained` loads the published model.
@@ -99,7 +100,7 @@ def fit(run, on_log=None, on_evaluate=None):
     """Run the training loop of a built run, from its first step or its checkpoint to the end; see [`train`]."""
     state = RunState(run)
     if run.resume_from is not None and state.must_stop and run_folder.is_complete(run, state):
-        return result_of(run, state)
+        return result_of(run, state, run_folder.load_published(run))
     run_folder.lock(run)
     model, optimizer = prepare_training(run)
     run_folder.write_recipe(run)
@@ -264,56 +265,55 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
 
 
 def finish(run, model, state, unigram):
-    """Evaluate on all validation rows, publish the model and write the reports; after a signal only say what is left.
+    """Evaluate on all validation rows, publish the model and write the reports; or leave after a signal.
 
     Returns:
         a [`RunResult`].
     """
-    reporter, accelerator, run_dir = run.reporter, run.accelerator, Path(run.recipe.run.save_model)
+    reporter, run_dir, published = run.reporter, Path(run.recipe.run.save_model), None
     if not state.was_interrupted and state.val_metrics is None:
         state.record_final(evaluate_run(run, model, state.step, is_final=True))
     if state.was_interrupted:
-        where = "in an evaluation" if state.step == run.start_step or state.step == state.last_step else "and saved"
+        where = "in an evaluation" if state.step in (run.start_step, state.last_step) else "and saved"
         reporter.info(f"stopped by a signal after step {state.step}, {where}; --init_from resume continues from there")
-    elif accelerator.is_main_process:
-        amend_run(run_dir, published_step=run_folder.publish_model(run, state))
+    else:
+        published = run_folder.publish_model(run, state)
     reporter.close()
-    if accelerator.is_main_process and not state.was_interrupted:
+    if run.accelerator.is_main_process and not state.was_interrupted:
         run_folder.write_reports(run_dir, reporter.warning)
         print_result(run, reporter, state.step, state.val_metrics, unigram)
     run_folder.finish_uploads(run, state)
-    return result_of(run, state)
+    return result_of(run, state, published)
 
 
-def result_of(run, state):
+def result_of(run, state, model):
     """Return the [`RunResult`] of a run that has ended or was interrupted."""
-    accelerator, signum = run.accelerator, None
-    if state.was_interrupted:  # the same signal on all ranks: their exit codes agree
-        received = torch.tensor([run.signals[0] if run.signals else 0], device=accelerator.device)
-        signum = int(accelerator.gather(received).max())
-    model = None
-    if not accelerator.is_fsdp2:
-        model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
-    metrics = {f"val_{name}": value for name, value in (state.val_metrics or {}).items()}
-    return RunResult(model, run.tokenizer, metrics, Path(run.recipe.run.save_model), state.step, signum)
+    stop_signal = None
+    if state.was_interrupted:  # the same on all ranks, so that their exit codes agree
+        received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
+        stop_signal = int(run.accelerator.gather(received).max())
+    run_dir = Path(run.recipe.run.save_model)
+    evaluations = [line for line in read_metrics(run_dir) if "train_loss" in line and line["step"] <= state.step]
+    metrics = {name: value for name, value in evaluations[-1].items() if name.startswith("val_")} if evaluations else {}
+    return RunResult(model, run.tokenizer, metrics, run_dir, state.step, stop_signal)
 
 
 def evaluate(run_dir, eval_data=None, **overrides):
-    """Evaluate the newest checkpoint of a run on all validation rows.
+    """Evaluate the model of a run's folder on all validation rows; of a run without one, its newest checkpoint.
 
     Args:
         run_dir: the run's folder.
         eval_data: data in place of the run's own validation data; see [`train`].
-        overrides: keys of the recipe with other values, as `batch_size=32`.
+        overrides: keys of the recipe with other values, such as `batch_size=32`.
 
     Returns:
-        the metrics, as `loss` (nats per token or label) and what the task measures.
+        a dict of metrics: `loss` (nats per token or label) and those of the task.
 
     Raises:
-        InputError: the folder holds no checkpoint, or there is nothing to evaluate on.
+        InputError: the folder holds no model, or there is nothing to evaluate on.
     """
-    recipe = Recipe.load(Path(run_dir) / "recipe.yaml", save_model=str(run_dir), init_from="resume", **overrides)
-    recipe.evaluation.eval_only = True
+    model_dir, recipe_path = str(find_model(run_dir)), Path(run_dir) / "recipe.yaml"
+    recipe = Recipe.load(recipe_path, save_model=str(run_dir), init_from=model_dir, eval_only=True, **overrides)
     with open_run(recipe, eval_data=eval_data) as run:
         return evaluate_all(run)
 

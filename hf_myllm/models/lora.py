@@ -150,9 +150,8 @@ def save(model, folder):
         whole.generation_config.save_pretrained(folder)
 
 
-def merge(model, folder):
-    """The whole model, with the adapter of a checkpoint added in; what was given is no longer of use."""
+def load_weights(model, folder):
+    """Load the adapter of a checkpoint into a model that has one."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    return model.merge_and_unload()
