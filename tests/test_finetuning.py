@@ -490,7 +490,7 @@ def test_which_way_is_better(tmp_path):
     )
     assert best_evaluation(tmp_path, "val_x", 9) == (4, 5, 1)
     assert best_evaluation(tmp_path, "val_wer", 9) == (2, 3, 2)
-    assert best_evaluation(tmp_path, "val_x", 9, is_more=False) == (2, 3, 2)
+    assert best_evaluation(tmp_path, "val_x", 9, greater_is_better=False) == (2, 3, 2)
     assert best_evaluation(tmp_path, "val_y", 9) == (None, None, 0)  # which no evaluation knew yet
     write_lines(tmp_path / "metrics.jsonl", [{"step": n, "train_loss": 0, "val_x": None} for n in (2, 4)])
     assert best_evaluation(tmp_path, "val_x", 9) == (None, None, 2)

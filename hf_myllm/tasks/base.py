@@ -280,7 +280,7 @@ def require_marks(tokens, marks, name):
 def require_tokens(task, tokenizer, names):
     """Raise InputError if the tokenizer lacks one of these special tokens."""
     if tokenizer is None:
-        raise InputError(f"task {task} needs a tokenizer: give --tokenizer, or a model that has one")
+        raise InputError(f"task {task} needs the data's tokenizer: give --tokenizer, or a model that has one")
     if missing := [name for name in names if getattr(tokenizer, name) is None]:
         raise InputError(
             f"task {task} needs a tokenizer with {', '.join(missing)}, which {tokenizer.name_or_path or 'this one'} "
