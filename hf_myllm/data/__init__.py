@@ -1,2 +1,2 @@
-"""From what a user has to what a step reads: corpus (text to tokens), packing (tokens to rows), order (step to rows),
-objectives (rows to inputs and labels), tokenizer."""
+"""From text to the rows of a step: sources and readers (files and data sets to documents), tokenizer, corpus and
+streaming (documents to tokens), packing (tokens to rows), sampler (step to rows); cache and pickled."""

@@ -1,4 +1,4 @@
-"""What is made of data once and used again: folders beside the cache of `datasets`, named by what they depend on."""
+"""Cached results of data preparation: folders in the cache of `datasets`, named by a digest of what they depend on."""
 
 import hashlib
 import json
@@ -10,20 +10,27 @@ from filelock import FileLock
 from ..errors import DataError
 from ..files import atomic_path
 
-_FORMAT = 6  # of the cache: raise it when what is cached changes
+_FORMAT = 6  # raise this number when the content of cached folders changes
 
 
 def cached_path(key):
-    """Where the cache has, or would have, what this key says."""
+    """Return the path of the cached folder for a key, which may not exist yet."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "hf_myllm" / key_digest(key)
 
 
 def key_digest(key):
+    """Return a digest of a key: any JSON values."""
     return hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def cached_folder(key, make):
-    """The folder of the cache that `make(folder)` fills, made now unless it is there already; whole or not at all."""
+    """Return the cached folder for a key; `make(folder)` fills it if it does not exist. It is complete or absent.
+
+    Every rank may call this: one rank of each machine makes the folder while the others wait.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
     folder = cached_path(key)
     if folder.exists():
         return folder

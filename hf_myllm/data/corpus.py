@@ -206,15 +206,15 @@ class _PartWriter:
         self.writer = ArrowWriter(path=str(path), features=features)
         self.unknown_id = tokenizer.unk_token_id
         self.rows, self.digest = [], hashlib.sha256()
-        self.documents = self.tokens = self.bytes = self.unknown = self.max_id = 0
+        self.stats = dict.fromkeys(("documents", "tokens", "bytes", "unknown", "max_id"), 0)
 
     def add(self, text, ids, end):
         """Add a piece of a document; `end` are the token ids at its end that stand for no text."""
         self.rows.append(ids)
-        self.bytes += len(text.encode())
-        self.documents += bool(end)
+        self.stats["bytes"] += len(text.encode())
+        self.stats["documents"] += bool(end)
         if self.unknown_id is not None:  # GPT-2 has one token for unknown text and for the end of a document
-            self.unknown += int((ids == self.unknown_id).sum()) - end.count(self.unknown_id)
+            self.stats["unknown"] += int((ids == self.unknown_id).sum()) - end.count(self.unknown_id)
 
     def flush(self):
         if not self.rows:
@@ -223,15 +223,14 @@ class _PartWriter:
         column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))
         self.writer.write_table(pa.Table.from_arrays([column], schema=self.schema), writer_batch_size=len(self.rows))
         self.digest.update(ids)
-        self.tokens += len(ids)
-        self.max_id = max(self.max_id, int(ids.max()))
+        self.stats["tokens"] += len(ids)
+        self.stats["max_id"] = max(self.stats["max_id"], int(ids.max()))
         self.rows = []
 
     def close(self):
         """Close the file and return the statistics."""
         self.writer.finalize()
-        names = ("documents", "tokens", "bytes", "unknown", "max_id")
-        return {name: getattr(self, name) for name in names} | {"fingerprint": self.digest.hexdigest()}
+        return self.stats | {"fingerprint": self.digest.hexdigest()}
 
 
 def token_dtype(tokenizer):
@@ -276,18 +275,16 @@ class Progress:
     """
 
     def __init__(self, total, is_shown):
-        self.total, self.is_shown = total, is_shown
+        self.total, self.is_shown, self.is_bar = total, is_shown, is_shown and sys.stderr.isatty()
         self.num_read = self.num_tokens = 0
         self.start_time = self.report_time = time.monotonic()
 
     def __enter__(self):
-        self.is_bar = self.is_shown and sys.stderr.isatty()
         bar_format = "tokenizing {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt}, {desc}{remaining} left"
         if self.total is None:
             bar_format = "tokenizing {desc}{elapsed}"
-        self.bar = tqdm(
-            total=self.total, unit_scale=True, bar_format=bar_format, disable=not self.is_bar, leave=False, delay=1
-        )
+        options = {"unit_scale": True, "leave": False, "delay": 1, "disable": not self.is_bar}
+        self.bar = tqdm(total=self.total, bar_format=bar_format, **options)
         return self
 
     def __exit__(self, *error):
@@ -305,15 +302,15 @@ class Progress:
     def add_tokens(self, count):
         self.num_tokens += count
         now = time.monotonic()
-        speed = f"{self.num_tokens / max(1e-9, now - self.start_time) / 1e6:.2f}M tokens/s"
+        elapsed = now - self.start_time
+        speed = f"{self.num_tokens / max(1e-9, elapsed) / 1e6:.2f}M tokens/s"
         self.bar.set_description_str(f"{speed}, ", refresh=False)
         if self.is_shown and not self.is_bar and now - self.report_time > _LINE_SECONDS:
-            self.report_time, done, left = now, "", ""
-            if self.total:
-                seconds = (now - self.start_time) * (1 / self.fraction - 1) if self.fraction else None
-                left = f", {'?' if seconds is None else tqdm.format_interval(seconds)} left"
-                done = f"{self.fraction:.0%}, "
-            print(f"tokenizing  {done}{self.num_tokens:,} tokens, {speed}{left}", file=sys.stderr)
+            self.report_time, line = now, f"tokenizing  {self.num_tokens:,} tokens, {speed}"
+            if self.total and self.num_read:
+                left = tqdm.format_interval(elapsed * (1 / self.fraction - 1))
+                line += f", {self.fraction:.0%} done, {left} left"
+            print(line, file=sys.stderr)
 
 
 # ---- token ids

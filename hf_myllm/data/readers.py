@@ -9,6 +9,7 @@ import re
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -323,25 +324,31 @@ def _read_json_lines(file, progress):
 
 def _read_json(file, progress):
     """Yield the objects of a JSON list, or of concatenated JSON objects, without reading the whole file at once."""
-    decoder, blocks, buffer, position, number = json.JSONDecoder(), _read_blocks(file, progress), "", 0, 1
-
-    def read_more(num_chars=1):
-        """Append at least `num_chars` characters to the rest of the buffer; return whether the file has any more."""
-        nonlocal buffer, position
-        texts, length = [buffer[position:]], 0
-        while length < num_chars and (block := next(blocks, "")):
-            texts.append(block)
-            length += len(block)
-        buffer, position = "".join(texts), 0
-        return length > 0
+    decoder, blocks, text, position, number = json.JSONDecoder(), _read_blocks(file, progress), "", 0, 1
 
     def next_character():
         """Skip white space and return the character after it, or "" at the end of the file."""
-        nonlocal position
+        nonlocal text, position
+        while (position := _WHITE_SPACE.match(text, position).end()) == len(text):
+            if not (block := next(blocks, "")):
+                return ""
+            text, position = block, 0
+        return text[position]
+
+    def parse():
+        nonlocal text, position
         while True:
-            position = _WHITE_SPACE.match(buffer, position).end()
-            if position < len(buffer) or not read_more():
-                return buffer[position : position + 1]
+            try:
+                row, position = decoder.raw_decode(text, position)
+                return row
+            except RecursionError as error:
+                fail(error)
+            except ValueError as error:
+                may_continue = "Unterminated" in error.msg or error.pos > len(text) - 20  # in the next block
+                more = "".join(islice(blocks, 1 + (len(text) - position) // _BLOCK_CHARS)) if may_continue else ""
+                if not more:
+                    fail(f"{error.msg} at character {error.pos - position} of it")
+                text, position = text[position:] + more, 0
 
     def fail(problem):
         raise DataError(f"{file} object {number} is not JSON: {problem}") from None
@@ -354,18 +361,8 @@ def _read_json(file, progress):
                 fail(f"{character!r} where a comma is expected")
             position += 1
             next_character()
-        while True:
-            try:
-                row, end = decoder.raw_decode(buffer, position)
-                break
-            except RecursionError as error:
-                fail(error)
-            except ValueError as error:
-                may_continue = "Unterminated" in error.msg or error.pos > len(buffer) - 20  # in the next block
-                if not may_continue or not read_more(len(buffer) - position):
-                    fail(f"{error.msg} at character {error.pos - position} of it")
-        yield f"{file} object {number}", row
-        number, position = number + 1, end
+        yield f"{file} object {number}", parse()
+        number += 1
     if is_list and character != "]":
         fail("the list is cut short; its closing bracket is missing")
     position += is_list

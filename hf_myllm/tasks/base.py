@@ -22,7 +22,6 @@ import torch
 
 from ..data import corpus
 from ..data.sampler import evenly_spaced
-from ..data.tokenizer import special_ids
 from ..errors import InputError
 from ..generate import encode_prompt, generate_text
 
@@ -290,7 +289,7 @@ def require_tokens(task, tokenizer, names):
 
 def show_tokens(tokenizer, ids):
     """Return tokens separated by bars: special ones by name, positions without a target as a dot."""
-    special = set(special_ids(tokenizer))
+    special = set(tokenizer.all_special_ids)
     shown = []
     for token_id in ids.tolist()[:_SHOWN_TOKENS]:
         if token_id == IGNORE_INDEX:

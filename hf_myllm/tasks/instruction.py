@@ -7,7 +7,7 @@ import numpy as np
 
 from ..data.packing import DocumentRows, best_fit, group_offsets
 from ..data.readers import check_text
-from ..data.tokenizer import end_of_document, special_ids
+from ..data.tokenizer import end_of_document
 from ..errors import InputError, first_line
 from .causal_lm import CausalLM
 from .labelled import LabelledTask
@@ -34,7 +34,7 @@ class Instruction(LabelledTask, CausalLM):
         end of text closes turns even where it opens texts too, as in GPT-2."""
         special = {token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         opening = {getattr(self.tokenizer, f"{name}_token_id") for name in ("unk", "bos", "cls", "pad", "mask")}
-        return (special | set(special_ids(self.tokenizer))) - opening | {self.tokenizer.eos_token_id}
+        return (special | set(self.tokenizer.all_special_ids)) - opening | {self.tokenizer.eos_token_id}
 
     def prepare_tokenizer(self, is_trained):
         LabelledTask.prepare_tokenizer(self, is_trained)

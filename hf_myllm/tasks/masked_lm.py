@@ -6,7 +6,7 @@ import torch
 from ..data.packing import DocumentRows, StridedRows, pack_documents
 from ..data.sampler import derive_seed, random_uint64
 from ..data.streaming import StreamedRows, TokenWindows
-from ..data.tokenizer import continues_word, end_of_document, special_ids
+from ..data.tokenizer import continues_word, end_of_document
 from ..generate import encode_masked, fill_in
 from .base import (
     IGNORE_INDEX,
@@ -51,7 +51,7 @@ class MaskedLM(Task):
 
     @property
     def never_predicted(self):
-        return special_ids(self.tokenizer)
+        return self.tokenizer.all_special_ids
 
     def prepare_tokenizer(self, is_trained):
         require_tokens(self.name, self.tokenizer, ("cls_token", "sep_token", "mask_token"))
@@ -63,7 +63,7 @@ class MaskedLM(Task):
         self.pad = tokenizer.pad_token_id or 0
         self.ends = [self.sep, end_of_document(tokenizer)[0]]
         self.is_special = np.zeros(vocab_size, dtype=bool)
-        self.is_special[[token_id for token_id in special_ids(tokenizer) if token_id < vocab_size]] = True
+        self.is_special[[token_id for token_id in tokenizer.all_special_ids if token_id < vocab_size]] = True
         self.ordinary_ids = np.flatnonzero(~self.is_special[: len(tokenizer)])
         if self.settings.whole_word_masking:
             self.joins, self.joinable = continues_word(tokenizer, vocab_size)
