@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on several machines under Slurm, which goes on by itself after pre-emption or the end of its time:
+# Train on several machines under Slurm. The job requeues itself after preemption and at its time limit.
 #   sbatch accelerate_configs/slurm.sh RECIPE --save_model RUN
-# Two minutes before the end Slurm sends SIGUSR1. All processes then save after the same step and exit, and the job is
-# put in the queue again. --init_from resume starts the run, or goes on with it.
+# Slurm sends SIGUSR1 two minutes before the end. All ranks save after the same step and exit, and the job is requeued.
+# --init_from resume starts the run or continues it.
 #SBATCH --job-name=hf_myllm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,19 +14,19 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# Slurm tells this script, which tells the training processes; brackets, so that pkill does not find its own command
+# Pass the signal on to the training processes. The brackets keep pkill from matching its own command line.
 trap 'warned=1; srun --overlap pkill -USR1 -f "[-]m hf_myllm.train"' USR1
 export HEAD PROCESSES
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PROCESSES=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
 
-# the launchers are deaf to the signal, which would end them; the training processes are not
+# The launchers ignore the signal, which would end them; the training processes install their own handler.
 srun bash -c 'trap "" USR1
     exec accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines "$SLURM_NNODES" \
         --num_processes "$PROCESSES" --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" \
         -m hf_myllm.train "$@" --init_from resume' launcher "$@" &
 run=$!
-while kill -0 "$run" 2>/dev/null; do # a signal ends `wait`, too
+while kill -0 "$run" 2>/dev/null; do # `wait` also returns after a signal
     wait "$run"
     code=$?
 done
