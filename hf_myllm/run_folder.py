@@ -298,6 +298,14 @@ def write_reports(run_dir, warn):
             warn(f"warning: {name} could not be written: {first_line(error)[:200]}")
 
 
+def open_uploads(run):
+    """Push checkpoints in the background while training, if the recipe asks for it."""
+    section = run.recipe.hub
+    if section.push_to_hub and run.accelerator.is_main_process:
+        options = section.push_to_hub, section.hub_private_repo, section.hub_revision
+        run.uploads = hub.BackgroundUploads(run.recipe.run.save_model, *options)
+
+
 def finish_uploads(run, state):
     """Push the published model if the recipe asks for it; after a signal, stop the push that is running."""
     if run.uploads is None:

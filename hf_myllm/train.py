@@ -22,25 +22,20 @@ from .data import sampler
 from .distributed import (
     AsyncHostCopy,
     exit_with_launcher,
-    flops_per_token,
-    peak_flops,
-    peak_memory,
     signals_received,
     to_device,
 )
 from .errors import exit_on_input_error
 from .evaluation import evaluate_all, evaluate_run
-from .hub import push as hub
 from .models import FAMILIES
 from .optim import learning_rate, step_if, to_full
 from .recipe import Recipe
 from .recipe.flags import parse
 from .reporting import dry_run, plots
-from .reporting.console import Reporter
-from .reporting.metrics_log import read_metrics, write_run
+from .reporting.metrics_log import read_metrics
 from .reporting.profiling import Profiler
-from .reporting.summary import launch_facts, print_evaluation, print_result, print_summary, run_facts
-from .reporting.trackers import start_trackers
+from .reporting.start import start_reporting
+from .reporting.summary import print_evaluation, print_result
 from .run_state import RunState
 
 # Steps queued on the device before the result of the oldest is read, by device type. Reading a result waits for it.
@@ -105,6 +100,7 @@ def fit(run, on_log=None, on_evaluate=None):
     model, optimizer = prepare_training(run)
     run_folder.write_recipe(run)
     unigram = start_reporting(run, state, on_log, on_evaluate)
+    run_folder.open_uploads(run)
     profiler = Profiler(run.recipe.run.save_model, run.recipe.run.profile, state.last_step - state.step)
 
     run.reporter.pause()
@@ -224,44 +220,6 @@ def log_step(run, state, result):
     is_last = result.step == run.total_steps
     write = state.skipped_steps > 0 or is_last or result.step % run.recipe.run.log_freq == 0
     run.reporter.log_step(result.step, loss, result.learning_rate, tokens, grad_norm, digest, write=write)
-
-
-def start_reporting(run, state, on_log=None, on_evaluate=None):
-    """Open the terminal output, metrics.jsonl, run.json, the trackers and uploads. Return the unigram metrics."""
-    recipe, accelerator = run.recipe, run.accelerator
-    run_dir, peak = Path(recipe.run.save_model), peak_flops(accelerator)
-    run.reporter = reporter = Reporter(
-        run_dir,
-        state.step,
-        state.last_step,
-        accelerator.is_main_process,
-        recipe.run.log_level,
-        flops=flops_per_token(run.model, recipe.data.max_len) / peak if peak else 0.0,
-        memory=lambda: peak_memory(accelerator),
-        on_log=on_log,
-        on_evaluate=on_evaluate,
-    )
-    unigram = print_summary(run, reporter)
-    if accelerator.is_main_process:
-        resumes = state.step > 0 or recipe.run.resume
-        run_id = write_run(run_dir, run_facts(run, unigram), launch_facts(run), resumes)
-        config = recipe.identity()
-        start_trackers(
-            reporter,
-            accelerator,
-            recipe.run.log_with or (),
-            recipe.run.project_name,
-            run_dir,
-            run_id,
-            config,
-            state.step,
-        )
-        if recipe.hub.push_to_hub:
-            options = recipe.hub.hub_private_repo, recipe.hub.hub_revision
-            run.uploads = hub.Uploads(run_dir, recipe.hub.push_to_hub, *options)
-    for line in run.resume_warnings:
-        reporter.warning(line)
-    return unigram
 
 
 def finish(run, model, state, unigram):

@@ -458,12 +458,15 @@ def test_what_is_best_must_be_known(tmp_path, noise, capsys):
     for more, message in (
         (
             {"metric_for_best": "f2"},
-            "metric_for_best val_f2 is no figure of task classification, which has val_loss, val_acc",
+            "metric_for_best: val_f2 is not a metric of task classification; choose one of val_loss, val_acc",
         ),
         ({"patience": 2}, "patience 2 needs a metric; give --metric_for_best"),
         ({"final_model": "best"}, "final_model best needs a metric"),
         ({"metric_for_best": "loss", "eval_freq": None}, "needs several evaluations; give --eval_freq"),
-        ({"metric_for_best": "loss", "val_file": None, "val_fraction": 0}, "needs rows to validate on"),
+        (
+            {"metric_for_best": "loss", "val_file": None, "val_fraction": 0},
+            "metric_for_best: there are no validation rows",
+        ),
         ({"metrics": "no_such_metric_anywhere"}, "metric no_such_metric_anywhere cannot be loaded"),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -1,0 +1,36 @@
+"""Start what reports a run: the terminal, metrics.jsonl, run.json and the trackers."""
+
+from ..distributed import flops_per_token, peak_flops, peak_memory
+from .console import Reporter
+from .metrics_log import write_run
+from .summary import launch_facts, print_summary, run_facts
+from .trackers import start_trackers
+
+
+def start_reporting(run, state, on_log=None, on_evaluate=None):
+    """Set `run.reporter` and print the summary of the run.
+
+    Returns:
+        the validation metrics of predicting tokens by their frequency, or None; see [`evaluation.unigram_loss`].
+    """
+    recipe, accelerator, peak = run.recipe, run.accelerator, peak_flops(run.accelerator)
+    run.reporter = reporter = Reporter(
+        recipe.run.save_model,
+        state.step,
+        state.last_step,
+        accelerator.is_main_process,
+        recipe.run.log_level,
+        flops=flops_per_token(run.model, recipe.data.max_len) / peak if peak else 0.0,
+        memory=lambda: peak_memory(accelerator),
+        on_log=on_log,
+        on_evaluate=on_evaluate,
+    )
+    unigram = print_summary(run, reporter)
+    if accelerator.is_main_process:
+        run_dir, resumes = recipe.run.save_model, state.step > 0 or recipe.run.resume
+        run_id = write_run(run_dir, run_facts(run, unigram), launch_facts(run), resumes)
+        names, project, config = recipe.run.log_with or (), recipe.run.project_name, recipe.identity()
+        start_trackers(reporter, accelerator, names, project, run_dir, run_id, config, state.step)
+    for line in run.resume_warnings:
+        reporter.warning(line)
+    return unigram
