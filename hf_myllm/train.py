@@ -103,7 +103,6 @@ def fit(run, on_log=None, on_evaluate=None):
     run_folder.open_uploads(run)
     profiler = Profiler(run.recipe.run.save_model, run.recipe.run.profile, state.last_step - state.step)
 
-    run.reporter.pause()
     if state.first_evaluation_due():
         state.record_evaluation(evaluate_run(run, model, state.step))
     run.reporter.resume()

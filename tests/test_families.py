@@ -180,7 +180,7 @@ def test_training_starts_from_stock_weights_and_adds_tokens(tiny, stock_models, 
     CASES[family].assert_trained(run)
     assert AutoConfig.from_pretrained(run).dtype == torch.float32  # not the dtype of the checkpoint
     if family == "bert":
-        assert "starting fresh" in out
+        assert "newly initialized" in out
         assert "cls.predictions.transform.dense.weight" in out  # a new masked-LM head
         stock, loading = transformers.BertForMaskedLM.from_pretrained(run, output_loading_info=True)
     else:

@@ -514,13 +514,11 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path, noise, caps
     assert train(*flags(**noise, max_steps=2)) == 2
     assert "train.jsonl line 65 has no label" in capsys.readouterr().err
     assert train(*flags(**noise, max_steps=2), "--skip_bad_rows") == 0
-    assert re.search(
-        "left out of training: 2 rows that cannot be used; .*line 65 has no label", capsys.readouterr().out
-    )
+    assert re.search("skipped 2 rows of the training data, for example .*line 65 has no label", capsys.readouterr().out)
     write_lines(tmp_path / "other.jsonl", [*lines(noise["val_file"]), {"text": "x", "label": "c"}])
     judged = flags(val_file=tmp_path / "other.jsonl", load_model=tmp_path / "run")
     assert train(tmp_path / "run" / "recipe.yaml", "--eval_only", *judged, "--skip_bad_rows") == 0
-    assert "left out of validation: 1 rows that cannot be used" in capsys.readouterr().out
+    assert "skipped 1 row of the validation data" in capsys.readouterr().out
 
 
 def test_a_head_keeps_what_its_labels_mean(tmp_path, noise, capsys):
@@ -548,7 +546,7 @@ def test_a_head_keeps_what_its_labels_mean(tmp_path, noise, capsys):
     data = write_lines(tmp_path / "numbers.jsonl", numbers)
     words = {"model": "gpt", "task": "classification", "problem_type": "regression", "train_file": data, "max_steps": 1}
     assert train(*flags(**words, init_from=run, save_model=tmp_path / "first")) == 0
-    assert "starting fresh: score.weight" in capsys.readouterr().out
+    assert "newly initialized: score.weight" in capsys.readouterr().out
     assert train(*flags(**words, init_from=tmp_path / "first", save_model=tmp_path / "second")) == 0
     assert "fresh" not in capsys.readouterr().out
     other = [
@@ -558,7 +556,7 @@ def test_a_head_keeps_what_its_labels_mean(tmp_path, noise, capsys):
         model="gpt", task="classification", train_file=write_lines(tmp_path / "pets.jsonl", other), max_steps=1
     )
     assert train(*words, *flags(init_from=run, save_model=tmp_path / "pets")) == 0
-    assert "starting fresh: score.weight" in capsys.readouterr().out
+    assert "newly initialized: score.weight" in capsys.readouterr().out
 
 
 def test_a_head_for_more_labels_starts_fresh(tmp_path, noise, capsys):
@@ -571,7 +569,7 @@ def test_a_head_for_more_labels_starts_fresh(tmp_path, noise, capsys):
         "max_steps": 2,
     }
     assert train(*flags(**words, init_from=tmp_path / "run", save_model=tmp_path / "other")) == 0
-    assert "starting fresh: score.weight" in capsys.readouterr().out
+    assert "newly initialized: score.weight" in capsys.readouterr().out
     assert AutoConfig.from_pretrained(tmp_path / "other").id2label == {0: "x", 1: "y", 2: "z"}
 
 

@@ -21,7 +21,7 @@ from hf_myllm.hub import push as hub
 from hf_myllm.hub import stock_check
 from hf_myllm.hub.card import make_card, write_card
 from hf_myllm.recipe import Recipe
-from hf_myllm.reporting import summary
+from hf_myllm.reporting.facts import public_value
 
 NAME = "user/a-model"
 
@@ -225,7 +225,7 @@ def test_the_card_has_no_paths_and_no_secrets(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_paths_are_shortened_to_file_names(value, shown):
-    assert summary._named({"tokenizer": [value]}) == {"tokenizer": [shown]}
+    assert public_value({"tokenizer": [value]}) == {"tokenizer": [shown]}
 
 
 def test_the_recipe_of_the_card_is_complete(tiny, tmp_path):

@@ -79,11 +79,11 @@ def test_the_run_folder_is_as_promised(finished):
 def test_what_is_printed(finished):
     _, result, _ = finished
     out = result.stdout
-    for text in ("unigram level", "bits per byte", "step  0: training loss", "step 20: training loss", "step 52:"):
+    for text in ("unigram loss", "bits per byte", "step  0: training loss", "step 20: training loss", "step 52:"):
         assert text in out
     assert out.count("  | ") >= 4  # a sample at each evaluation
     last = out.strip().splitlines()[-4:]
-    assert [line[:12].strip() for line in last] == ["look at", "generate", "go on", "load"]
+    assert [line[:12].strip() for line in last] == ["report", "generate", "continue", "load"]
     assert "Traceback" not in result.stderr
 
 

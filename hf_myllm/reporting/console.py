@@ -208,6 +208,11 @@ def describe_loss(task, metrics):
     return format_loss(metrics["loss"]) + (f" ({details})" if details else "")
 
 
+def plural(count, noun):
+    """Return a count with its noun: "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def format_loss(value, width=0):
     """Return a loss with four decimals, or in scientific notation where that would not fit."""
     return f"{value:{width}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:{width}.2e}"

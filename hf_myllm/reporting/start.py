@@ -2,8 +2,9 @@
 
 from ..distributed import flops_per_token, peak_flops, peak_memory
 from .console import Reporter
+from .facts import launch_facts, run_facts
 from .metrics_log import write_run
-from .summary import launch_facts, print_summary, run_facts
+from .summary import print_summary
 from .trackers import start_trackers
 
 
@@ -25,6 +26,7 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
         on_log=on_log,
         on_evaluate=on_evaluate,
     )
+    reporter.pause()  # until the first step
     unigram = print_summary(run, reporter)
     if accelerator.is_main_process:
         run_dir, resumes = recipe.run.save_model, state.step > 0 or recipe.run.resume
