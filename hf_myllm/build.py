@@ -15,7 +15,6 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
 
 from . import checkpoint, run_folder, tasks
 from .data import cache, corpus, readers, sampler, sources, streaming
@@ -30,20 +29,18 @@ from .distributed import (
     shard_model,
     silence_libraries,
 )
-from .errors import InputError, exit_on_input_error, first_line
+from .errors import InputError, exit_on_input_error
 from .evaluation import load_metric
 from .hub import push as hub
-from .models import FAMILIES, lora
+from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
 from .recipe import Recipe
 from .recipe.flags import parse
 from .recipe.sections import FIELDS
 from .tasks import TASKS
 
-ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a configuration has of its tokenizer
 
 
 @dataclass
@@ -174,23 +171,23 @@ def build_run(recipe, accelerator, resume_from, train_data=None, eval_data=None)
         load_metric(name)
     found = find_sources(recipe, train_data, eval_data)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
-    check_family(recipe, pretrained)
+    stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
     is_trained = resume_from is not None or eval_only
     tokenizer = find_tokenizer(recipe, found, pretrained, is_trained)
-    task = build_task(recipe, found, tokenizer, pretrained, is_trained)
+    task = build_task(recipe, found, tokenizer, stored_config, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
     state = checkpoint.load_trainer_state(resume_from) if resume_from else None
     resolve_sizes(recipe, config, task, accelerator, state)
     if state is not None and not eval_only:
         check_same_recipe(recipe, state, resume_from)
     if pretrained:
-        check_architecture(recipe, pretrained, is_trained)
+        loading.check_settings(recipe.config, stored_config, pretrained, is_trained)
     check_tokenizer(recipe, config, tokenizer, task)
 
     train_part, val_part, stats = load_data(recipe, found, tokenizer, task, state, accelerator.is_local_main_process)
     for part, name in ((train_part, found.name), (val_part, found.val_name)):
         check_token_ids(part.tokens if task.is_labelled and part else part, config.vocab_size, name)
-    model, newly_initialized = build_model(recipe, config, pretrained, is_trained, task)
+    model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
     adapt_model(recipe, accelerator, model, task)
     run = Run(
         recipe,
@@ -326,7 +323,7 @@ def adapt_model(recipe, accelerator, model, task):
     if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
         cast_to_bf16(model)
     if task.isolates_documents:
-        use_fast_isolation(model, model.config, accelerator)
+        loading.use_flex_attention(model, accelerator.device.type)
 
 
 def find_tokenizer(recipe, given, pretrained, keep):
@@ -389,204 +386,46 @@ def find_base_tokenizer(recipe, given, pretrained, keep):
     return None
 
 
-def build_task(recipe, given, tokenizer, pretrained, is_trained):
-    """The recipe's task, with the labels that the model was trained for, or those of the training data."""
-    config_class, source = FAMILIES[recipe.model].config, given.training[0] if given.training else None
-    stored = config_class.from_pretrained(lora.config_of(pretrained)) if pretrained else None
-    return tasks.build(recipe.task, tokenizer, vars(recipe.data), recipe.run.seed, source, stored, is_trained)
+def build_task(recipe, given, tokenizer, stored_config, is_trained):
+    """Return the recipe's task, with the labels that the model was trained for, or those of the training data."""
+    source = given.training[0] if given.training else None
+    return tasks.build(recipe.task, tokenizer, vars(recipe.data), recipe.run.seed, source, stored_config, is_trained)
 
 
 def build_config(recipe, tokenizer, pretrained, task):
-    """The model's configuration: that of the checkpoint it starts from, or the family's own, with the recipe's
-    `config` over it."""
-    config_class = FAMILIES[recipe.model].config
-    settings = dict(recipe.config)
-    try:
-        if tokenizer is not None and (not pretrained or recipe.data.tokenizer):
-            for name in SPECIAL_TOKENS:
-                settings.setdefault(name, getattr(tokenizer, name))
-        settings |= task.config_settings()
-        if pretrained:
-            config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
-            if recipe.data.add_tokens and "vocab_size" not in settings:
-                config.vocab_size = max(config.vocab_size, len(tokenizer))
-        else:
-            if tokenizer is not None:
-                settings.setdefault("vocab_size", len(tokenizer))
-            if recipe.data.max_len:  # positions that no row reaches would never be trained
-                settings.setdefault(positions_key(config_class), recipe.data.max_len)
-            config = config_class(**settings)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"config of {pretrained or recipe.model}: {first_line(error.__cause__ or error)}") from None
-    for name in SPECIAL_TOKENS:
-        value = getattr(config, name)
-        if isinstance(value, int) and not 0 <= value < config.vocab_size and name in recipe.config:
-            raise InputError(f"{name} is {value}, which the vocabulary of {config.vocab_size} does not have")
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: "
-            f"raise it (--vocab_size {len(tokenizer)}), or give the model's own tokenizer"
-        )
-    return config
+    """Return the configuration of the model; see [`loading.build_config`]."""
+    return loading.build_config(
+        recipe.model,
+        recipe.config,
+        pretrained,
+        tokenizer,
+        task.config_settings(),
+        recipe.data.max_len,
+        use_tokenizer_ids=bool(recipe.data.tokenizer),
+        add_tokens=bool(recipe.data.add_tokens),
+    )
 
 
-def check_family(recipe, pretrained):
-    """Refuse to start from a model that is not there, or of another family."""
-    if not pretrained:
-        return
-    config_class = FAMILIES[recipe.model].config
-    try:
-        stored, _ = config_class.get_config_dict(lora.config_of(pretrained))
-        kind = stored.get("model_type")
-    except Exception as error:  # the library's own errors are of many classes, and all mean this
-        if (Path(pretrained) / "config.json").exists():
-            raise InputError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
-        raise InputError(
-            f"the model {pretrained} cannot be found: it is not a folder with a config.json here, and the Hugging Face "
-            f"Hub did not give it ({first_line(error)[:200]})"
-        ) from None
-    if kind not in (None, config_class.model_type):
-        families = [name for name, family in FAMILIES.items() if family.config.model_type == kind]
-        hint = f": give --model {families[0]}" if families else ""
-        raise InputError(f"{pretrained} is a {kind} model, and the recipe's model is {recipe.model}{hint}")
-
-
-def check_architecture(recipe, pretrained, is_trained):
-    """Refuse to compute with a model's weights what they were not trained for."""
-    stored = FAMILIES[recipe.model].config.from_pretrained(lora.config_of(pretrained))
-    free = {*SPECIAL_TOKENS, "use_cache", "initializer_range"}
-    free |= {"max_position_embeddings", "rope_parameters"}  # how a context is made longer
-    for name, value in recipe.config.items():
-        trained = getattr(stored, name)
-        if name == "vocab_size" and value > trained and not is_trained:
-            continue  # asked for more: see build_model
-        if trained != value and name not in free and "drop" not in name:
-            raise InputError(
-                f"config of {pretrained}: {name} is {trained!r}; the recipe's {value!r} is another model's"
-            )
-
-
-def positions_key(config_class):
-    return config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-
-
-def build_model(recipe, config, pretrained, is_trained, task):
-    """The model, with fresh weights that only the seed decides, or with those of a checkpoint; and the names of the
-    weights that the checkpoint did not have, which only a head may lack. With LoRA, where the recipe or the checkpoint
-    has it."""
-    base, section = lora.base_of(pretrained), recipe.lora
-    if section.r and not pretrained:
-        raise InputError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
-    if section.r and base and not is_trained:
-        raise InputError(
-            f"{pretrained} is an adapter itself: make a whole model of it first, by its own run's recipe with "
-            "--init_from resume --merge_lora"
-        )
-    try:
-        model, fresh = build_whole_model(recipe, config, base or pretrained, is_trained and not base)
-    except InputError as error:
-        if not base:
-            raise
-        where = f"{pretrained}/adapter_config.json names it as base_model_name_or_path"
-        raise InputError(f"{error}; {where}, and can be changed there") from None
-    if base:  # what it lacks, the adapter has
-        model, fresh = lora.load(model, pretrained), []
-        if is_trained:
-            return model, fresh
-        model = model.merge_and_unload().requires_grad_(True)
-    is_whole = not any(name.startswith(head) for name in fresh for head in heads_of(model))
-    if task.labels and pretrained and not is_trained and is_whole:
-        stored = tasks.Labels.from_config(type(config).from_pretrained(lora.config_of(pretrained)))
-        if not task.labels.fit_head(stored):
-            fresh = [*fresh, *start_head(model)]
+def build_model(recipe, config, pretrained, stored_config, is_trained, task):
+    """Return the model and the names of its newly initialized weights; see [`loading.build_model`]."""
+    section, lora_settings = recipe.lora, None
     if section.r and not recipe.evaluation.eval_only:
-        settings = section.r, section.lora_alpha, section.lora_dropout, section.target_modules
-        model = lora.add(model, recipe.task, fresh, *settings)
-    return model, fresh
-
-
-def heads_of(model):
-    """name -> module, of what stands on the body."""
-    return {name: head for name, head in model.named_children() if name != model.base_model_prefix}
-
-
-def start_head(model):
-    """Draw the weights of a head anew, which was trained for other labels; their names."""
-    fresh = []
-    for name, head in heads_of(model).items():
-        for part, parameter in head.named_parameters():
-            parameter._is_hf_initialized = False  # or it would be taken for loaded
-            fresh.append(f"{name}.{part}")
-        for module in head.modules():
-            module._is_hf_initialized = False
-            model._init_weights(module)
-    return fresh
-
-
-def build_whole_model(recipe, config, pretrained, is_trained):
-    """See [`build_model`]."""
-    model_class = FAMILIES[recipe.model].tasks[recipe.task]
-    dtype = getattr(torch, recipe.training.dtype)
-    torch.manual_seed(sampler.derive_seed(recipe.run.seed, "initial weights"))
-    if not pretrained:
-        try:
-            model = model_class(config)
-            for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact, as when loaded
-                parameter.data = parameter.data.to(dtype)
-            return model, []
-        except (RuntimeError, MemoryError) as error:
-            raise InputError(f"a {recipe.model} of this config cannot be made: {first_line(error)}") from None
-    vocab_size = config.vocab_size
-    try:
-        config.vocab_size = type(config).from_pretrained(str(pretrained)).vocab_size  # what the file has; grown below
-        model, loading = model_class.from_pretrained(
-            str(pretrained),
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below, in one line
-        )
-    except Exception as error:
-        raise InputError(f"the model {pretrained} cannot be loaded: {first_line(error)}") from None
-    fresh, body = sorted(loading["missing_keys"]), f"{model_class.base_model_prefix}."
-    mismatched = sorted(loading["mismatched_keys"])
-    if not is_trained and TASKS[recipe.task].is_labelled:  # a head for other labels
-        fresh += [name for name, *_ in mismatched if not name.startswith(body)]
-        mismatched = [one for one in mismatched if one[0].startswith(body)]
-    if mismatched:
-        name, stored, wanted = mismatched[0]
-        raise InputError(
-            f"the model {pretrained} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
-            f"{tuple(wanted)} by the config ({len(mismatched)} such)"
-        )
-    if missing := [name for name in fresh if is_trained or (name.startswith(body) and ".pooler." not in name)]:
-        stored = (type(config).from_pretrained(str(pretrained)).architectures or [""])[0]
-        others = [name for name, one in FAMILIES[recipe.model].tasks.items() if stored.endswith(_head(one))]
-        hint = f"; what it was trained for is --task {others[0]}" if others and others[0] != recipe.task else ""
-        lacks = f"lacks weights that task {recipe.task} needs: {missing[0]} ({len(missing)} such)"
-        raise InputError(f"the model {pretrained} {lacks}{hint}")
-    if vocab_size > config.vocab_size:
-        # new rows start close around the mean of the old ones (Hewitt 2021), so that no token starts out likely
-        model.resize_token_embeddings(vocab_size)
-        fresh.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
-        config.vocab_size = vocab_size
-    if recipe.data.tokenizer and model.can_generate():  # another tokenizer may end its text with another token
-        for name in SPECIAL_TOKENS:
-            setattr(model.generation_config, name, getattr(config, name))
-    return model, fresh
-
-
-def _head(model_class):
-    """What a class has in common with its stock one, as ForSequenceClassification."""
-    return "For" + model_class.__name__.rpartition("For")[2]
-
-
-def use_fast_isolation(model, config, accelerator):
-    """On a GPU, flex attention skips the blocks between documents, where a mask would have them computed and thrown
-    away. It has no dropout; with attention dropout, the mask stays."""
-    has_dropout = any(getattr(config, name, 0) for name in ATTENTION_DROPOUTS)
-    if accelerator.device.type == "cuda" and not has_dropout:
-        model.set_attn_implementation("flex_attention")
+        lora_settings = {"r": section.r, "alpha": section.lora_alpha, "dropout": section.lora_dropout}
+        lora_settings["target_modules"] = section.target_modules
+    labels_fit = not (task.labels and stored_config) or task.labels.fit_head(tasks.Labels.from_config(stored_config))
+    return loading.build_model(
+        recipe.model,
+        recipe.task,
+        config,
+        pretrained,
+        is_trained,
+        replaces_head=task.is_labelled,
+        labels_fit=labels_fit,
+        use_config_ids=bool(recipe.data.tokenizer),
+        seed=sampler.derive_seed(recipe.run.seed, "initial weights"),
+        dtype=getattr(torch, recipe.training.dtype),
+        lora_settings=lora_settings,
+    )
 
 
 def resolve_sizes(recipe, config, task, accelerator, state):
@@ -749,9 +588,9 @@ def main(argv):
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
     given = find_sources(recipe)
-    check_family(recipe, pretrained)
+    stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
     tokenizer = find_tokenizer(recipe, given, pretrained, False)
-    task = build_task(recipe, given, tokenizer, pretrained, False)
+    task = build_task(recipe, given, tokenizer, stored_config, False)
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or config.max_position_embeddings
     task.configure(config, data.max_len)

@@ -5,19 +5,12 @@ import sys
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    GenerationConfig,
-    TextStreamer,
-)
+from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from . import checkpoint
-from .errors import InputError, Parser, exit_on_input_error, first_line
-from .models import lora
+from .errors import InputError, Parser, exit_on_input_error
+from .models import loading, lora
 
 
 def generate_text(
@@ -176,19 +169,9 @@ def find_model(run):
 def load(run, device="cpu"):
     """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
     folder, tokenizer = find_model(run)
-    try:
-        architectures = AutoConfig.from_pretrained(lora.config_of(folder)).architectures or [""]
-        if architectures[0].endswith(("Classification", "QuestionAnswering")):
-            raise InputError(f"{run} judges text and writes none: python -m hf_myllm.predict {run} --input FILE")
-        fills_in = architectures[0].endswith(("ForMaskedLM", "ForPreTraining"))
-        model = (AutoModelForMaskedLM if fills_in else AutoModelForCausalLM).from_pretrained(folder)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)[:300]}") from None
-    if lora.base_of(folder) and (folder / "generation_config.json").is_file():  # else it has the whole model's
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(device), tokenizer
+    if loading.read_architecture(folder).endswith(("Classification", "QuestionAnswering")):
+        raise InputError(f"{run} judges text and writes none: python -m hf_myllm.predict {run} --input FILE")
+    return loading.load_stock_model(folder).to(device), tokenizer
 
 
 class _Terminal(TextStreamer):

@@ -14,27 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 
 from . import checkpoint, tasks
 from .data.sources import file_source
 from .distributed import silence_libraries
-from .errors import DataError, InputError, ModelError, Parser, exit_on_input_error, first_line
+from .errors import DataError, InputError, ModelError, Parser, exit_on_input_error
 from .files import atomic_path
 from .generate import find_model
-from .models import lora
+from .models import loading
 from .tasks import TASKS
 from .tasks.labelled_rows import read_examples, rows_in_memory
 
-_MODEL_CLASSES = {  # the end of the stock class's name -> the class, and its task if there is no recipe
-    "ForSequenceClassification": (AutoModelForSequenceClassification, "classification"),
-    "ForTokenClassification": (AutoModelForTokenClassification, "token_classification"),
-    "ForQuestionAnswering": (AutoModelForQuestionAnswering, "question_answering"),
+_TASKS = {  # the end of the stock class's name -> its task if there is no recipe
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
 }
 _CHUNK = 1000  # examples read before the first is written
 
@@ -46,30 +40,14 @@ def load(run_dir, device="cpu"):
         ModelError: there is no model, or it makes no predictions.
     """
     folder, tokenizer = find_model(run_dir)
-    try:
-        config = AutoConfig.from_pretrained(lora.config_of(folder))
-        name = (config.architectures or [""])[0]
-    except Exception as error:
-        raise ModelError(f"{folder}/config.json is not a model's configuration: {first_line(error)[:200]}") from None
-    candidates = [value for ending, value in _MODEL_CLASSES.items() if name.endswith(ending)]
-    if not candidates:
+    architecture = loading.read_architecture(folder)
+    task = next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
+    if task is None:
         raise ModelError(
-            f"{run_dir} holds a {name or 'model of no class'}, which makes no predictions; to generate text: python -m "
-            f"hf_myllm.generate {run_dir}"
+            f"{run_dir} holds a {architecture or 'model of no class'}, which makes no predictions; to generate text: "
+            f"python -m hf_myllm.generate {run_dir}"
         )
-    model_class, task = candidates[0]
-    base = lora.base_of(folder)
-    try:
-        # the head of an adapter may differ from the head of its base model
-        model = model_class.from_pretrained(
-            base or folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=base is not None
-        )
-        model = lora.load(model, folder) if base else model
-    except InputError:
-        raise
-    except Exception as error:
-        raise ModelError(f"the model in {folder} cannot be loaded: {first_line(error)[:300]}") from None
-    return model.to(device).eval(), tokenizer, task
+    return loading.load_stock_model(folder, torch.float32).to(device), tokenizer, task
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ..errors import HubError, first_line
-from ..models import FAMILIES, find_family, lora
+from ..models import FAMILIES, find_family, loading, lora
 
 SCRIPT = Path(__file__).with_name("run_stock_model.py")
 # Environment variables of a launch, by prefix: the check and a push are single processes of their own.
@@ -45,10 +45,7 @@ def check(folder):
     inputs = {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
     inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     stock_outputs = _run_stock(folder, architecture, base, config_path, inputs)
-    model = own_class.from_pretrained(
-        base or folder, config=family.config.from_pretrained(config_path), dtype=torch.float32
-    )
-    model = (lora.load(model, folder) if base else model).eval()
+    model = loading.load_model(own_class, folder, family.config.from_pretrained(config_path), torch.float32)
     with torch.no_grad():
         outputs = [output for output in model(**inputs).to_tuple() if isinstance(output, torch.Tensor)]
     for index, output in enumerate(outputs):

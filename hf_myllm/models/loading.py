@@ -1,0 +1,353 @@
+"""Configurations and weights: of a new model, of a checkpoint, of an adapter with its base model.
+
+Every model of this package is loaded here. A checkpoint may lack the weights of a head, which are then initialized; it
+may be given a larger vocabulary; its configuration may change in what does not depend on the weights.
+"""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+)
+
+from ..errors import ModelError, first_line
+from . import FAMILIES, lora
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
+STOCK_CLASSES = {  # end of a stock class name -> the class that loads it; any other is a causal LM
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForPreTraining": AutoModelForMaskedLM,
+}
+# What a recipe may change of a checkpoint's configuration, besides dropout. The last two extend its context.
+_FREE_SETTINGS = {*SPECIAL_TOKENS, "use_cache", "initializer_range", "max_position_embeddings", "rope_parameters"}
+_CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, AttributeError, OSError)
+
+
+def read_config(family, pretrained):
+    """Return the configuration of a model or an adapter.
+
+    Args:
+        family: a key of FAMILIES.
+        pretrained: folder or Hub id.
+    Raises:
+        ModelError: there is no model, its configuration is invalid, or it belongs to another family.
+    """
+    config_class, path = FAMILIES[family].config, lora.config_of(pretrained)
+    try:
+        model_type = config_class.get_config_dict(path)[0].get("model_type")
+    except Exception as error:  # the library raises many classes of errors here
+        if (Path(pretrained) / "config.json").exists():
+            raise ModelError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
+        raise ModelError(
+            f"the model {pretrained} cannot be found: it is neither a folder with a config.json nor available on the "
+            f"Hugging Face Hub ({first_line(error)[:200]})"
+        ) from None
+    if model_type not in (None, config_class.model_type):
+        names = [name for name, other in FAMILIES.items() if other.config.model_type == model_type]
+        hint = f"; give --model {names[0]}" if names else ""
+        raise ModelError(f"{pretrained} is a {model_type} model, and the recipe's model is {family}{hint}")
+    try:
+        return config_class.from_pretrained(path)
+    except _CONFIG_ERRORS as error:
+        raise ModelError(f"config of {pretrained}: {first_line(error.__cause__ or error)}") from None
+
+
+def build_config(
+    family,
+    settings,
+    pretrained=None,
+    tokenizer=None,
+    task_settings=None,
+    max_len=None,
+    use_tokenizer_ids=False,
+    add_tokens=False,
+):
+    """Return the configuration of a checkpoint or, without one, the default of the family, with changed settings.
+
+    Args:
+        family: a key of FAMILIES.
+        settings: the recipe's `config`.
+        pretrained: folder or Hub id of the checkpoint.
+        tokenizer: sets the special tokens and the vocabulary size of a new model.
+        task_settings: settings of the task, for example its labels; they replace the recipe's.
+        max_len: number of positions of a new model, so that each is trained.
+        use_tokenizer_ids: set the special tokens of a checkpoint from the tokenizer too, because it replaces its own.
+        add_tokens: extend the vocabulary of a checkpoint to that of the tokenizer.
+    Raises:
+        ModelError: a value is invalid, or the vocabulary is smaller than the tokenizer's.
+    """
+    config_class, recipe_settings, settings = FAMILIES[family].config, settings, dict(settings)
+    try:
+        if tokenizer is not None and (not pretrained or use_tokenizer_ids):
+            for name in SPECIAL_TOKENS:
+                settings.setdefault(name, getattr(tokenizer, name))
+        settings |= task_settings or {}
+        if pretrained:
+            config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
+            if add_tokens and "vocab_size" not in settings:
+                config.vocab_size = max(config.vocab_size, len(tokenizer))
+        else:
+            if tokenizer is not None:
+                settings.setdefault("vocab_size", len(tokenizer))
+            if max_len:
+                positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+                settings.setdefault(positions, max_len)
+            config = config_class(**settings)
+    except _CONFIG_ERRORS as error:
+        raise ModelError(f"config of {pretrained or family}: {first_line(error.__cause__ or error)}") from None
+    for name in SPECIAL_TOKENS:
+        token_id = getattr(config, name)
+        if isinstance(token_id, int) and not 0 <= token_id < config.vocab_size and name in recipe_settings:
+            raise ModelError(f"{name} is {token_id}; it must be in the vocabulary, below {config.vocab_size}")
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens; "
+            f"raise it (--vocab_size {len(tokenizer)}), or give the model's own tokenizer"
+        )
+    return config
+
+
+def check_settings(settings, stored_config, pretrained, is_trained):
+    """Check that a recipe's `config` does not change what the weights of a checkpoint depend on.
+
+    Args:
+        is_trained: whether the checkpoint is resumed or evaluated; otherwise its vocabulary may be extended.
+    Raises:
+        ModelError: it does.
+    """
+    for name, value in settings.items():
+        stored = getattr(stored_config, name)
+        if name == "vocab_size" and value > stored and not is_trained:
+            continue
+        if stored != value and name not in _FREE_SETTINGS and "drop" not in name:
+            raise ModelError(
+                f"config of {pretrained}: {name} is {stored!r}; the recipe's {value!r} is another model's, so drop it"
+            )
+
+
+def build_model(
+    family,
+    task,
+    config,
+    pretrained=None,
+    is_trained=False,
+    replaces_head=False,
+    labels_fit=True,
+    use_config_ids=False,
+    seed=0,
+    dtype=torch.float32,
+    lora_settings=None,
+):
+    """Return the model that a run trains or evaluates, and the names of its newly initialized weights.
+
+    Args:
+        family: a key of FAMILIES.
+        task: a key of the family's tasks.
+        config: from [`build_config`].
+        pretrained: folder or Hub id of a model or an adapter to load; None: initialize all weights.
+        is_trained: whether `pretrained` is resumed or evaluated. It must then have all weights, and an adapter remains
+            one; otherwise an adapter is merged.
+        replaces_head: whether a head of another size is newly initialized instead of an error.
+        labels_fit: whether a pretrained head may be kept; if not, it is newly initialized.
+        use_config_ids: set the special tokens of generation from the configuration.
+        seed: seed of the newly initialized weights.
+        lora_settings: arguments of [`lora.add`], to train an adapter; None: train all weights.
+    Raises:
+        ModelError: the model cannot be loaded, does not fit the configuration, or lacks weights of the task.
+    """
+    base = lora.base_of(pretrained)
+    if lora_settings:
+        _check_lora(pretrained, base, is_trained)
+    torch.manual_seed(seed)
+    if not pretrained:
+        return _initialize(FAMILIES[family].tasks[task], config, dtype, family), []
+    try:  # what a base model lacks, its adapter has
+        must_be_whole = is_trained and not base
+        model, new = _load_whole_model(family, task, config, base or pretrained, must_be_whole, replaces_head, dtype)
+    except ModelError as error:
+        raise _explain(error, pretrained, base) from None
+    if use_config_ids and model.can_generate():
+        for name in SPECIAL_TOKENS:
+            setattr(model.generation_config, name, getattr(config, name))
+    if base:
+        model, new = lora.load(model, pretrained), []
+        if is_trained:
+            return model, new
+        model = model.merge_and_unload().requires_grad_(True)
+    has_head = not any(name.startswith(head) for name in new for head in _heads(model))
+    if has_head and not labels_fit and not is_trained:
+        new += _initialize_heads(model)
+    return lora.add(model, task, new, **lora_settings) if lora_settings else model, new
+
+
+def load_stock_model(folder, dtype="auto"):
+    """Return the model of a folder as the stock class that its configuration names, with its adapter if it is one.
+
+    Raises:
+        ModelError: there is no model, or it cannot be loaded.
+    """
+    architecture = read_architecture(folder)
+    names = [ending for ending in STOCK_CLASSES if architecture.endswith(ending)]
+    model_class = STOCK_CLASSES[names[0]] if names else AutoModelForCausalLM
+    return load_model(model_class, folder, AutoConfig.from_pretrained(lora.config_of(folder)), dtype)
+
+
+def read_architecture(folder):
+    """Return the name of the stock class of a folder's model, "" if its configuration has none.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    try:
+        return (AutoConfig.from_pretrained(lora.config_of(folder)).architectures or [""])[0]
+    except Exception as error:
+        raise ModelError(f"{folder}/config.json is not a model's configuration: {first_line(error)[:200]}") from None
+
+
+def load_model(model_class, folder, config, dtype="auto"):
+    """Return the model of a folder for evaluation or generation; an adapter is a peft model around its base model.
+
+    Args:
+        model_class: one of ours, a stock class or an Auto class.
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    base = lora.base_of(folder)
+    try:
+        # The base model of an adapter may have another head, which the adapter replaces.
+        model, _ = _load_weights(model_class, base or folder, config, dtype, ignore_mismatched_sizes=base is not None)
+    except ModelError as error:
+        raise _explain(error, folder, base) from None
+    if not base:
+        return model.eval()
+    if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return lora.load(model, folder).eval()
+
+
+def use_flex_attention(model, device_type):
+    """Let a model that keeps packed documents apart use flex attention on a GPU, which skips the blocks between
+    documents; sdpa would compute and mask them. Flex attention has no dropout: with attention dropout, sdpa stays."""
+    names = [name for name in model.config.to_dict() if name.startswith("att") and "drop" in name]
+    if device_type == "cuda" and not any(getattr(model.config, name) for name in names):
+        model.set_attn_implementation("flex_attention")
+
+
+def _load_weights(model_class, path, config, dtype, ignore_mismatched_sizes=True):
+    try:
+        return model_class.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
+    except Exception as error:
+        raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
+
+
+def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, dtype):
+    """Return a model without an adapter and the names of its newly initialized weights; see [`build_model`]."""
+    vocab_size = config.vocab_size
+    try:
+        stored_config = type(config).from_pretrained(str(path))
+    except Exception as error:
+        raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
+    config.vocab_size = stored_config.vocab_size
+    model, loading_info = _load_weights(FAMILIES[family].tasks[task], path, config, dtype)
+    new = _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config)
+    if vocab_size > config.vocab_size:
+        # New rows are drawn close to the mean of the old ones (Hewitt 2021), so that no token starts out likely.
+        model.resize_token_embeddings(vocab_size)
+        new.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
+        config.vocab_size = vocab_size
+    return model, new
+
+
+def _check_lora(pretrained, base, is_trained):
+    if not pretrained:
+        raise ModelError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
+    if base and not is_trained:
+        raise ModelError(
+            f"{pretrained} is an adapter itself: make a whole model of it first, by its own run's recipe with "
+            "--init_from resume --merge_lora"
+        )
+
+
+def _explain(error, pretrained, base):
+    """Return the error; if it is about the base model of an adapter, with the file that names that model."""
+    if not base:
+        return error
+    where = f"{pretrained}/adapter_config.json names it as base_model_name_or_path, and can be changed there"
+    return ModelError(f"{error}; {where}")
+
+
+def _initialize(model_class, config, dtype, family):
+    try:
+        model = model_class(config)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact, as when loaded
+            parameter.data = parameter.data.to(dtype)
+        return model
+    except (RuntimeError, MemoryError) as error:
+        raise ModelError(f"a {family} of this config cannot be made: {first_line(error)}") from None
+
+
+def _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config):
+    """Return the names of the weights that a checkpoint lacks, and that were therefore newly initialized.
+
+    Raises:
+        ModelError: it lacks more than a head may lack, or its weights have other sizes.
+    """
+    model_class = FAMILIES[family].tasks[task]
+    new, body = sorted(loading_info["missing_keys"]), f"{model_class.base_model_prefix}."
+    mismatched = sorted(loading_info["mismatched_keys"])
+    if replaces_head and not must_be_whole:
+        new += [name for name, *_ in mismatched if not name.startswith(body)]
+        mismatched = [entry for entry in mismatched if entry[0].startswith(body)]
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"the model {path} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
+            f"{tuple(expected)} by the config ({len(mismatched)} such)"
+        )
+    missing = [name for name in new if must_be_whole or (name.startswith(body) and ".pooler." not in name)]
+    if missing:
+        trained_tasks = [
+            name
+            for name, other in FAMILIES[family].tasks.items()
+            if stored_config.stock_name(other.__name__) in (stored_config.architectures or [])
+        ]
+        hint = f"; it was trained for --task {trained_tasks[0]}" if trained_tasks and task not in trained_tasks else ""
+        raise ModelError(
+            f"the model {path} lacks weights that task {task} needs: {missing[0]} ({len(missing)} such){hint}"
+        )
+    return new
+
+
+def _heads(model):
+    """Return name -> module of everything on top of the model without a head."""
+    return {name: head for name, head in model.named_children() if name != model.base_model_prefix}
+
+
+def _initialize_heads(model):
+    """Initialize the heads, which were trained for other labels; return the names of their weights."""
+    names = []
+    for name, head in _heads(model).items():
+        for parameter_name, parameter in head.named_parameters():
+            parameter._is_hf_initialized = False  # otherwise the library keeps it
+            names.append(f"{name}.{parameter_name}")
+        for module in head.modules():
+            module._is_hf_initialized = False
+            model._init_weights(module)
+    return names
