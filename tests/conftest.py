@@ -20,7 +20,15 @@ ROOT = Path(__file__).parent.parent
 ASSETS = Path(os.environ.get("HF_MYLLM_ASSETS", ROOT.parent / "shared" / "assets"))
 
 
-LONGEST = ("test_processes", "test_train", "test_finetuning", "test_families", "test_hub", "test_launching")
+LONGEST = (
+    "test_processes",
+    "test_train",
+    "test_finetuning",
+    "test_lora",
+    "test_families",
+    "test_hub",
+    "test_launching",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -138,3 +146,67 @@ def make_task(name, tokenizer, max_len, vocab_size=None, seed=0, **settings):
     config = {"vocab_size": vocab_size or len(tokenizer), "type_vocab_size": 2}
     task.configure(SimpleNamespace(**config, pad_token_id=getattr(tokenizer, "pad_token_id", None)), max_len)
     return task
+
+
+@pytest.fixture(scope="session")
+def entities_run(tmp_path_factory):
+    """A folder with train.conll, val.conll and a trained run."""
+    import small_runs as runs
+
+    folder = tmp_path_factory.mktemp("words")
+    runs.write_sentences(folder / "train.conll", 300, 0)
+    runs.write_sentences(folder / "val.conll", 61, 1)
+    settings = {
+        "model": "bert",
+        "task": "token_classification",
+        **runs.BERT,
+        **runs.DROPOUT,
+        "tokenizer": runs.WORDPIECE,
+        "max_len": 16,
+    }
+    settings |= {"train_file": folder / "train.conll", "val_file": folder / "val.conll", "save_model": folder / "run"}
+    assert train(*runs.flags(**settings, batch_size=16, epochs=12, learning_rate=5e-3, eval_freq=100)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt(tmp_path_factory):
+    """A small GPT that is trained a little, to start from."""
+    import small_runs as runs
+
+    folder = tmp_path_factory.mktemp("gpt")
+    text = runs.write_lines(
+        folder / "text.jsonl",
+        [{"text": f"say {name}: {name}. {place}"} for name in runs.NAMES for place in runs.PLACES],
+    )
+    settings = runs.flags(
+        **runs.GPT, tokenizer=runs.BPE, train_file=text, max_len=64, max_steps=60, batch_size=4, val_fraction=0
+    )
+    assert train(*settings, "--learning_rate", "5e-3", "--save_model", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """The settings of a classifier on random labels, which is best early."""
+    import small_runs as runs
+
+    settings = {
+        "model": "gpt",
+        "task": "classification",
+        **runs.GPT,
+        "tokenizer": runs.BPE,
+        "max_len": 32,
+        "batch_size": 8,
+    }
+    settings |= {
+        "train_file": runs.write_noise(tmp_path / "train.jsonl", 64, 0),
+        "val_file": runs.write_noise(tmp_path / "val.jsonl", 40, 1),
+    }
+    return settings | {
+        "learning_rate": 5e-3,
+        "lr_schedule": "constant",
+        "eval_freq": 4,
+        "save_freq": 10,
+        "save_model": tmp_path / "run",
+    }

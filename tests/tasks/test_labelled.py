@@ -1,4 +1,4 @@
-"""Labelled data: every label where it belongs, and every mistake named by its row."""
+"""Labelled examples: each label at its token, and each mistake named by its place."""
 
 import json
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def bpe():
     return tokenizer.train_bpe(["<user>hello there\n<assistant>well met, stranger\n"] * 5, 300)
 
 
-def written(folder, rows, name="a.jsonl"):
+def write_source(folder, rows, name="a.jsonl"):
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sources.file_source(str(folder / name))
 
@@ -53,12 +53,12 @@ def whole_batch(task, rows):
 
 
 @pytest.mark.parametrize("pair", [None, "other"])
-def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
-    source, task = written(tmp_path, ROWS), Classification(wordpiece, max_len=20, text_pair_column=pair)
+def test_texts_are_tokenized_as_by_the_stock_tokenizer(tmp_path, wordpiece, pair):
+    source, task = write_source(tmp_path, ROWS), Classification(wordpiece, max_len=20, text_pair_column=pair)
     assert find_labels(task, source) == Labels("single_label_classification", ("0", "1", "2"))
     training, held_out = load_rows(source, task, 0.1)
     assert (len(training), len(held_out)) == (45, 5)
-    kept = [row for number, row in enumerate(ROWS) if number % 10 != 4]
+    kept = [row for index, row in enumerate(ROWS) if index % 10 != 4]
     batch = whole_batch(task, training)
     assert batch["labels"].tolist() == [row["label"] for row in kept] + [-100] * 2
     texts = [row["text"] for row in kept], *([[row["other"] for row in kept]] if pair else [])
@@ -71,24 +71,24 @@ def test_texts_are_what_the_tokenizer_says(tmp_path, wordpiece, pair):
     assert training.lengths(np.arange(3)).tolist() == stock["attention_mask"].sum(1)[:3].tolist()
 
 
-def test_kinds_of_labels(tmp_path, wordpiece):
-    def found(rows, problem_type=None, **columns):
+def test_types_of_labels(tmp_path, wordpiece):
+    def labels_of(rows, problem_type=None, **columns):
         task = Classification(wordpiece, max_len=20, problem_type=problem_type, **columns)
-        return find_labels(task, written(tmp_path, rows))
+        return find_labels(task, write_source(tmp_path, rows))
 
     several = [{"text": "x", "label": ["b", "a"]}, {"text": "y", "label": []}, {"text": "z", "label": ["c"]}]
-    labels = found(several)
+    labels = labels_of(several)
     assert labels == Labels("multi_label_classification", ("a", "b", "c"))
     assert labels.encode(["c", "a"], "row") == [1.0, 0.0, 1.0]
     assert labels.encode([], "row") == [0.0, 0.0, 0.0]
-    flags = found([{"text": "x", "p": 1, "q": "0"}], label_column=["p", "q"])
+    flags = labels_of([{"text": "x", "p": 1, "q": "0"}], label_column=["p", "q"])
     assert flags.encode({"p": 1, "q": "0"}, "row") == [1.0, 0.0]
-    number = found(ROWS, "regression")
-    assert (number.encode("2.5", "row"), number.num_labels) == (2.5, 1)
-    hot = found([{"text": "x", "label": [0, 1, 0]}, {"text": "y", "label": [1, 1, 0]}])
+    regression = labels_of(ROWS, "regression")
+    assert (regression.encode("2.5", "row"), regression.num_labels) == (2.5, 1)
+    hot = labels_of([{"text": "x", "label": [0, 1, 0]}, {"text": "y", "label": [1, 1, 0]}])
     assert hot == Labels("multi_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
     assert hot.encode([0, 1.0, True], "row") == [0.0, 1.0, 1.0]
-    assert found([{"text": "x", "label": [0, 1]}, {"text": "y", "label": [3]}]).names == (
+    assert labels_of([{"text": "x", "label": [0, 1]}, {"text": "y", "label": [3]}]).names == (
         "0",
         "1",
         "3",
@@ -100,16 +100,16 @@ def test_kinds_of_labels(tmp_path, wordpiece):
     with pytest.raises(InputError, match="column 'p' has 2; a class column holds 0 or 1"):
         flags.encode({"p": 2, "q": 0}, "row")
     with pytest.raises(InputError, match="names a column twice"):
-        found([{"text": "x", "p": 1}], label_column=["p", "p"])
+        labels_of([{"text": "x", "p": 1}], label_column=["p", "p"])
     stock = Labels("single_label_classification", ("LABEL_0", "LABEL_1"))
     assert stock.encode(1, "row") == 1
     words = [{"text": "x", "label": name} for name in ("spam", "ham", "spam")]
-    assert found(words).names == ("ham", "spam")
-    tens = [{"text": "x", "label": number} for number in (10, 9, 100)]
-    assert found(tens).names == ("9", "10", "100")
+    assert labels_of(words).names == ("ham", "spam")
+    tens = [{"text": "x", "label": value} for value in (10, 9, 100)]
+    assert labels_of(tens).names == ("9", "10", "100")
 
 
-def test_class_names_of_a_data_set(tmp_path, wordpiece):
+def test_class_names_of_a_dataset(tmp_path, wordpiece):
     import datasets
 
     names = datasets.ClassLabel(names=["ham", "spam"])
@@ -134,12 +134,12 @@ def test_class_names_of_a_data_set(tmp_path, wordpiece):
 # ---- words
 
 
-def test_words_and_their_first_tokens(tmp_path, wordpiece):
+def test_a_word_has_its_label_at_its_first_token(tmp_path, wordpiece):
     rows = [
         {"tokens": ["text", "numberpair", "\u200d", "text"], "label": ["O", "B-x", "I-x", "O"]},
         {"tokens": ["number"] * 30, "label": ["O", "B-x", "I-x"] * 10},
     ]
-    source, task = written(tmp_path, rows), TokenClassification(wordpiece, max_len=16)
+    source, task = write_source(tmp_path, rows), TokenClassification(wordpiece, max_len=16)
     names = find_labels(task, source).names
     assert names == ("B-x", "I-x", "O")
     examples, _ = load_rows(source, task)
@@ -147,14 +147,14 @@ def test_words_and_their_first_tokens(tmp_path, wordpiece):
     assert len(examples) > 2  # the second goes into several rows
     assert examples.stats["cut"] == 1
     batch = whole_batch(task, examples)
-    # each word is judged once, whether the tokenizer makes something of it or not, and wherever a row ends
-    said = batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()
-    assert [names[number] for number in said] == rows[0]["label"] + rows[1]["label"]
+    # each word has one target, also without tokens of its own and at the end of a row
+    labels = batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()
+    assert [names[label] for label in labels] == rows[0]["label"] + rows[1]["label"]
     stock = wordpiece(["text", "numberpair", "[UNK]", "text"], is_split_into_words=True)
     first = batch["input_ids"][0][: len(stock["input_ids"])].tolist()
     assert first == stock["input_ids"]
-    starts = [place for place, word in enumerate(stock.word_ids()) if word != ([None, *stock.word_ids()][place])]
-    starts = [place for place in starts if stock.word_ids()[place] is not None]
+    word_ids = stock.word_ids()
+    starts = [token for token, word in enumerate(word_ids) if word is not None and word != word_ids[token - 1]]
     assert torch.nonzero(batch["labels"][0] != IGNORE_INDEX)[:, 0].tolist() == starts
     assert examples.rows_of_examples([1]).tolist() == list(range(1, len(examples)))
     whole = wordpiece(["number"] * 30, is_split_into_words=True, add_special_tokens=False)["input_ids"]
@@ -169,11 +169,11 @@ def test_conll_files(tmp_path, wordpiece):
     )
     source = sources.file_source(str(tmp_path / "a.conll"))
     task = TokenClassification(wordpiece, max_len=20)
-    found = list(task.read(source))
-    assert [row["tokens"] for _, row in found] == [["EU", "rejects"], ["#tag"], ["Last"]]
-    assert [row["label"] for _, row in found] == [["B-ORG", "O"], ["O"], ["B-ORG"]]
-    assert found[0][0].endswith("a.conll line 3")
-    # tabs let a word have a space, and a word is what stands there, however odd
+    records = list(task.read(source))
+    assert [row["tokens"] for _, row in records] == [["EU", "rejects"], ["#tag"], ["Last"]]
+    assert [row["label"] for _, row in records] == [["B-ORG", "O"], ["O"], ["B-ORG"]]
+    assert records[0][0].endswith("a.conll line 3")
+    # with tabs, a word may contain spaces; unusual words are kept as they are
     (tmp_path / "b.txt").write_text("New York\tB-LOC\nis\tO\n\u00a0\tO\n")
     assert next(task.read(sources.file_source(str(tmp_path / "b.txt"))))[1]["tokens"] == ["New York", "is", "\u00a0"]
     (tmp_path / "c.txt").write_text("# sent_id = 1\n# O\nNew\u00a0York B-LOC\n# O\n")
@@ -187,7 +187,7 @@ CONTEXT = "text number pair " * 12 + "text number text"
 
 
 def squad(path, questions, context=CONTEXT):
-    qas = [{"id": str(n), "question": "number pair?", **one} for n, one in enumerate(questions)]
+    qas = [{"id": str(n), "question": "number pair?", **question} for n, question in enumerate(questions)]
     path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}))
     return sources.file_source(str(path))
 
@@ -232,35 +232,35 @@ def test_windows_are_those_of_the_stock_tokenizer(tmp_path, wordpiece, stride):
     assert examples.stats["unanswerable"] == 1
 
 
-def test_answers_are_put_together_from_all_windows(tmp_path, wordpiece):
+def test_answers_combine_all_windows_of_a_context(tmp_path, wordpiece):
     at = CONTEXT.rindex("number")
     source = squad(tmp_path / "a.json", [{"answers": [{"text": "number text", "answer_start": at}]}] * 2)
     task = QuestionAnswering(wordpiece, max_len=24)
     examples, _ = load_rows(source, task)
     task.configure(SimpleNamespace(pad_token_id=0, type_vocab_size=2), 24)
-    numbers = np.arange(len(examples))
-    batch = task.batch(examples, numbers)
+    indices = np.arange(len(examples))
+    batch = task.batch(examples, indices)
     shape = batch["input_ids"].shape
     outputs = type("", (), {"start_logits": torch.zeros(shape), "end_logits": torch.zeros(shape)})
-    for row in numbers:  # sure of the answer where it is, and elsewhere that it is not there
+    for row in indices:  # certain of the answer in rows that hold it, and of no answer elsewhere
         first, last = examples.row_labels[row]
         outputs.start_logits[row, first], outputs.end_logits[row, last] = 9, 9
-    said = task.predictions(outputs, examples, numbers)
+    predictions = task.predictions(outputs, examples, indices)
     for may_refuse in (False, True):
-        answers = task.answers(examples, numbers, said, may_refuse)
+        answers = task.answers(examples, indices, predictions, may_refuse)
         assert [own[0][1:] for own in answers.values()] == [("number text", at)] * 2
         assert [own[0][0] for own in answers.values()] == [18.0] * 2
-    predictions, references = task.metric_inputs(examples, numbers, said)
+    predictions, references = task.metric_inputs(examples, indices, predictions)
     assert task.compute_metrics(predictions, references) == {"exact_match": 1, "f1": 1}
     assert predictions[1] == {"id": "1", "prediction_text": "number text"}
     assert references[1] == {"id": "1", "answers": {"text": ["number text"], "answer_start": [at]}}
-    outputs.start_logits[:, 0] = outputs.end_logits[:, 0] = 99  # now it is nowhere
-    said = task.predictions(outputs, examples, numbers)
-    assert task.answers(examples, numbers, said, True)[0][0][1] == ""
-    assert task.answers(examples, numbers, said, False)[0][0][1] == "number text"
+    outputs.start_logits[:, 0] = outputs.end_logits[:, 0] = 99  # no row holds the answer
+    predictions = task.predictions(outputs, examples, indices)
+    assert task.answers(examples, indices, predictions, True)[0][0][1] == ""
+    assert task.answers(examples, indices, predictions, False)[0][0][1] == "number text"
 
 
-def test_a_context_stays_on_one_side(tmp_path, wordpiece):
+def test_a_context_is_not_split_between_training_and_validation(tmp_path, wordpiece):
     rows = [
         {
             "id": f"{n}-{k}",
@@ -271,7 +271,7 @@ def test_a_context_stays_on_one_side(tmp_path, wordpiece):
         for k in range(3)
         for n in range(10)
     ]
-    training, held_out = load_rows(written(tmp_path, rows), QuestionAnswering(wordpiece, max_len=24), 0.2)
+    training, held_out = load_rows(write_source(tmp_path, rows), QuestionAnswering(wordpiece, max_len=24), 0.2)
     sides = [{part.records[item]["context"] for item in range(part.num_examples)} for part in (training, held_out)]
     assert [len(side) for side in sides] == [8, 2]
     assert not sides[0] & sides[1]
@@ -281,8 +281,8 @@ def test_a_context_stays_on_one_side(tmp_path, wordpiece):
 # ---- conversations
 
 
-def learned(task, examples):
-    """(all that a row reads, what of it is learned) as text, of each row."""
+def targets(task, examples):
+    """Return the text of each row, and the text of its targets."""
     decode = task.tokenizer.decode
     return [
         (decode(examples.read(row)[0]), decode(examples.read(row)[0][examples.token_labels(row) == 1]))
@@ -290,7 +290,7 @@ def learned(task, examples):
     ]
 
 
-def test_only_what_is_to_be_said_is_learned(tmp_path, bpe):
+def test_only_completions_and_the_assistants_turns_are_targets(tmp_path, bpe):
     rows = [
         {"prompt": "hello", "completion": " there"},
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well met"}]},
@@ -314,9 +314,9 @@ def test_only_what_is_to_be_said_is_learned(tmp_path, bpe):
     ]
     bpe.chat_template = CHAT
     task = Instruction(bpe, max_len=64)
-    examples, _ = load_rows(written(tmp_path, rows), task)
+    examples, _ = load_rows(write_source(tmp_path, rows), task)
     end = bpe.eos_token
-    assert learned(task, examples) == [
+    assert targets(task, examples) == [
         (f"hello there{end}", f" there{end}"),
         (f"<user>hello\n<assistant>well met\n{end}", f"well met\n{end}"),
         (f"<user>a\n<assistant>b\n<user>c\n<assistant>d\n{end}", f"b\nd\n{end}"),
@@ -324,78 +324,78 @@ def test_only_what_is_to_be_said_is_learned(tmp_path, bpe):
     ]
 
 
-def test_a_turn_that_ends_itself_gets_no_other_end(tmp_path, bpe):
+def test_a_turn_that_closes_itself_gets_no_other_end(tmp_path, bpe):
     bpe.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     bpe.chat_template = CHAT.replace("\\n", "\n").replace("{{ m['content'] }}\n", "{{ m['content'] }}<|im_end|>\n")
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     task = Instruction(bpe, max_len=64)
-    examples, _ = load_rows(written(tmp_path, rows), task)
-    assert learned(task, examples)[0][1] == "b<|im_end|>\n"
+    examples, _ = load_rows(write_source(tmp_path, rows), task)
+    assert targets(task, examples)[0][1] == "b<|im_end|>\n"
 
 
-def test_templates_that_write_a_turn_otherwise_later(tmp_path, bpe):
-    """One that closes the whole with the end of text, and one that leaves out old thoughts."""
+def test_templates_that_render_a_turn_differently_later(tmp_path, bpe):
+    """A template that ends the whole chat with the end of text, and one that drops old thoughts."""
     turns = [
         {"role": role, "content": text}
         for role, text in (("user", "a"), ("assistant", "t:b"), ("user", "c"), ("assistant", "t:d"))
     ]
-    source = written(tmp_path, [{"messages": turns}, {"messages": turns[:3]}])
+    source = write_source(tmp_path, [{"messages": turns}, {"messages": turns[:3]}])
     bpe.chat_template = CHAT.replace("<assistant>{% endif %}", "<assistant>{% else %}{{ eos_token }}{% endif %}")
     end, task = bpe.eos_token, Instruction(bpe, max_len=64)
-    found = learned(task, load_rows(source, task)[0])
-    assert [said for _, said in found] == [f"t:b\nt:d\n{end}", f"t:b\n{end}"]
+    rows = targets(task, load_rows(source, task)[0])
+    assert [text for _, text in rows] == [f"t:b\nt:d\n{end}", f"t:b\n{end}"]
     bpe.chat_template = CHAT.replace("m['content']", "(m['content'] if loop.last else m['content'].split(':')[-1])")
     task = Instruction(bpe, max_len=64)
-    examples, _ = load_rows(written(tmp_path, [{"messages": turns}]), task)
-    assert [said for _, said in learned(task, examples)] == [f"t:d\n{end}"]
+    examples, _ = load_rows(write_source(tmp_path, [{"messages": turns}]), task)
+    assert [text for _, text in targets(task, examples)] == [f"t:d\n{end}"]
     assert examples.stats["unlearned"] == 1
 
 
 def test_only_a_closing_token_closes_a_turn(tmp_path, wordpiece):
-    """An unknown or an opening token at the end does not stand for the end."""
+    """An unknown or an opening token at the end does not close a turn."""
     for text in ("text \u2603", "text [CLS]", "text [UNK] "):
         task = Instruction(wordpiece, max_len=64)
-        examples, _ = load_rows(written(tmp_path, [{"prompt": "number", "completion": text}]), task)
+        examples, _ = load_rows(write_source(tmp_path, [{"prompt": "number", "completion": text}]), task)
         assert examples.read(0)[0][-1] == wordpiece.sep_token_id
         assert examples.token_labels(0)[-1] == 1
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "pad"])
-def test_conversations_share_rows_unseen(tmp_path, bpe, packing):
+def test_conversations_in_a_row_do_not_see_each_other(tmp_path, bpe, packing):
     rows = [{"prompt": "hello" * (n % 5 + 1), "completion": " there" * (n % 3 + 1)} for n in range(30)]
     task = Instruction(bpe, max_len=40, packing=packing)
-    examples, _ = load_rows(written(tmp_path, rows), task)
+    examples, _ = load_rows(write_source(tmp_path, rows), task)
     packed = task.make_rows(examples, "x")
     assert (len(packed) < len(examples)) == (packing == "best_fit")
     batch = task.batch(packed, np.arange(len(packed)))
     targets = batch["shift_labels"][batch["shift_labels"] != IGNORE_INDEX]
-    # every token that is learned is a target once
+    # every target of the examples is a target of one row
     assert sorted(targets.tolist()) == sorted(examples.tokens.read(0, 10**6)[examples.all_labels == 1].tolist())
     if packing == "best_fit":
         assert int((batch["position_ids"] == 0).sum()) >= len(examples)
-    # and stands where the model has read just what comes before it
+    # and the model has read exactly the text before it
     first = batch["shift_labels"][0] != IGNORE_INDEX
-    place = int(torch.nonzero(first)[0])
-    assert bpe.decode(batch["input_ids"][0][: place + 1]).startswith("hello")
+    token = int(torch.nonzero(first)[0])
+    assert bpe.decode(batch["input_ids"][0][: token + 1]).startswith("hello")
 
 
-def test_a_stock_tokenizer_writes_the_same_prompt(tmp_path, assets):
+def test_a_prompt_is_tokenized_as_by_the_stock_tokenizer(tmp_path, assets):
     llama = AutoTokenizer.from_pretrained(assets / "weights" / "stories260K")
     task = Instruction(llama, max_len=64)
-    examples, _ = load_rows(written(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
-    ids, learns = examples.read(0)[0].tolist(), examples.token_labels(0).tolist()
+    examples, _ = load_rows(write_source(tmp_path, [{"prompt": "Once upon", "completion": " a time"}]), task)
+    ids, is_target = examples.read(0)[0].tolist(), examples.token_labels(0).tolist()
     prompt = llama("Once upon")["input_ids"]
     assert ids[: len(prompt)] == prompt
-    assert learns == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert is_target == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
     assert ids[-1] == llama.eos_token_id
 
 
 # ---- mistakes
 
 
-def test_too_few_to_hold_some_out(tmp_path, wordpiece):
+def test_too_few_examples_to_hold_some_out(tmp_path, wordpiece):
     task = Classification(wordpiece, max_len=20)
-    source = written(tmp_path, ROWS[:7])
+    source = write_source(tmp_path, ROWS[:7])
     find_labels(task, source)
     with pytest.raises(
         InputError, match=r"too few rows to hold out 0.05 of them: give --val_file FILE, or --val_fraction 0"
@@ -403,21 +403,23 @@ def test_too_few_to_hold_some_out(tmp_path, wordpiece):
         load_rows(source, task, 0.05)
 
 
-def test_what_is_left_out_makes_no_class(tmp_path, wordpiece):
+def test_skipped_examples_add_no_class(tmp_path, wordpiece):
     rows = [{"text": "x", "label": None}, {"text": "x", "label": ["a"]}, {"text": "y", "label": ["b"]}]
-    found = find_labels(Classification(wordpiece, max_len=20, skip_bad_rows=True), written(tmp_path, rows))
-    assert found == Labels("multi_label_classification", ("a", "b"))
+    labels = find_labels(Classification(wordpiece, max_len=20, skip_bad_rows=True), write_source(tmp_path, rows))
+    assert labels == Labels("multi_label_classification", ("a", "b"))
     rows = [*ROWS[:6], {"text": None, "label": 77}]
-    assert find_labels(Classification(wordpiece, max_len=20, skip_bad_rows=True), written(tmp_path, rows)).names == (
+    assert find_labels(
+        Classification(wordpiece, max_len=20, skip_bad_rows=True), write_source(tmp_path, rows)
+    ).names == (
         "0",
         "1",
         "2",
     )
 
 
-def test_a_tokenizer_is_trained_on_the_text_alone(tmp_path):
+def test_a_tokenizer_is_trained_on_texts_without_labels(tmp_path):
     def texts(name, rows, file="a.jsonl"):
-        return list(LabelledTexts([written(tmp_path, rows, file)], name))
+        return list(LabelledTexts([write_source(tmp_path, rows, file)], name))
 
     assert texts("token_classification", [{"tokens": ["a", "b"], "label": ["X", "Y"]}, {"tokens": []}]) == ["a b"]
     asked = {"question": "q?", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}}
@@ -426,11 +428,11 @@ def test_a_tokenizer_is_trained_on_the_text_alone(tmp_path):
     assert texts("instruction", [chat, {"prompt": "a", "completion": "b"}]) == ["hi", "ho", "a", "b"]
 
 
-def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
-    def refused(message, rows, kind=Classification, problem_type=None, known=None, skip_leaves=None, **columns):
-        source = written(tmp_path, rows)
+def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
+    def check(message, rows, task_class=Classification, problem_type=None, known=None, num_kept=None, **columns):
+        source = write_source(tmp_path, rows)
         settings = {"max_len": 20, "problem_type": problem_type} | columns
-        task = kind(bpe if kind is Instruction else wordpiece, **settings)
+        task = task_class(bpe if task_class is Instruction else wordpiece, **settings)
 
         def load(skip=False):
             task.settings.skip_bad_rows = skip
@@ -439,62 +441,60 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
 
         with pytest.raises(InputError, match=message):
             load()
-        if skip_leaves is not None:
+        if num_kept is not None:
             examples = load(skip=True)
-            assert (examples.num_examples, examples.stats["skipped"]) == (skip_leaves, len(rows) - skip_leaves)
+            assert (examples.num_examples, examples.stats["skipped"]) == (num_kept, len(rows) - num_kept)
             assert examples.stats["refused"]
 
     good = [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
     known = Labels("single_label_classification", ("a", "b"))
-    refused("line 3 has no label", [*good, {"text": "z", "label": None}], skip_leaves=2)
-    refused("line 3 has no label", [*good, {"text": "z", "label": ""}], known=known)
-    refused("line 3 has no column 'label'", [*good, {"text": "z"}], skip_leaves=2)
-    refused(
+    check("line 3 has no label", [*good, {"text": "z", "label": None}], num_kept=2)
+    check("line 3 has no label", [*good, {"text": "z", "label": ""}], known=known)
+    check("line 3 has no column 'label'", [*good, {"text": "z"}], num_kept=2)
+    check(
         "line 3: the label 3 is of another type than that of .* line 1",
         [*good, {"text": "z", "label": 3}],
-        skip_leaves=2,
+        num_kept=2,
     )
-    refused(
+    check(
         "line 3: the label 'c' is not in the training data",
         [*good, {"text": "z", "label": "c"}],
         known=known,
-        skip_leaves=2,
+        num_kept=2,
     )
-    refused("line 1: the label 0.5 is not the name or number", [{"text": "z", "label": 0.5}])
-    refused("line 1: the label 'a' is not a number", good, problem_type="regression")
-    refused("has 1 label: there is nothing to tell apart", good[:1])
-    refused(
-        "line 1 has no column 'class', but 'text', 'label'; name it with --label_column", good, label_column="class"
-    )
-    refused("line 1 has no column 'more'", good, text_pair_column="more")
-    refused("line 3: column 'text' does not hold text: 3", [*good, {"text": 3, "label": "a"}], skip_leaves=2)
-    refused("line 3: half a character", [*good, {"text": "z", "label": "\ud800"}], skip_leaves=2)
-    refused(
+    check("line 1: the label 0.5 is not the name or number", [{"text": "z", "label": 0.5}])
+    check("line 1: the label 'a' is not a number", good, problem_type="regression")
+    check("has 1 label: there is nothing to tell apart", good[:1])
+    check("line 1 has no column 'class', but 'text', 'label'; name it with --label_column", good, label_column="class")
+    check("line 1 has no column 'more'", good, text_pair_column="more")
+    check("line 3: column 'text' does not hold text: 3", [*good, {"text": 3, "label": "a"}], num_kept=2)
+    check("line 3: half a character", [*good, {"text": "z", "label": "\ud800"}], num_kept=2)
+    check(
         "line 3: the label 1000",
         [{"text": "x", "label": 1}] * 2 + [{"text": "x", "label": 10**400}],
         problem_type="regression",
     )
-    refused("line 3: half a character", [*good, {"text": "\ud800", "label": "a"}], skip_leaves=2)
+    check("line 3: half a character", [*good, {"text": "\ud800", "label": "a"}], num_kept=2)
 
     words = [{"tokens": ["x", "y"], "label": ["O", "B-z"]}]
-    refused(
+    check(
         "line 2 has 2 words and 1 labels",
         [*words, {"tokens": ["x", "y"], "label": ["O"]}],
         TokenClassification,
-        skip_leaves=1,
+        num_kept=1,
     )
-    refused(
+    check(
         "line 2, word 2 has no label",
         [*words, {"tokens": ["x", "y"], "label": ["O", None]}],
         TokenClassification,
-        skip_leaves=1,
+        num_kept=1,
     )
-    refused("line 2 has no words", [*words, {"tokens": [], "label": []}], TokenClassification, skip_leaves=1)
-    refused(
+    check("line 2 has no words", [*words, {"tokens": [], "label": []}], TokenClassification, num_kept=1)
+    check(
         "line 2: column 'tokens' does not hold a list",
         [*words, {"tokens": "x y", "label": ["O"]}],
         TokenClassification,
-        skip_leaves=1,
+        num_kept=1,
     )
 
     def question(text, start, **more):
@@ -505,72 +505,68 @@ def test_mistakes_are_named_by_row(tmp_path, wordpiece, bpe):
         } | more
 
     right = question("text", 0)
-    refused(
-        "the answer 'number' at 9 lies beyond the 11", [right, question("number", 9)], QuestionAnswering, skip_leaves=1
-    )
-    refused(
+    check("the answer 'number' at 9 lies beyond the 11", [right, question("number", 9)], QuestionAnswering, num_kept=1)
+    check(
         "the answer 'number' does not stand at 2, where the text has 'xt num'",
         [right, question("number", 2)],
         QuestionAnswering,
-        skip_leaves=1,
+        num_kept=1,
     )
-    refused("line 2 has no answers", [right, question("", 0, answers=None)], QuestionAnswering, skip_leaves=1)
+    check("line 2 has no answers", [right, question("", 0, answers=None)], QuestionAnswering, num_kept=1)
     odd = [["x"], {"text": "text", "answer_start": 0}, {"text": None, "answer_start": None}]
     for answers in odd:
-        refused(
+        check(
             "line 2 has no answers, lists of text and answer_start",
             [right, question("", 0, answers=answers)],
             QuestionAnswering,
-            skip_leaves=1,
+            num_kept=1,
         )
-    refused(
+    check(
         "line 2: is_impossible is 'false'",
         [right, question("text", 0, is_impossible="false")],
         QuestionAnswering,
-        skip_leaves=1,
+        num_kept=1,
     )
-    refused(
-        "line 2 has an empty question", [right, question("text", 0, question=" ")], QuestionAnswering, skip_leaves=1
-    )
-    refused(
+    check("line 2 has an empty question", [right, question("text", 0, question=" ")], QuestionAnswering, num_kept=1)
+    check(
         "question has 30 tokens, and max_len 20 leaves none",
         [right, question("text", 0, question="text " * 30)],
         QuestionAnswering,
-        skip_leaves=1,
+        num_kept=1,
     )
     broken = [{"data": [{"paragraphs": [{"qas": []}, {"no": 1}]}]}]
-    refused("article 1 paragraph 2 is not in SQuAD's format", broken, QuestionAnswering)
+    check("article 1 paragraph 2 is not in SQuAD's format", broken, QuestionAnswering)
 
-    told = {"prompt": "hello", "completion": " there"}
+    good = {"prompt": "hello", "completion": " there"}
     chat = {"messages": [{"role": "user", "content": "hello"}]}
-    refused(
+    check(
         "has no chat template: give --chat_template",
         [{"messages": [*chat["messages"], {"role": "assistant", "content": "x"}]}],
         Instruction,
     )
     bpe.chat_template = CHAT
-    refused("line 2 has no assistant's turn", [told, chat], Instruction, skip_leaves=1)
-    refused("line 2, turn 1 has no content", [told, {"messages": [{"role": "user"}]}], Instruction, skip_leaves=1)
-    refused("line 2: messages is not a list", [told, {"messages": "hi"}], Instruction, skip_leaves=1)
-    refused("line 2 has no completion", [told, {"prompt": "x", "completion": ""}], Instruction, skip_leaves=1)
-    refused(
+    check("line 2 has no assistant's turn", [good, chat], Instruction, num_kept=1)
+    check("line 2, turn 1 has no content", [good, {"messages": [{"role": "user"}]}], Instruction, num_kept=1)
+    check("line 2: messages is not a list", [good, {"messages": "hi"}], Instruction, num_kept=1)
+    check("line 2 has no completion", [good, {"prompt": "x", "completion": ""}], Instruction, num_kept=1)
+    check(
         "line 2 has .* tokens, and max_len is 20",
-        [told, {"prompt": "x" * 99, "completion": "y"}],
+        [good, {"prompt": "x" * 99, "completion": "y"}],
         Instruction,
-        skip_leaves=1,
+        num_kept=1,
     )
-    refused("line 2 has neither messages nor prompt", [told, {"prompt": "x"}], Instruction, skip_leaves=1)
+    check("line 2 has neither messages nor prompt", [good, {"prompt": "x"}], Instruction, num_kept=1)
     turn = [{"role": "user", "content": "x"}]
-    refused("so must the completion be: 5", [told, {"prompt": turn, "completion": 5}], Instruction, skip_leaves=1)
+    check("so must the completion be: 5", [good, {"prompt": turn, "completion": 5}], Instruction, num_kept=1)
     bpe.chat_template = "{{ 1 / 0 }}"
     chat = {"messages": [{"role": "assistant", "content": "x"}]}
-    refused("the chat template refuses it: division", [told, chat], Instruction, skip_leaves=1)
+    check("the chat template refuses it: division", [good, chat], Instruction, num_kept=1)
     bpe.chat_template = "{{ raise_exception('roles must alternate') }}"
-    refused(
+    check(
         "the chat template refuses it: roles must alternate",
-        [told, {"messages": [{"role": "assistant", "content": "x"}]}],
+        [good, {"messages": [{"role": "assistant", "content": "x"}]}],
         Instruction,
-        skip_leaves=1,
+        num_kept=1,
     )
 
     (tmp_path / "a.txt").write_text("x")

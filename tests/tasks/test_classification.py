@@ -1,4 +1,4 @@
-"""Models that judge texts: trained, evaluated and used by stock transformers."""
+"""Text classification: trained, evaluated, and used by stock transformers."""
 
 import json
 import math
@@ -19,47 +19,47 @@ from hf_myllm.tasks.question_answering import answer_metrics
 from hf_myllm.tasks.token_classification import entity_metrics
 
 
-def write_rows(path, count, kind, seed=0):
-    """Texts of nice and nasty words; the label says which, how many of each, or the share of nice ones."""
+def write_rows(path, count, label_type, seed=0):
+    """Write texts of nice and nasty words; the label is the more frequent kind, both kinds, or the difference."""
     draw = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(count):
             nice, nasty = draw.randint(0, 4), draw.randint(0, 4)
             words = ["lovely"] * nice + ["horrid"] * nasty + ["thing"] * draw.randint(1, 6)
             draw.shuffle(words)
-            label = {"single": "nice" if nice > nasty else "nasty", "regression": nice - nasty}.get(kind)
-            if kind == "multi":
+            label = {"single": "nice" if nice > nasty else "nasty", "regression": nice - nasty}.get(label_type)
+            if label_type == "multi":
                 label = ["nice"] * (nice > 0) + ["nasty"] * (nasty > 0)
             file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
     return path
 
 
-def flags(folder, family, kind, **more):
+def flags(folder, family, label_type, **more):
     case = CASES[family]
-    words = {**case.recipe(), **case.no_dropout} if case.family.is_decoder else case.recipe()
-    words |= {"task": "classification", "max_len": 32, "batch_size": 16, "start_context": None}
-    words |= {"train_file": write_rows(folder / "train.jsonl", 600, kind), "save_model": folder / "run"}
-    words |= {
-        "val_file": write_rows(folder / "val.jsonl", 101, kind, 1),
+    settings = {**case.recipe(), **case.no_dropout} if case.family.is_decoder else case.recipe()
+    settings |= {"task": "classification", "max_len": 32, "batch_size": 16, "start_context": None}
+    settings |= {"train_file": write_rows(folder / "train.jsonl", 600, label_type), "save_model": folder / "run"}
+    settings |= {
+        "val_file": write_rows(folder / "val.jsonl", 101, label_type, 1),
         "learning_rate": 5e-3,
-        "epochs": 8 if kind == "multi" else 4,
+        "epochs": 8 if label_type == "multi" else 4,
     }
-    words["tokenizer"] = f"{{train: {case.family.tokenizer}, vocab_size: 300}}"
-    words |= {"problem_type": "regression" if kind == "regression" else None} | more
-    return [text for key, value in words.items() if value is not None for text in (f"--{key}", str(value))]
+    settings["tokenizer"] = f"{{train: {case.family.tokenizer}, vocab_size: 300}}"
+    settings |= {"problem_type": "regression" if label_type == "regression" else None} | more
+    return [text for key, value in settings.items() if value is not None for text in (f"--{key}", str(value))]
 
 
-def figures(run):
+def last_evaluation(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "val_loss" in line][-1]
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [(f, "single") for f in CASES] + [("bert", "multi"), ("gpt", "regression")]
+    ("family", "label_type"), [(f, "single") for f in CASES] + [("bert", "multi"), ("gpt", "regression")]
 )
-def test_it_learns_and_stock_transformers_says_the_same(tmp_path, family, kind):
-    assert train(*flags(tmp_path, family, kind)) == 0
-    run, found = tmp_path / "run", figures(tmp_path / "run")
+def test_it_learns_and_stock_transformers_agrees(tmp_path, family, label_type):
+    assert train(*flags(tmp_path, family, label_type)) == 0
+    run, metrics = tmp_path / "run", last_evaluation(tmp_path / "run")
     model, loading = AutoModelForSequenceClassification.from_pretrained(run, output_loading_info=True)
     assert type(model).__name__ == f"{CASES[family].stock}ForSequenceClassification"
     assert not loading["missing_keys"] | loading["unexpected_keys"]
@@ -67,53 +67,44 @@ def test_it_learns_and_stock_transformers_says_the_same(tmp_path, family, kind):
     tokenizer = AutoTokenizer.from_pretrained(run)
     with torch.no_grad():  # one at a time: no padding
         logits = torch.cat([model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
-    if kind == "regression":
-        said, wanted = logits[:, 0].numpy(), np.array([row["label"] for row in rows])
-        assert found["val_mse"] == pytest.approx(((said - wanted) ** 2).mean(), rel=1e-4)
-        assert found["val_loss"] == pytest.approx(found["val_mse"], rel=1e-4)
-        assert found["val_pearson"] > 0.9
+    if label_type == "regression":
+        predicted, expected = logits[:, 0].numpy(), np.array([row["label"] for row in rows])
+        assert metrics["val_mse"] == pytest.approx(((predicted - expected) ** 2).mean(), rel=1e-4)
+        assert metrics["val_loss"] == pytest.approx(metrics["val_mse"], rel=1e-4)
+        assert metrics["val_pearson"] > 0.9
         return
-    if kind == "multi":
-        names = [model.config.id2label[number] for number in range(2)]
-        wanted = np.array([[name in row["label"] for name in names] for row in rows])
-        assert found["val_accuracy"] == pytest.approx(((logits > 0).numpy() == wanted).all(axis=1).mean())
-        assert found["val_f1_micro"] > 0.9
+    if label_type == "multi":
+        names = [model.config.id2label[index] for index in range(2)]
+        expected = np.array([[name in row["label"] for name in names] for row in rows])
+        assert metrics["val_accuracy"] == pytest.approx(((logits > 0).numpy() == expected).all(axis=1).mean())
+        assert metrics["val_f1_micro"] > 0.9
         return
-    wanted = np.array([model.config.label2id[row["label"]] for row in rows])
-    said = logits.argmax(-1).numpy()
-    assert found["val_accuracy"] == pytest.approx((said == wanted).mean())
-    assert found["val_accuracy"] > 0.8
-    assert found["val_f1"] == pytest.approx(f1_score(wanted, said))
-    assert found["val_matthews"] == pytest.approx(matthews_corrcoef(wanted, said))
-    assert found["val_loss"] == pytest.approx(
-        torch.nn.functional.cross_entropy(logits, torch.from_numpy(wanted)).item(), rel=1e-4
+    expected = np.array([model.config.label2id[row["label"]] for row in rows])
+    predicted = logits.argmax(-1).numpy()
+    assert metrics["val_accuracy"] == pytest.approx((predicted == expected).mean())
+    assert metrics["val_accuracy"] > 0.8
+    assert metrics["val_f1"] == pytest.approx(f1_score(expected, predicted))
+    assert metrics["val_matthews"] == pytest.approx(matthews_corrcoef(expected, predicted))
+    assert metrics["val_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(expected)).item(), rel=1e-4
     )
     assert pipeline("text-classification", str(run))("lovely lovely thing")[0]["label"] == "nice"
 
 
-def test_batches_do_not_matter_and_what_was_trained_is_judged_elsewhere(tmp_path, capsys):
+def test_the_batch_size_does_not_change_an_evaluation(tmp_path, capsys):
     assert train(*flags(tmp_path, "bert", "single", epochs=1)) == 0
     run = tmp_path / "run"
-    judged = []
+    outputs = []
     for size in (1, 7, 64):
         capsys.readouterr()
-        words = [
-            "--model",
-            "bert",
-            "--task",
-            "classification",
-            "--eval_only",
-            "--load_model",
-            run,
-            "--batch_size",
-            size,
-        ]
-        assert train(*words, "--val_file", tmp_path / "val.jsonl") == 0
-        judged.append(capsys.readouterr().out)
-    assert len(set(judged)) == 1
-    assert f"accuracy {figures(run)['val_accuracy']:.4f}" in judged[0]
+        command = ["--model", "bert", "--task", "classification", "--eval_only", "--load_model", run]
+        command += ["--val_file", tmp_path / "val.jsonl"]
+        assert train(*command, "--batch_size", size) == 0
+        outputs.append(capsys.readouterr().out)
+    assert len(set(outputs)) == 1
+    assert f"accuracy {last_evaluation(run)['val_accuracy']:.4f}" in outputs[0]
     (tmp_path / "val.jsonl").write_text('{"text": "x", "label": "so so"}\n')
-    assert train(*words, "--val_file", tmp_path / "val.jsonl") == 2
+    assert train(*command) == 2
     assert "line 1: the label 'so so' is not in the training data, which has nasty, nice" in capsys.readouterr().err
 
 
