@@ -1,3 +1,44 @@
-"""Train and fine-tune GPT, Llama and BERT, with results that work everywhere in the Hugging Face world."""
+"""Train and fine-tune GPT, Llama, Qwen3 and BERT; the results are stock Hugging Face models."""
+
+import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
+
+_EXPORTS = {  # public name -> (module, name there); imported on first use, so that `import hf_myllm` stays fast
+    "Recipe": ("recipe", "Recipe"),
+    "RunResult": ("train", "RunResult"),
+    "train": ("train", "train"),
+    "evaluate": ("train", "evaluate"),
+    "generate": ("generate", "generate_text"),
+    "load": ("generate", "load"),
+    "InputError": ("errors", "InputError"),
+    "RecipeError": ("errors", "RecipeError"),
+    "DataError": ("errors", "DataError"),
+    "ModelError": ("errors", "ModelError"),
+    "CheckpointError": ("errors", "CheckpointError"),
+    "HubError": ("errors", "HubError"),
+}
+__all__ = list(_EXPORTS)
+
+
+class _Package(types.ModuleType):
+    def __getattr__(self, name):
+        if name not in _EXPORTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, attribute = _EXPORTS[name]
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name, value):
+        # Importing the submodule hf_myllm.train sets it as an attribute, which would hide the function hf_myllm.train.
+        if name not in _EXPORTS or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self):
+        return [*super().__dir__(), *_EXPORTS]
+
+
+sys.modules[__name__].__class__ = _Package

@@ -29,13 +29,12 @@ from .distributed import (
     shard_model,
     silence_libraries,
 )
-from .errors import InputError, exit_on_input_error
+from .errors import InputError
 from .evaluation import load_metric
 from .hub import push as hub
 from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
 from .recipe import Recipe
-from .recipe.flags import parse
 from .recipe.sections import FIELDS
 from .tasks import TASKS
 
@@ -582,9 +581,8 @@ def prepare_training(run):
     return model, optimizer
 
 
-@exit_on_input_error
-def main(argv):
-    recipe = parse(argv, FAMILIES)
+def prepare_data(recipe):
+    """Train the tokenizer of a recipe and tokenize its data into the cache."""
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
     given = find_sources(recipe)
@@ -602,7 +600,3 @@ def main(argv):
             task.make_rows(part, f"the {name} data", data.stride)
             print(f"{name:<12}{len(part):,} {unit} are prepared")
     print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,6 @@
-"""One clear line for a user's mistake, instead of a traceback."""
+"""The exceptions that this package raises on purpose."""
 
 import argparse
-import os
-import signal
-import sys
 
 
 class InputError(Exception):
@@ -50,35 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def first_line(error):
-    """What an error of a library says first, or its name when it says nothing."""
+    """Return the first line of a library's error, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def printable(text):
-    """A line in which nothing moves a terminal's cursor or turns its colours: what a model, a file or a library says
-    may hold anything."""
+    """Return text without control characters: text from files, models and libraries may move a terminal's cursor."""
     return "".join(character if character.isprintable() or character == "\t" else "\ufffd" for character in text)
-
-
-def exit_on_input_error(main):
-    """Wrap a command's `main`: an InputError becomes one line on stderr and exit code 2.
-
-    On several processes, the first of each machine speaks for all.
-    """
-
-    def run(argv=None):
-        try:
-            return main(sys.argv[1:] if argv is None else argv)
-        except InputError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
-                print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
-        except BrokenPipeError:  # whoever read our output has enough of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 128 + signal.SIGPIPE
-        sys.exit(code)  # here, where a notebook shows it without the traceback of what came before
-
-    run.__doc__ = main.__doc__
-    return run

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from . import checkpoint
-from .errors import InputError, Parser, exit_on_input_error
+from .errors import InputError
 from .models import loading, lora
 
 
@@ -182,54 +182,41 @@ class _Terminal(TextStreamer):
         sys.stdout.flush()
 
 
-@exit_on_input_error
-def main(argv):
-    parser = Parser(prog="python -m hf_myllm.generate", description=__doc__)
-    parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--prompt", default="", help="text to continue (default: start from nothing)")
-    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says, by the chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate, at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest of this total probability")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many texts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first text; the next takes the next seed")
-    args = parser.parse_args(argv)
-    for name, low, high in (
-        ("max_new_tokens", 1, None),
-        ("temperature", 0, 100),
-        ("top_k", 0, None),
-        ("top_p", 0, 1),
-        ("num_samples", 1, None),
-        ("seed", 0, 2**62),
+def print_texts(run_dir, prompt, chat, max_new_tokens, temperature, top_k, top_p, num_samples, seed):
+    """Print generated texts word by word; a masked language model fills in the prompt's [MASK] instead.
+
+    Args:
+        run_dir: folder of a run, a checkpoint or any model.
+        chat: apply the chat template to the prompt.
+        others: see [`generate_text`]; sample i uses `seed + i`.
+    """
+    for name, value, low, high in (
+        ("max_new_tokens", max_new_tokens, 1, None),
+        ("temperature", temperature, 0, 100),
+        ("top_k", top_k, 0, None),
+        ("top_p", top_p, 0, 1),
+        ("num_samples", num_samples, 1, None),
+        ("seed", seed, 0, 2**62),
     ):
-        value = getattr(args, name)
         if not low <= value or (high is not None and value > high) or (name == "top_p" and value == 0):
             bound = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"--{name} cannot be {value}; it must be {bound}{', and not 0' * (name == 'top_p')}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model, tokenizer = load(args.run, device)
+    model, tokenizer = load(run_dir, device)
     if not model.can_generate():
-        print(fill_in(model, tokenizer, args.prompt))
+        print(fill_in(model, tokenizer, prompt))
         return
-    for number in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- sample {number + 1} of {args.num_samples}, seed {args.seed + number}")
-        generate_text(
-            model,
-            tokenizer,
-            args.prompt,
-            args.max_new_tokens,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            args.seed + number,
-            streamer=_Terminal(tokenizer, skip_prompt=args.chat or not args.prompt, skip_special_tokens=True),
-            is_chat=args.chat,
-        )
+    for index in range(num_samples):
+        if num_samples > 1:
+            print(f"--- sample {index + 1} of {num_samples}, seed {seed + index}")
+        streamer = _Terminal(tokenizer, skip_prompt=chat or not prompt, skip_special_tokens=True)
+        sampling = max_new_tokens, temperature, top_k, top_p, seed + index
+        generate_text(model, tokenizer, prompt, *sampling, streamer=streamer, is_chat=chat)
 
 
 if __name__ == "__main__":
-    main()
+    from .cli import main
+
+    main(["generate", *sys.argv[1:]])

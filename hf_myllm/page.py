@@ -1,8 +1,8 @@
-"""Entry point: `python -m hf_myllm.page`."""
+"""Entry point: `python -m hf_myllm.page` is `hf-myllm report`."""
 
 import sys
 
-from .reporting.html import main
+from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["report", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""Entry point: `python -m hf_myllm.plot`."""
+"""Entry point: `python -m hf_myllm.plot` is `hf-myllm plot`."""
 
 import sys
 
-from .reporting.plots import main
+from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["plot", *sys.argv[1:]])

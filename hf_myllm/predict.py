@@ -17,8 +17,7 @@ import yaml
 
 from . import checkpoint, tasks
 from .data.sources import file_source
-from .distributed import silence_libraries
-from .errors import DataError, InputError, ModelError, Parser, exit_on_input_error
+from .errors import DataError, InputError, ModelError
 from .files import atomic_path
 from .generate import find_model
 from .models import loading
@@ -137,26 +136,7 @@ def _read_recipe(run_dir):
         return {}
 
 
-@exit_on_input_error
-def main(argv):
-    parser = Parser(prog="python -m hf_myllm.predict", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", help="folder of a run, a checkpoint or any model that makes predictions")
-    parser.add_argument("--input", required=True, help="file with the examples")
-    parser.add_argument("--output", help="file to write (default: stdout)")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
-    parser.add_argument("--max_len", type=int, help="tokens per row (default: the recipe's, or the model's positions)")
-    parser.add_argument("--text_column", help="column of the text, or of the words (default: the recipe's)")
-    parser.add_argument("--text_pair_column", help="column of the second text (default: the recipe's)")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="leave out examples that cannot be used")
-    args = parser.parse_args(argv)
-    silence_libraries()
-    count, skipped = predict_file(**vars(args))
-    for message in skipped[:3]:
-        print(f"left out: {message}", file=sys.stderr)
-    if args.output or skipped:
-        more = f", {len(skipped):,} left out" if skipped else ""
-        print(f"{count:,} rows judged{more}{f': {args.output}' if args.output else ''}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    from .cli import main
+
+    main(["predict", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""Entry point: `python -m hf_myllm.prepare`."""
+"""Entry point: `python -m hf_myllm.prepare` is `hf-myllm prepare`."""
 
 import sys
 
-from .build import main
+from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["prepare", *sys.argv[1:]])

@@ -21,21 +21,17 @@ from .checkpoint import find_model
 from .data import sampler
 from .distributed import (
     AsyncHostCopy,
-    exit_with_launcher,
     signals_received,
     to_device,
 )
-from .errors import exit_on_input_error
 from .evaluation import evaluate_all, evaluate_run
-from .models import FAMILIES
 from .optim import learning_rate, step_if, to_full
 from .recipe import Recipe
-from .recipe.flags import parse
-from .reporting import dry_run, plots
+from .reporting import plots
 from .reporting.metrics_log import read_metrics
 from .reporting.profiling import Profiler
 from .reporting.start import start_reporting
-from .reporting.summary import print_evaluation, print_result
+from .reporting.summary import print_result
 from .run_state import RunState
 
 # Steps queued on the device before the result of the oldest is read, by device type. Reading a result waits for it.
@@ -275,23 +271,7 @@ def evaluate(run_dir, eval_data=None, **overrides):
         return evaluate_all(run)
 
 
-@exit_on_input_error
-def main(argv):
-    """Run the command `train`; return its exit code."""
-    recipe = parse(argv, FAMILIES)
-    exit_with_launcher()
-    if not (recipe.run.dry_run or recipe.evaluation.eval_only):
-        signum = train(recipe).stop_signal
-        return 128 + signum if signum else 0
-    with open_run(recipe) as run:
-        if recipe.evaluation.eval_only:
-            metrics = evaluate_all(run)
-            if run.accelerator.is_main_process:
-                print_evaluation(run, metrics)
-        elif run.accelerator.is_main_process:
-            dry_run.show(run, argv)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from .cli import main
+
+    main(["train", *sys.argv[1:]])

@@ -128,14 +128,18 @@ def run_command(*arguments, module="hf_myllm.train", **options):
     return subprocess.run(command(*arguments, module=module), **options)
 
 
-def train(*arguments):
-    """The train command in this process; its exit code."""
-    from hf_myllm.train import main
+def run_cli(*arguments):
+    """Run a command of hf-myllm in this process; return its exit code."""
+    from hf_myllm.cli import main
 
-    try:
-        return main([str(argument) for argument in arguments]) or 0
-    except SystemExit as exit:
-        return exit.code
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    return exit.value.code
+
+
+def train(*arguments):
+    """Run the train command in this process; return its exit code."""
+    return run_cli("train", *arguments)
 
 
 def make_task(name, tokenizer, max_len, vocab_size=None, seed=0, **settings):

@@ -3,8 +3,7 @@
 import json
 import random
 
-from hf_myllm.generate import main as generate_main
-from hf_myllm.predict import main as predict_main
+from conftest import run_cli
 
 BERT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 DROPOUT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
@@ -34,19 +33,12 @@ def evaluations(run_dir):
 
 def predict(*arguments):
     """Run the predict command in this process; return its exit code."""
-    return run_main(predict_main, arguments)
+    return run_cli("predict", *arguments)
 
 
 def generate(*arguments):
     """Run the generate command in this process; return its exit code."""
-    return run_main(generate_main, arguments)
-
-
-def run_main(main, arguments):
-    try:
-        return main([str(argument) for argument in arguments]) or 0
-    except SystemExit as exit:
-        return exit.code
+    return run_cli("generate", *arguments)
 
 
 def write_sentences(path, count, seed):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import train
+from conftest import run_cli, train
 
 from hf_myllm.reporting import html as report
 
@@ -79,7 +79,7 @@ def test_a_browser_shows_it_in_light_and_dark_without_errors(run, tmp_path):
 
 def test_the_report_can_be_written_again(run, capsys):
     (run / "report.html").unlink()
-    report.main([str(run)])
+    assert run_cli("report", run) == 0
     assert capsys.readouterr().out == f"{run}/report.html\n"
     assert (run / "report.html").is_file()
     (run / "report.html").unlink()

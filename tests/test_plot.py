@@ -5,10 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import train
+from conftest import run_cli, train
 
 from hf_myllm.reporting import plots as plot
-from hf_myllm.reporting.plots import main
 
 
 def write(folder, steps=100, log_freq=1, every=50, **about):
@@ -60,7 +59,7 @@ def test_several_runs_share_the_axes(tmp_path, monkeypatch, capsys, by):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "first", steps=60)
     write(tmp_path / "second", steps=100, unit="nats per label")
-    main(["first", "second", "--by", by])
+    assert run_cli("plot", "first", "second", "--by", by) == 0
     assert capsys.readouterr().out.split() == ["curves.png", "curves.svg"]
     text = re.sub(r"<[^>]+>", "", (tmp_path / "curves.svg").read_text())
     for text_part in ("first: validation", "second: validation", "learning rate", "nats per label or nats per token"):
@@ -74,13 +73,13 @@ def test_runs_of_the_same_name_are_distinguished(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "run")
-    main(["a/run", "b/run", "--output", "both.svg"])
+    assert run_cli("plot", "a/run", "b/run", "--output", "both.svg") == 0
     assert "a/run: validation" in (tmp_path / "both.svg").read_text()
 
 
 def test_one_run_shows_its_unigram_loss_tokens_and_units(tmp_path):
     folder = write(tmp_path / "run", unigram_loss=4.2)
-    main([str(folder)])
+    assert run_cli("plot", str(folder)) == 0
     text = (folder / "loss.svg").read_text()
     for text_part in ("thousand tokens", "unigram loss", "loss (nats per token)", "training, smoothed", "validation"):
         assert text_part in text
@@ -107,9 +106,7 @@ def test_thinning_keeps_peaks(tmp_path):
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
+    assert run_cli("plot", *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -117,7 +114,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
 def test_names_are_shown_literally(tmp_path, name, recwarn):
     write(tmp_path / name)
     write(tmp_path / "other")
-    main([str(tmp_path / name), str(tmp_path / "other"), "--output", str(tmp_path / "both.svg")])
+    assert run_cli("plot", str(tmp_path / name), str(tmp_path / "other"), "--output", str(tmp_path / "both.svg")) == 0
     text = re.sub(r"<[^>]+>", "", (tmp_path / "both.svg").read_text())
     assert f"{name[:28]} ... {name[-28:]}: validation" in text if len(name) > 60 else f"{name}: validation" in text
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
@@ -132,7 +129,7 @@ def test_skipped_steps_are_marked_and_spikes_are_cut(tmp_path):
         if line["step"] == 200:
             line["loss"] = 1e6
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    main([str(folder)])
+    assert run_cli("plot", str(folder)) == 0
     text = (folder / "loss.svg").read_text()
     assert "skipped steps: loss not finite" in text
     assert "1 step is higher, up to 1e+06" in text
@@ -146,15 +143,14 @@ def test_values_that_are_not_numbers_are_ignored(tmp_path, odd):
     folder = write(tmp_path / "run", unit=5)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 101, "loss": 1.0, "learning_rate": 1.0, "train_loss": 2.0} | odd) + "\n")
-    main([str(folder)])
+    assert run_cli("plot", str(folder)) == 0
 
 
 def test_a_run_without_times_cannot_be_plotted_by_time(tmp_path, capsys):
     folder = write(tmp_path / "run")
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(re.sub(r'"train_seconds": [\d.]+, ', "", text))
-    with pytest.raises(SystemExit):
-        main([str(folder), "--by", "time"])
+    assert run_cli("plot", folder, "--by", "time") == 2
     assert "run has no training times" in capsys.readouterr().err
 
 
@@ -164,7 +160,7 @@ def test_the_matplotlib_backend_of_a_notebook_is_left_alone(tmp_path, monkeypatc
     import sys
 
     folder = write(tmp_path / "run")
-    script = f"from hf_myllm import plot; plot.main([{str(folder)!r}])\n"
+    script = f"from hf_myllm.reporting.plots import plot; plot([{str(folder)!r}])\n"
     script += "import sys; assert 'matplotlib.pyplot' not in sys.modules"
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_that_is_not_there")
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

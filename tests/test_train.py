@@ -358,8 +358,9 @@ def test_compiled_training_gives_the_same_losses(tiny, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_never_waits_for_the_gpu(tiny, tmp_path, optimizer):
     (tmp_path / "watching.py").write_text(
-        "import sys, torch\n"
-        "from hf_myllm import train\n"
+        "import importlib, sys, torch\n"
+        "from hf_myllm.cli import main\n"
+        "train = importlib.import_module('hf_myllm.train')\n"
         "step = train.training_step\n"
         "def watched_step(run, model, number):\n"
         "    torch.cuda.set_sync_debug_mode('error' if number > 2 else 'default')\n"
@@ -367,7 +368,7 @@ def test_a_step_never_waits_for_the_gpu(tiny, tmp_path, optimizer):
         "    torch.cuda.set_sync_debug_mode('default')\n"
         "    return done\n"
         "train.training_step = watched_step\n"
-        "sys.exit(train.main())\n"
+        "main(['train', *sys.argv[1:]])\n"
     )
     env = {**os.environ, "ACCELERATE_USE_CPU": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}
     words = tiny(max_steps=8, optimizer=optimizer)

@@ -1,8 +1,8 @@
-"""`python -m hf_myllm.hub push RUN user/name`."""
+"""Entry point: `python -m hf_myllm.hub push RUN user/name` is `hf-myllm push RUN user/name`."""
 
 import sys
 
-from .push import main
+from ..cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

@@ -21,8 +21,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .. import checkpoint
-from ..distributed import exit_with_parent, silence_libraries
-from ..errors import HubError, Parser, exit_on_input_error, first_line
+from ..distributed import exit_with_parent
+from ..errors import HubError, first_line
 from ..files import link_or_copy
 from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, run_dir_of, step_of, write_card  # noqa: F401
 from .stock_check import check, single_process_environment
@@ -251,25 +251,11 @@ class BackgroundUploads:
 Uploads = BackgroundUploads
 
 
-@exit_on_input_error
-def main(argv):
-    parser = Parser(
-        prog="python -m hf_myllm.hub", description="Push a run's model with its card to the Hugging Face Hub."
-    )
-    commands = parser.add_subparsers(required=True, metavar="push")
-    command = commands.add_parser("push", help="push a run's model with its card")
-    command.add_argument("run", help="folder of a run, or of one of its checkpoints")
-    command.add_argument("repo", metavar="user/name", help="repository on the Hub; created if it does not exist")
-    command.add_argument("--private", action="store_true", help="create a private repository")
-    command.add_argument("--revision", help="branch to push to (default: main)")
-    args = parser.parse_args(argv)
-    silence_libraries()
-    huggingface_hub.utils.disable_progress_bars()
-    # A background push ends with its run: a resumed run may already have pushed a newer model.
+def end_with_run():
+    """End this process with its run if it is a background push: a resumed run may have pushed a newer model by then.
+
+    Raises:
+        HubError: the run has already ended.
+    """
     if (parent := os.environ.get(_PARENT)) and not exit_with_parent(int(parent)):
         raise HubError("the run has ended")
-    print(f"pushed: {push(args.run, args.repo, args.private, args.revision)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

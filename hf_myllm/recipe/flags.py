@@ -15,7 +15,7 @@ MOST_USED = (
 METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 
 
-def parse(argv, families):
+def parse(argv, families, prog="hf-myllm train"):
     """Return the recipe of a command line.
 
     Args:
@@ -31,7 +31,7 @@ def parse(argv, families):
     for argument in arguments:
         name, equals, value = argument.partition("=")
         flags.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if name[:2] == "--" else argument)
-    values, rest = build_parser(families).parse_known_args(flags)
+    values, rest = build_parser(families, prog).parse_known_args(flags)
     if rest and rest[0].startswith("--"):
         name = rest[0][2:].partition("=")[0]
         model = getattr(values, "model", "gpt")
@@ -78,7 +78,7 @@ def build_parser(families, prog="hf-myllm train", parser=None, with_choices=Fals
         parser.add_argument_group(f"config of {name}", ", ".join(f"--{key}" for key in names))
         for key in names:
             if key not in known:
-                parser.add_argument(f"--{key}", help=SUPPRESS)
+                parser.add_argument(f"--{key}", help=f"config of {name}" if with_choices else SUPPRESS)
                 known.add(key)
     return parser
 
@@ -95,6 +95,8 @@ def _add_flag(group, name, with_choices):
         help += f" Default: {field.default}."
     values = choices(field.annotation)
     metavar = "|".join(values) or METAVARS.get(plain_type(members(field.annotation)[0]), "VALUE")
+    if len(metavar) > 50:
+        help, metavar = f"{help} One of {', '.join(values)}.", "TEXT"
     const = {"const": True} if _nargs(name) == "?" else {}
     action = group.add_argument(f"--{name}", nargs=_nargs(name), metavar=metavar, help=help.replace("%", "%%"), **const)
     if with_choices and values:

@@ -5,12 +5,11 @@ It is rendered from report.html.jinja with what the run's folder holds: recipe.y
 
 import base64
 import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from ..errors import CheckpointError, Parser, exit_on_input_error, printable
+from ..errors import printable
 from ..files import render_template, write_text_atomically
 from . import plots
 from .metrics_log import read_metrics, read_run
@@ -144,20 +143,3 @@ def _duration(seconds):
 
 def _printable(text):
     return "\n".join(map(printable, text.splitlines()))
-
-
-@exit_on_input_error
-def main(argv):
-    parser = Parser(prog="python -m hf_myllm.page", description="Write a run's report.html and loss.png.")
-    parser.add_argument("run", help="folder of a run")
-    run_dir = Path(parser.parse_args(argv).run)
-    try:
-        plots.make(run_dir)
-        make(run_dir)
-    except OSError as error:
-        raise CheckpointError(f"{run_dir}/report.html: it cannot be written: {error}") from None
-    print(run_dir / "report.html")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,14 +6,13 @@ is that of the training steps alone, without evaluations, saves and the time bet
 
 import math
 import os
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError, InputError, Parser, exit_on_input_error
+from ..errors import CheckpointError, InputError
 from ..files import atomic_path
 from .metrics_log import read_metrics, read_run
 
@@ -275,22 +274,3 @@ def _thin(x, y):
             kept |= {stretch[np.nanargmin(values)], stretch[np.nanargmax(values)]}
     kept = sorted(kept)
     return x[kept], y[kept]
-
-
-@exit_on_input_error
-def main(argv):
-    parser = Parser(prog="python -m hf_myllm.plot", description="Draw the curves of one or several runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--by", default="step", choices=AXES, help="the x axis (default: step)")
-    parser.add_argument(
-        "--output",
-        nargs="+",
-        help=".png or .svg files to write (default: loss.png and loss.svg in the folder of one run; curves.png and "
-        "curves.svg in the current folder for several)",
-    )
-    args = parser.parse_args(argv)
-    print("\n".join(map(str, plot(args.runs, args.by, args.output))))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

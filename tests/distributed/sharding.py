@@ -24,6 +24,6 @@ def shard_on_cpu(self, *arguments, fsdp_plugin=None, **options):
 AcceleratorState.__init__ = shard_on_cpu
 
 if __name__ == "__main__":
-    from hf_myllm.train import main
+    from hf_myllm.cli import main
 
-    sys.exit(main())
+    main(["train", *sys.argv[1:]])

@@ -278,15 +278,16 @@ def test_when_one_process_fails_the_others_end_and_it_says_why(tiny, tmp_path):
 
 def test_an_error_in_one_process_names_it_and_ends_all(tiny, tmp_path):
     (tmp_path / "failing.py").write_text(
-        "import os, sys\n"
-        "from hf_myllm import train\n"
+        "import importlib, os, sys\n"
+        "from hf_myllm.cli import main\n"
+        "train = importlib.import_module('hf_myllm.train')\n"
         "step = train.training_step\n"
         "def failing_step(run, model, number):\n"
         "    if number == 3 and os.environ['RANK'] == '1':\n"
         "        raise RuntimeError('the disk has gone')\n"
         "    return step(run, model, number)\n"
         "train.training_step = failing_step\n"
-        "sys.exit(train.main())\n"
+        "main(['train', *sys.argv[1:]])\n"
     )
     result = launch(2, *tiny(eval_freq=None), program=str(tmp_path / "failing.py"))
     assert result.returncode != 0
@@ -297,15 +298,16 @@ def test_an_error_in_one_process_names_it_and_ends_all(tiny, tmp_path):
 def test_a_mistake_that_only_one_process_meets_is_said_by_it(tiny, tmp_path):
     (tmp_path / "failing.py").write_text(
         "import os, sys\n"
-        "from hf_myllm import train\n"
+        "from hf_myllm import build\n"
+        "from hf_myllm.cli import main\n"
         "from hf_myllm.errors import InputError\n"
-        "prepare = train.prepare\n"
-        "def failing_prepare(*arguments):\n"
+        "build_run = build.build_run\n"
+        "def failing_build(*arguments, **options):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise InputError('the file is not here: copy it')\n"
-        "    return prepare(*arguments)\n"
-        "train.prepare = failing_prepare\n"
-        "sys.exit(train.main())\n"
+        "    return build_run(*arguments, **options)\n"
+        "build.build_run = failing_build\n"
+        "main(['train', *sys.argv[1:]])\n"
     )
     result = launch(2, *tiny(), program=str(tmp_path / "failing.py"))
     assert result.returncode != 0

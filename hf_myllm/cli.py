@@ -1,0 +1,288 @@
+"""The command line: `hf-myllm COMMAND`. A command imports the libraries that it needs when it runs.
+
+Exit codes: 0; 2 for a user's mistake, with one line on stderr; 128 + N after signal N (130 for Ctrl-C, 141 for a closed
+pipe).
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from . import __version__
+from .errors import InputError, Parser, PeerFailure, RankError, RecipeError, printable
+
+
+def main(argv=None):
+    """Run a command and exit with its code."""
+    arguments = list(map(str, sys.argv[1:] if argv is None else argv))
+    try:
+        code = _dispatch(arguments) or 0
+    except InputError as error:
+        # all ranks of a launch read the same recipe: one per machine prints its mistakes
+        is_printed = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
+        if is_printed and not isinstance(error, PeerFailure):
+            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of the output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _dispatch(arguments):
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "--version") or name.startswith("--print-completion"):
+        return build_parser(with_flags=name.startswith("--print-completion")).parse_args(arguments[:2] or [name])
+    if name not in COMMANDS:  # `hf-myllm RECIPE --key value` trains
+        name, arguments = "train", ["train", *arguments]
+    command = COMMANDS[name]
+    if command.add_arguments is None:
+        return command.run(arguments[1:])
+    return command.run(build_parser().parse_args(arguments))
+
+
+def build_parser(with_flags=False):
+    """Return the parser of all commands.
+
+    Args:
+        with_flags: also add the flags of `train` and `prepare`, which takes the import of the model families.
+    """
+    parser = Parser(
+        prog="hf-myllm",
+        description="Train, fine-tune and evaluate GPT, Llama, Qwen3 and BERT models.",
+        epilog="`hf-myllm RECIPE --key value` is short for `hf-myllm train RECIPE --key value`.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    if with_flags:
+        _add_completion(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=f"{command.help}.")
+        if command.add_arguments is not None:
+            command.add_arguments(subparser)
+        elif with_flags:
+            from .models import FAMILIES
+            from .recipe.flags import build_parser as add_flags
+
+            add_flags(FAMILIES, parser=subparser, with_choices=True)
+    return parser
+
+
+def _add_completion(parser):
+    try:
+        import shtab
+    except ImportError:
+        raise InputError("--print-completion needs the package shtab; pip install shtab") from None
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for bash, zsh or tcsh")
+
+
+# ---- commands that take a recipe
+
+
+def _train(argv):
+    return _run_recipe(_parse(argv), argv)
+
+
+def _evaluate(argv):
+    """Evaluate the model of a run: `hf-myllm evaluate RUN [--val_file FILE] [--key value ...]`."""
+    if not argv or argv[0].startswith("-"):
+        raise RecipeError("usage: hf-myllm evaluate RUN [--val_file FILE] [--key value ...]; RUN is a run's folder")
+    run_dir, *flags = argv
+    recipe = Path(run_dir) / "recipe.yaml"
+    if not recipe.is_file():
+        raise RecipeError(f"{recipe} does not exist; give the folder of a run")
+    from .checkpoint import find_model
+
+    model = ["--init_from", str(find_model(run_dir))]
+    return _train([str(recipe), "--save_model", run_dir, *model, "--eval_only", *flags])
+
+
+def _prepare(argv):
+    from .build import prepare_data
+
+    prepare_data(_parse(argv, prog="hf-myllm prepare"))
+
+
+def _parse(argv, prog="hf-myllm train"):
+    from .models import FAMILIES
+    from .recipe.flags import parse
+
+    return parse(argv, FAMILIES, prog)
+
+
+def _run_recipe(recipe, argv):
+    """Train, evaluate or do a dry run; return the exit code."""
+    from .build import open_run
+    from .distributed import exit_with_launcher
+    from .evaluation import evaluate_all
+    from .train import train
+
+    exit_with_launcher()
+    if not (recipe.run.dry_run or recipe.evaluation.eval_only):
+        signum = train(recipe).stop_signal
+        return 128 + signum if signum else 0
+    with open_run(recipe) as run:
+        if recipe.evaluation.eval_only:
+            from .reporting.summary import print_evaluation
+
+            metrics = evaluate_all(run)
+            if run.accelerator.is_main_process:
+                print_evaluation(run, metrics)
+        elif run.accelerator.is_main_process:
+            from .reporting import dry_run
+
+            dry_run.show(run, argv)
+    return 0
+
+
+def _recipes(args):
+    """List the recipes that ship, each with the first sentence of its comment."""
+    from .recipe import RECIPES
+
+    for path in sorted(RECIPES.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = " ".join(line[1:].strip() for line in lines[: lines.index("#")])
+        print(f"{path.stem:<20} {comment.split('. ')[0].removesuffix('.')}")
+
+
+def _reference_arguments(parser):
+    parser.add_argument("form", choices=("markdown", "schema"), help="a page, or a JSON schema")
+
+
+def _reference(args):
+    from .models import FAMILIES
+    from .recipe.reference import render
+
+    print(render(args.form, FAMILIES))
+
+
+# ---- commands that take the folder of a run
+
+
+def _generate_arguments(parser):
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, a checkpoint or any model")
+    parser.add_argument("--prompt", default="", help="text to continue, or to fill in (default: start from nothing)")
+    parser.add_argument("--chat", action="store_true", help="apply the chat template to the prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy decoding (default: 0.8)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest tokens; 0: all")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens up to this total",
+    )
+    parser.add_argument("--num_samples", type=int, default=1, help="number of texts (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first text; each next one adds 1 (default: 0)")
+
+
+def _predict_arguments(parser):
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, a checkpoint or any such model")
+    parser.add_argument("--input", required=True, help="file with the examples")
+    parser.add_argument("--output", help="file to write (default: stdout)")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows at once (default: 32)")
+    parser.add_argument("--max_len", type=int, help="tokens per row (default: the recipe's, or the model's positions)")
+    parser.add_argument("--text_column", help="column of the text, or of the words (default: the recipe's)")
+    parser.add_argument("--text_pair_column", help="column of the second text (default: the recipe's)")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="skip examples that cannot be used")
+
+
+def _predict(args):
+    from .distributed import silence_libraries
+    from .predict import predict_file
+
+    silence_libraries()
+    options = {name: value for name, value in vars(args).items() if name != "command"}
+    count, skipped = predict_file(**options)
+    for message in skipped[:3]:
+        print(f"left out: {message}", file=sys.stderr)
+    if args.output or skipped:
+        more = f", {len(skipped):,} left out" if skipped else ""
+        print(f"{count:,} rows judged{more}{f': {args.output}' if args.output else ''}", file=sys.stderr)
+
+
+def _plot_arguments(parser):
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--by", default="step", choices=("step", "tokens", "time"), help="the x axis (default: step)")
+    parser.add_argument(
+        "--output",
+        nargs="+",
+        help=".png or .svg files to write (default: loss.png and loss.svg in the folder of one run; curves.png and "
+        "curves.svg in the current folder for several)",
+    )
+
+
+def _plot(args):
+    from .reporting.plots import plot
+
+    print("\n".join(map(str, plot(args.runs, args.by, args.output))))
+
+
+def _report_arguments(parser):
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run")
+
+
+def _report(args):
+    from .reporting import html, plots
+
+    run_dir = Path(args.run_dir)
+    try:
+        plots.make(run_dir)
+        html.make(run_dir)
+    except OSError as error:
+        raise InputError(f"{run_dir}/report.html: it cannot be written: {error}") from None
+    print(run_dir / "report.html")
+
+
+def _push_arguments(parser):
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run or of one of its checkpoints")
+    parser.add_argument("repo", metavar="user/name", help="repository on the Hub; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", help="branch to push to (default: main)")
+
+
+def _push(args):
+    import huggingface_hub
+
+    from .distributed import silence_libraries
+    from .hub import push as hub
+
+    silence_libraries()
+    huggingface_hub.utils.disable_progress_bars()
+    hub.end_with_run()
+    print(f"pushed: {hub.push(args.run_dir, args.repo, args.private, args.revision)}")
+
+
+def _generate(args):
+    from .generate import print_texts
+
+    print_texts(**{name: value for name, value in vars(args).items() if name != "command"})
+
+
+class Command(NamedTuple):
+    """A command; one without `add_arguments` takes a recipe and its flags."""
+
+    help: str
+    run: object
+    add_arguments: object = None
+
+
+COMMANDS = {
+    "train": Command("Train a model from a recipe", _train),
+    "prepare": Command("Train the tokenizer and tokenize the data of a recipe, ahead of a launch", _prepare),
+    "evaluate": Command("Evaluate the model of a run on all validation rows", _evaluate),
+    "generate": Command("Generate text with a model, or fill in [MASK]", _generate, _generate_arguments),
+    "predict": Command("Label the examples of a file, or answer their questions", _predict, _predict_arguments),
+    "plot": Command("Draw the curves of one or several runs", _plot, _plot_arguments),
+    "report": Command("Write a run's report.html and loss.png", _report, _report_arguments),
+    "push": Command("Push a run's model with its card to the Hugging Face Hub", _push, _push_arguments),
+    "recipes": Command("List the recipes that ship", _recipes, lambda parser: None),
+    "reference": Command("Print the reference of a recipe's keys", _reference, _reference_arguments),
+}
+
+if __name__ == "__main__":
+    main()
