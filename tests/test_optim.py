@@ -1,3 +1,5 @@
+"""The learning-rate schedules, AdamW and Muon, skipped steps and the optimizer's state by name."""
+
 import shutil
 
 import pytest
@@ -12,7 +14,7 @@ def rates(schedule, total=100, **options):
     return [learning_rate(step, total, 1.0, 0.1, schedule, **options) for step in range(total)]
 
 
-def test_schedules_have_their_shapes():
+def test_the_schedules_warm_up_and_decay_to_the_floor():
     assert set(rates("constant")) == {1.0}
     for schedule in ("linear", "cosine", "wsd"):
         values = rates(schedule, warmup_steps=10)
@@ -28,41 +30,41 @@ def test_schedules_have_their_shapes():
     assert rates("wsd")[80] == 1.0 > rates("wsd")[81]
 
 
-def test_a_schedule_survives_odd_sizes():
+def test_the_schedules_work_for_very_short_runs():
     for schedule in ("constant", "linear", "cosine", "wsd"):
         for total, warmup in ((1, 0), (1, 1), (5, 5), (3, 2)):
-            values = [learning_rate(s, total, 1.0, 0.1, schedule, warmup, None) for s in range(total)]
+            values = [learning_rate(step, total, 1.0, 0.1, schedule, warmup) for step in range(total)]
             assert all(0 < value <= 1 for value in values)
 
 
-def test_a_run_by_muon_goes_on_bit_for_bit(tiny, tmp_path):
-    words = tiny(optimizer="muon", max_steps=24)
-    assert train(*words, "--save_model", tmp_path / "whole") == 0
-    (tmp_path / "parts").mkdir()
-    assert train(*words, "--save_model", tmp_path / "parts") == 0
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-24")  # as if it had been killed before
-    assert train(*words, "--save_model", tmp_path / "parts", "--resume") == 0
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+def test_a_muon_run_resumes_bit_for_bit(tiny, tmp_path):
+    flags = tiny(optimizer="muon", max_steps=24)
+    assert train(*flags, "--save_model", tmp_path / "uninterrupted") == 0
+    shutil.copytree(tmp_path / "uninterrupted", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-24")  # as if the run had been killed before step 24
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    assert train(*flags, "--save_model", tmp_path / "resumed", "--resume") == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("uninterrupted", "resumed")]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
-def test_another_optimizer_is_refused_or_begins_anew(tiny, capsys, before, after):
+def test_a_changed_optimizer_is_refused_or_starts_with_an_empty_state(tiny, capsys, before, after):
     assert train(*tiny(optimizer=before, max_steps=4)) == 0
-    more = tiny(optimizer=after, max_steps=6, warmup_steps=4)
-    assert train(*more, "--resume") == 2
+    flags = tiny(optimizer=after, max_steps=6, warmup_steps=4)
+    assert train(*flags, "--resume") == 2
     assert f"optimizer was '{before}' and is '{after}'" in capsys.readouterr().err
-    assert train(*more, "--resume", "--allow_changed") == 0
-    assert f"until now by {before}: {after} begins with moments of its own" in capsys.readouterr().out
+    assert train(*flags, "--resume", "--allow_changed") == 0
+    assert f"the optimizer changed from {before} to {after}; its state starts empty" in capsys.readouterr().out
 
 
-def small():
+def small_model():
     torch.manual_seed(0)
     return GPTForCausalLM(GPTConfig(vocab_size=50, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0))
 
 
-def test_decay_is_on_matrices_only():
-    model = small()
+def test_only_matrices_decay():
+    model = small_model()
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -70,44 +72,46 @@ def test_decay_is_on_matrices_only():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-class InMemory(dict):
+class TensorRows(dict):
+    """Stands in for checkpoint.OptimizerFiles."""
+
     def rows(self, name, start=0, stop=None):
         return self[name][start:stop] if self[name].dim() else self[name]
 
 
-def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
-    model = small()
-    muon, adamw = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1, "muon").parts
+def test_muon_optimizes_the_matrices_of_the_layers_and_adamw_the_rest():
+    model = small_model()
+    muon, adamw = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1, "muon").optimizers
     names = {parameter: name for name, parameter in model.named_parameters()}
-    taken = {names[p] for group in muon.param_groups for p in group["params"]}
-    assert taken == {
+    by_muon = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert by_muon == {
         name for name in names.values() if ".h." in name and name.endswith("weight") and ".ln_" not in name
     }
-    left = {names[p] for group in adamw.param_groups for p in group["params"]}
-    assert taken | left == set(names.values())
-    assert not taken & left
+    by_adamw = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert by_muon | by_adamw == set(names.values())
+    assert not by_muon & by_adamw
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
-def test_muon_is_torchs():
-    """All matrices of a shape at once, tall and wide ones, and one that has no gradient."""
+def test_muon_updates_as_torch_does():
+    """With tall and wide matrices, several of each shape, and one without a gradient."""
     shapes = [(6, 18), (6, 6), (24, 6), (6, 18), (6, 6), (24, 6)]
     weights = {}
-    for kind in (torch.optim.Muon, Muon):
+    for optimizer_class in (torch.optim.Muon, Muon):
         torch.manual_seed(0)
-        weights[kind] = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        optimizer = kind(weights[kind], 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
+        weights[optimizer_class] = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = optimizer_class(weights[optimizer_class], 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
         for _ in range(5):
-            for weight in weights[kind][:-1]:
+            for weight in weights[optimizer_class][:-1]:
                 weight.grad = torch.randn_like(weight)
             optimizer.step()
     torch.testing.assert_close(*weights.values(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_that_is_not_to_be_taken_changes_no_bit(name):
-    model, ids = small(), torch.arange(16).view(2, 8)
+def test_a_skipped_step_changes_no_bit(name):
+    model, ids = small_model(), torch.arange(16).view(2, 8)
     optimizer = build_optimizer(model, 1e-2, (0.9, 0.95), 1e-8, 0.1, name)
 
     def state():
@@ -115,32 +119,32 @@ def test_a_step_that_is_not_to_be_taken_changes_no_bit(name):
             t.clone() for t in optimizer_tensors(model, optimizer).values()
         ]
 
-    kept = None
-    for spoilt in (False, True, False):
+    before = None
+    for is_skipped in (False, True, False):
         model(ids, labels=ids).loss.backward()
-        if spoilt:
-            kept = state()
+        if is_skipped:
+            before = state()
             for parameter in model.parameters():
                 parameter.grad *= float("nan")
-        step_if(optimizer, torch.tensor(not spoilt))
+        step_if(optimizer, torch.tensor(not is_skipped))
         optimizer.zero_grad()
-        if spoilt:
-            assert all(torch.equal(a, b) for a, b in zip(kept, state(), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(kept, state(), strict=True) if a.dim() > 1 and a.numel() > 50)
+        if is_skipped:
+            assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, state(), strict=True) if a.dim() > 1 and a.numel() > 50)
 
 
-def test_one_learning_rate_is_for_all_parts():
-    optimizer = build_optimizer(small(), 1e-3, (0.9, 0.95), 1e-8, 0.1, "muon")
+def test_chained_optimizers_share_the_learning_rate():
+    optimizer = build_optimizer(small_model(), 1e-3, (0.9, 0.95), 1e-8, 0.1, "muon")
     for load in (False, True):
         if load:
             optimizer.load_state_dict(optimizer.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = 0.5 + load
-        assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.5 + load}
+        assert {group["lr"] for part in optimizer.optimizers for group in part.param_groups} == {0.5 + load}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_state_by_name_comes_back_bit_for_bit(name):
+def test_the_state_by_name_is_restored_bit_for_bit(name):
     def step(model, optimizer, seed):
         torch.manual_seed(seed)
         ids = torch.randint(0, 50, (2, 8))
@@ -148,17 +152,17 @@ def test_the_state_by_name_comes_back_bit_for_bit(name):
         optimizer.step()
         optimizer.zero_grad()
 
-    model, again = small(), small()
+    model, restored = small_model(), small_model()
     first = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1, name)
     for seed in range(3):
         step(model, first, seed)
     tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(model, first).items()}
-    kinds = {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
-    assert {key.rpartition("/")[2] for key in tensors} == kinds
-    again.load_state_dict(model.state_dict())
-    second = build_optimizer(again, 1e-3, (0.9, 0.95), 1e-8, 0.1, name)
-    load_optimizer_tensors(again, second, InMemory(tensors))
+    state_names = {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
+    assert {key.rpartition("/")[2] for key in tensors} == state_names
+    restored.load_state_dict(model.state_dict())
+    second = build_optimizer(restored, 1e-3, (0.9, 0.95), 1e-8, 0.1, name)
+    load_optimizer_tensors(restored, second, TensorRows(tensors))
     step(model, first, 9)
-    step(again, second, 9)
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+    step(restored, second, 9)
+    for a, b in zip(model.parameters(), restored.parameters(), strict=True):
         assert torch.equal(a, b)
