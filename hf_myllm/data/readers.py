@@ -8,7 +8,7 @@ import lzma
 import re
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -62,28 +62,37 @@ def read_documents(source, split_pattern=None, progress=lambda count: None):
                 return
 
 
-def stream_documents(source, split_pattern, state=None):
-    """Yield the documents of a Hub data set, read over the network.
+def resume_documents(source, split_pattern, position):
+    """Yield (text, is_end, position) of each piece of a source, from the piece at a position on.
+
+    A Hub data set is read over the network.
 
     Args:
         split_pattern: see [`read_documents`].
-        state: where to start, as yielded by an earlier call.
-    Yields:
-        (text, is_end, state, index): a piece, whether its document ends with it, the state before the document's row,
-        and the piece's index in the document.
+        position: a dict that an earlier call yielded; {} is the beginning.
     Raises:
         DataError: see [`read_documents`].
     """
+    skip = position.get("pieces", 0)  # pieces of the first file or document that were read before
+    if source.format != "hub":
+        for number in range(position.get("file", 0), max(1, len(source.files))):  # data in memory has no files
+            part = replace(source, files=source.files[number : number + 1])
+            for index, (piece, is_end) in enumerate(read_documents(part, split_pattern)):
+                if index >= skip:
+                    yield piece, is_end, {"file": number, "pieces": index}
+            skip = 0
+        return
     with _library_errors(f"{source.name} cannot be read"):
         rows = stream_hub(source)
-        if state is not None:
-            rows.load_state_dict(state)
+        if "dataset" in position:
+            rows.load_state_dict(position["dataset"])
         state = rows.state_dict()
         for number, row in enumerate(rows, start=1):
             text = _text_of(row, f"{source.name} row {number}", source.text_column)
             for index, (piece, is_end) in enumerate(_split_document([text], split_pattern)):
-                yield piece, is_end, state, index
-            state = rows.state_dict()
+                if index >= skip:
+                    yield piece, is_end, {"dataset": state, "pieces": index}
+            skip, state = 0, rows.state_dict()
 
 
 def _document_blocks(source, progress):

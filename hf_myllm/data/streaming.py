@@ -13,14 +13,13 @@ disk at any time.
 import json
 import shutil
 import threading
-from dataclasses import replace
 
 import numpy as np
 
 from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
 from .corpus import Progress, TokenStream, token_dtype, tokenize_pieces
-from .readers import read_documents, stream_documents
+from .readers import resume_documents
 from .sources import source_key
 from .tokenizer import end_of_document, fingerprint, safe_split_pattern
 
@@ -120,31 +119,15 @@ class TokenWindows:
 
     def _pieces_from(self, position):
         """Yield (text, is_end, position of the piece) from a position on, over and over again."""
-        read = self._read_hub if self.source.format == "hub" else self._read_files
+        split_pattern = safe_split_pattern(self.tokenizer)
         while True:
             is_empty = not position
-            for piece in read(position):
+            for piece in resume_documents(self.source, split_pattern, position):
                 yield piece
                 is_empty = False
             if is_empty:
                 raise DataError(f"{self.source.name} holds no text")
             position = {}
-
-    def _read_hub(self, position):
-        skip = position.get("pieces", 0)  # pieces of the first document that were read before
-        pieces = stream_documents(self.source, safe_split_pattern(self.tokenizer), position.get("dataset"))
-        for text, is_end, state, index in pieces:
-            if index >= skip:
-                yield text, is_end, {"dataset": state, "pieces": index}
-            skip = 0 if is_end else skip
-
-    def _read_files(self, position):
-        first, skip = position.get("file", 0), position.get("pieces", 0)
-        for number in range(first, max(1, len(self.source.files))):  # data in memory has no files
-            source = replace(self.source, files=self.source.files[number : number + 1])
-            for index, (text, is_end) in enumerate(read_documents(source, safe_split_pattern(self.tokenizer))):
-                if number > first or index >= skip:
-                    yield text, is_end, {"file": number, "pieces": index}
 
 
 class StreamedRows:

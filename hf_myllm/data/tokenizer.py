@@ -44,9 +44,6 @@ def load(name, model_type=None):
     return tokenizer
 
 
-# ---- training
-
-
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016), of the class of GPT-2's; no text is unknown to it."""
     trained = _train_on_bytes(models.BPE(), trainers.BpeTrainer, texts, vocab_size)
@@ -119,9 +116,6 @@ def _is_own_word(character):
 TRAINERS = {"bpe": train_bpe, "unigram": train_unigram, "wordpiece": train_wordpiece}
 
 
-# ---- files
-
-
 def save(tokenizer, folder):
     """Write a tokenizer's files, readable by transformers 4 and 5 and by llama.cpp.
 
@@ -153,9 +147,6 @@ def fingerprint(tokenizer):
     backend.no_truncation()
     backend.no_padding()
     return hashlib.sha256(backend.to_str().encode()).hexdigest()
-
-
-# ---- splitting text
 
 
 def end_of_document(tokenizer):
@@ -194,9 +185,6 @@ def safe_split_pattern(tokenizer):
         # no token has a space inside, and the tokenizer adds the space before the second part that the split removes
         return re.compile(rf"(?<=[^\s▁]) (?!▁)(?={word})")
     return None
-
-
-# ---- facts about tokens
 
 
 def token_bytes(tokenizer, vocab_size):
