@@ -22,6 +22,7 @@ from .sources import COMPRESSIONS, TOKEN_ID_FORMATS, load_hub, stream_hub
 _PIECE_CHARS = 100_000  # a longer document is read in pieces of about this length
 _MAX_PIECE_CHARS = 8_000_000  # a piece is split here at the latest, even where no split is safe
 _BLOCK_CHARS = 1 << 20  # read at once
+_REPORT_CHARS = 10_000  # between two progress reports
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
 
@@ -314,11 +315,16 @@ def _read_blocks(file, progress=lambda count: None):
 def _read_lines(file, progress=lambda count: None):
     """Yield (number, line) of each line of a file, counted from 1; a line includes its end."""
     with _open_text(file, progress) as (stream, report):
+        num_chars = 0
         for number, line in enumerate(stream, start=1):
             if "\0" in line:
                 raise _NulByte
             yield number, line
-            report()
+            num_chars += len(line)
+            if num_chars > _REPORT_CHARS:  # asking for the position in the file takes longer than reading a line
+                report()
+                num_chars = 0
+        report()
 
 
 def _read_json_lines(file, progress):
