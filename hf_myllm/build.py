@@ -6,9 +6,8 @@ tokenizer and tokenizes the text into the cache.
 
 import copy
 import math
-import os
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -17,7 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint, run_folder, tasks
-from .data import cache, corpus, readers, sampler, sources, streaming
+from .build_data import check_token_ids, find_sources, find_tokenizer, load_data
+from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
     cast_to_bf16,
@@ -36,9 +36,7 @@ from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
 from .recipe import Recipe
 from .recipe.sections import FIELDS
-from .tasks import TASKS
 
-DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 
@@ -101,27 +99,6 @@ class Run:
             self.uploads.stop()
         if self.lock is not None:
             self.lock.release()
-
-
-@dataclass
-class Sources:
-    """Where a run's data come from."""
-
-    training: list  # empty if only evaluating on val_file
-    weights: list  # of each training source, in any unit
-    validation: object  # None: a part of the training data is held out
-
-    @property
-    def all(self):
-        return [*self.training, *([self.validation] if self.validation else [])]
-
-    @property
-    def name(self):
-        return ", ".join(source.name for source in self.training)
-
-    @property
-    def val_name(self):
-        return self.validation.name if self.validation else f"the validation part of {self.name}"
 
 
 @contextmanager
@@ -214,89 +191,6 @@ def build_run(recipe, accelerator, resume_from, train_data=None, eval_data=None)
     return run
 
 
-# ---- data
-
-
-def find_sources(recipe, train_data=None, eval_data=None):
-    """Return the [`Sources`] of a recipe, or of data in memory in place of its files."""
-    data, validation = recipe.data, None
-    column = data.text_column or "text"
-    if eval_data is not None:
-        validation = sources.in_memory_source(eval_data, "eval_data", column, data.document)
-    elif data.val_file:
-        validation = sources.file_source(data.val_file, column, data.document)
-    if recipe.evaluation.eval_only and validation:
-        return Sources([], [], validation)
-    if train_data is not None:
-        return Sources([sources.in_memory_source(train_data, "train_data", column, data.document)], [1.0], validation)
-    named = data.datasets or [data.model_dump()]
-    training = [find_source(entry, data) for entry in named]
-    if recipe.run.dry_run and not data.streaming and not TASKS[recipe.task].is_labelled:
-        training, validation = [first_part(source) for source in training], validation and first_part(validation)
-    return Sources(training, [entry.get("weight", 1.0) for entry in named], validation)
-
-
-def find_source(entry, data):
-    """Return the source that an entry of `datasets` names; keys that it lacks are those of the section `data`."""
-    column = entry.get("text_column", data.text_column) or "text"
-    if entry.get("dataset"):
-        split = entry.get("dataset_split", data.dataset_split)
-        hub_options = entry.get("dataset_config"), split, entry.get("dataset_revision"), column
-        return sources.hub_source(entry["dataset"], *hub_options)
-    return sources.file_source(entry["train_file"], column, entry.get("document", data.document))
-
-
-def first_part(source):
-    """Return the source as a dry run reads it: only its beginning if it is large."""
-    if source.format == "hub":
-        return replace(source, max_chars=DRY_RUN_CHARS, is_streamed=True)
-    size = 0 if source.format in sources.TOKEN_ID_FORMATS else sources.total_size(source)
-    limit = DRY_RUN_CHARS / 200 if source.format in ("parquet", "memory") else 5 * DRY_RUN_CHARS  # rows or bytes
-    return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
-
-
-def load_data(recipe, found, tokenizer, task, state, show_progress):
-    """Tokenize the data or open it in the cache. Return training data, validation data and their statistics."""
-    if recipe.data.streaming and not recipe.evaluation.eval_only:
-        loaded = open_stream(recipe, found, tokenizer, state, show_progress)
-    else:
-        loaded = task.load(found.training, found.validation, show_progress)
-    for name, value in task.resolved_settings.items():
-        setattr(recipe.data, name, value)
-    return loaded
-
-
-def open_stream(recipe, found, tokenizer, state, is_maker):
-    """Return what [`load_data`] does, of a corpus that is tokenized a window at a time."""
-    data, (source,), validation = recipe.data, found.training, None
-    positions = state.get("stream") if state else None
-    if source.format in sources.TOKEN_ID_FORMATS:
-        raise InputError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
-    if found.validation:
-        validation, _, _ = corpus.load_tokens(found.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
-    if positions and (previous := state["recipe"].get("streaming_window")) != data.streaming_window:
-        raise InputError(
-            f"streaming_window: {previous} when the run started, {data.streaming_window} now; give {previous}, because "
-            "the positions in a checkpoint are those of its windows"
-        )
-    size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
-    owner = os.path.abspath(recipe.run.save_model)
-    stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, positions, is_maker)
-    return stream, validation, {"train": {}}
-
-
-def check_token_ids(tokens, vocab_size, name):
-    """Raise InputError if some token id is beyond the model's vocabulary."""
-    if tokens is None or tokens.max_id < vocab_size:
-        return
-    if (position := tokens.find_out_of_vocabulary(vocab_size)) is not None:
-        raise InputError(
-            f"{name}: token id {int(tokens.read(position, 1)[0])} at position {position} (the largest is "
-            f"{tokens.max_id}), but the model's vocabulary has {vocab_size} tokens; raise vocab_size, or give the "
-            "data's own tokenizer"
-        )
-
-
 # ---- tokenizer, task and model
 
 
@@ -323,66 +217,6 @@ def adapt_model(recipe, accelerator, model, task):
         cast_to_bf16(model)
     if task.isolates_documents:
         loading.use_flex_attention(model, accelerator.device.type)
-
-
-def find_tokenizer(recipe, given, pretrained, keep):
-    """The recipe's tokenizer: loaded, trained, or the one of the model that the run starts from; with the tokens that
-    the recipe adds.
-
-    Args:
-        keep: whether the model's own goes before the recipe's, as it must when training goes on or is judged.
-    """
-    tokenizer, added = find_base_tokenizer(recipe, given, pretrained, keep), recipe.data.add_tokens or []
-    if added and tokenizer is None:
-        raise InputError("add_tokens needs a tokenizer to add them to: give --tokenizer")
-    if added and not keep:
-        tokenizer.add_tokens(added)
-    elif unknown := [token for token in added if token not in tokenizer.get_vocab()]:
-        raise InputError(
-            f"add_tokens: {pretrained} does not know {unknown[0]!r}, and a model grows only when a new run starts from "
-            f"it: --init_from {pretrained} --save_model FOLDER"
-        )
-    return tokenizer
-
-
-def find_base_tokenizer(recipe, given, pretrained, keep):
-    data, model_type = recipe.data, FAMILIES[recipe.model].config.model_type
-    if keep:
-        try:
-            return tokenizers.load(str(pretrained), model_type)
-        except InputError:  # trained on a .bin without one
-            pass
-    if isinstance(data.tokenizer, str):
-        try:
-            return tokenizers.load(data.tokenizer)
-        except InputError as error:
-            if not any(source.format == "hub" for source in given.training):
-                raise
-            raise InputError(f"{error}; and without the Hub, pass --train_file FILE in place of the data set") from None
-    if isinstance(data.tokenizer, dict):
-        kind, size, text = data.tokenizer["train"], data.tokenizer["vocab_size"], given.training or [given.validation]
-
-        texts, of_task = readers.SourceTexts(text), []
-        if TASKS[recipe.task].is_labelled:
-            columns = {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
-            texts = tasks.LabelledTexts(text, recipe.task, **columns)
-            of_task = [recipe.task, columns]
-
-        def train_tokenizer(folder):
-            tokenizers.save(tokenizers.TRAINERS[kind](texts, size), folder)
-
-        key = [kind, size, *of_task, *(sources.source_key(replace(source, max_chars=0)) for source in text)]
-        if not cache.cached_path(key).exists():  # for a quick look at large text, another is trained on its beginning
-            key = [kind, size, *of_task, *map(sources.source_key, text)]
-        return tokenizers.load(str(cache.cached_folder(key, train_tokenizer)))
-    if pretrained and not keep:
-        return tokenizers.load(str(pretrained), model_type)
-    if any(source.format not in sources.TOKEN_ID_FORMATS for source in given.all):
-        kind = FAMILIES[recipe.model].tokenizer
-        raise InputError(
-            f"text needs a tokenizer: give --tokenizer a folder, a Hub id, or '{{train: {kind}, vocab_size: 8192}}'"
-        )
-    return None
 
 
 def build_task(recipe, given, tokenizer, stored_config, is_trained):

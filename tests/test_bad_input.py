@@ -74,7 +74,7 @@ CASES = {
     "broken JSON": ({"train_file": "PLACE/bad.jsonl"}, "bad.jsonl line 2 is not JSON"),
     "missing column": ({"train_file": "PLACE/other.jsonl"}, "other.jsonl line 1 has no column 'text', but 'body'"),
     "truncated .bin": ({"train_file": "PLACE/odd.bin", "tokenizer": None}, "odd.bin is cut short: 801 bytes"),
-    "no tokenizer": ({"tokenizer": None}, "text needs a tokenizer"),
+    "no tokenizer": ({"tokenizer": None}, "tokenizer: text needs one"),
     "tokenizer not found": ({"tokenizer": "PLACE/no_tokenizer"}, "no_tokenizer' cannot be found"),
     "tokenizer not on the Hub": ({"tokenizer": "no-such-tokenizer"}, "'no-such-tokenizer' cannot be found"),
     "data set out of reach": (

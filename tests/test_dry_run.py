@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import train, write_story
 
-from hf_myllm import build as prepare
+from hf_myllm import build_data
 
 
 def numbers(line):
@@ -65,7 +65,7 @@ def test_the_first_batch_is_that_of_the_first_step(tiny, tiny_bert, stories, cap
 
 
 def test_of_large_data_only_the_beginning_is_read(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "DRY_RUN_CHARS", 100_000)
+    monkeypatch.setattr(build_data, "DRY_RUN_CHARS", 100_000)
     (tmp_path / "large.jsonl").write_text("".join(json.dumps({"text": write_story(n)}) + "\n" for n in range(2000)))
     flags = tiny(train_file=tmp_path / "large.jsonl", epochs=2)
     assert train(*flags, "--dry_run") == 0

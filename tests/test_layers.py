@@ -18,6 +18,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"reporting"},
     {"hub"},
     {"run_state", "run_folder"},
+    {"build_data"},
     {"build"},
     {"train", "predict"},
     {"cli"},

@@ -1,0 +1,181 @@
+"""The data section of a recipe: its sources, its tokenizer, and their tokens."""
+
+import os
+from dataclasses import dataclass, replace
+
+from . import tasks
+from .data import cache, corpus, readers, sources, streaming
+from .data import tokenizer as tokenizers
+from .errors import DataError, InputError, ModelError
+from .models import FAMILIES
+
+DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
+
+
+@dataclass
+class Sources:
+    """Where a run's data come from."""
+
+    training: list  # empty if only evaluating on val_file
+    weights: list  # of each training source, in any unit
+    validation: object  # None: a part of the training data is held out
+
+    @property
+    def all(self):
+        return [*self.training, *([self.validation] if self.validation else [])]
+
+    @property
+    def name(self):
+        return ", ".join(source.name for source in self.training)
+
+    @property
+    def val_name(self):
+        return self.validation.name if self.validation else f"the validation part of {self.name}"
+
+
+def find_sources(recipe, train_data=None, eval_data=None):
+    """Return the [`Sources`] of a recipe, or of data in memory in place of its files."""
+    data, validation = recipe.data, None
+    column = data.text_column or "text"
+    if eval_data is not None:
+        validation = sources.in_memory_source(eval_data, "eval_data", column, data.document)
+    elif data.val_file:
+        validation = sources.file_source(data.val_file, column, data.document)
+    if recipe.evaluation.eval_only and validation:
+        return Sources([], [], validation)
+    if train_data is not None:
+        return Sources([sources.in_memory_source(train_data, "train_data", column, data.document)], [1.0], validation)
+    named = data.datasets or [data.model_dump()]
+    training = [find_source(entry, data) for entry in named]
+    if recipe.run.dry_run and not data.streaming and not tasks.TASKS[recipe.task].is_labelled:
+        training, validation = [first_part(source) for source in training], validation and first_part(validation)
+    return Sources(training, [entry.get("weight", 1.0) for entry in named], validation)
+
+
+def find_source(entry, data):
+    """Return the source that an entry of `datasets` names; keys that it lacks are those of the section `data`."""
+    column = entry.get("text_column", data.text_column) or "text"
+    if entry.get("dataset"):
+        split = entry.get("dataset_split", data.dataset_split)
+        hub_options = entry.get("dataset_config"), split, entry.get("dataset_revision"), column
+        return sources.hub_source(entry["dataset"], *hub_options)
+    return sources.file_source(entry["train_file"], column, entry.get("document", data.document))
+
+
+def first_part(source):
+    """Return the source as a dry run reads it: only its beginning if it is large."""
+    if source.format == "hub":
+        return replace(source, max_chars=DRY_RUN_CHARS, is_streamed=True)
+    size = 0 if source.format in sources.TOKEN_ID_FORMATS else sources.total_size(source)
+    limit = DRY_RUN_CHARS / 200 if source.format in ("parquet", "memory") else 5 * DRY_RUN_CHARS  # rows or bytes
+    return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
+
+
+def load_data(recipe, found, tokenizer, task, state, show_progress):
+    """Tokenize the data or open it in the cache. Return training data, validation data and their statistics."""
+    if recipe.data.streaming and not recipe.evaluation.eval_only:
+        loaded = open_stream(recipe, found, tokenizer, state, show_progress)
+    else:
+        loaded = task.load(found.training, found.validation, show_progress)
+    for name, value in task.resolved_settings.items():
+        setattr(recipe.data, name, value)
+    return loaded
+
+
+def open_stream(recipe, found, tokenizer, state, is_maker):
+    """Return what [`load_data`] does, of a corpus that is tokenized a window at a time."""
+    data, (source,), validation = recipe.data, found.training, None
+    positions = state.get("stream") if state else None
+    if source.format in sources.TOKEN_ID_FORMATS:
+        raise DataError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
+    if found.validation:
+        validation, _, _ = corpus.load_tokens(found.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    if positions and (previous := state["recipe"].get("streaming_window")) != data.streaming_window:
+        raise DataError(
+            f"streaming_window: {previous} when the run started, {data.streaming_window} now; give {previous}, because "
+            "the positions in a checkpoint are those of its windows"
+        )
+    size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
+    owner = os.path.abspath(recipe.run.save_model)
+    stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, positions, is_maker)
+    return stream, validation, {"train": {}}
+
+
+def check_token_ids(tokens, vocab_size, name):
+    """Raise DataError if some token id is beyond the model's vocabulary."""
+    if tokens is None or tokens.max_id < vocab_size:
+        return
+    if (position := tokens.find_out_of_vocabulary(vocab_size)) is not None:
+        raise DataError(
+            f"{name}: token id {int(tokens.read(position, 1)[0])} at position {position} (the largest is "
+            f"{tokens.max_id}), but the model's vocabulary has {vocab_size} tokens; raise vocab_size, or give the "
+            "data's own tokenizer"
+        )
+
+
+# ---- the tokenizer
+
+
+def find_tokenizer(recipe, found, pretrained, keep):
+    """Return the tokenizer of a recipe with its `add_tokens`: loaded, trained, or that of the pretrained model.
+
+    Args:
+        found: the [`Sources`], on which a tokenizer may be trained.
+        pretrained: folder or Hub id of the model that the run starts from, or None.
+        keep: whether the model's own tokenizer takes precedence: when training continues or is evaluated.
+    Returns:
+        None for token ids without a tokenizer.
+    """
+    tokenizer, new_tokens = _find_tokenizer(recipe, found, pretrained, keep), recipe.data.add_tokens or []
+    if new_tokens and tokenizer is None:
+        raise ModelError("add_tokens: there is no tokenizer to add them to; give --tokenizer")
+    if new_tokens and not keep:
+        tokenizer.add_tokens(new_tokens)
+    elif unknown := [token for token in new_tokens if token not in tokenizer.get_vocab()]:
+        raise ModelError(
+            f"add_tokens: {pretrained} was trained without {unknown[0]!r}; start a new run from it, with --init_from "
+            f"{pretrained} --save_model FOLDER"
+        )
+    return tokenizer
+
+
+def _find_tokenizer(recipe, found, pretrained, keep):
+    data, family = recipe.data, FAMILIES[recipe.model]
+    if keep:
+        try:
+            return tokenizers.load(str(pretrained), family.config.model_type)
+        except InputError:  # the model was trained on token ids without one
+            pass
+    if isinstance(data.tokenizer, str):
+        try:
+            return tokenizers.load(data.tokenizer)
+        except InputError as error:
+            if not any(source.format == "hub" for source in found.training):
+                raise
+            raise ModelError(f"{error}; without the Hub, give --train_file FILE in place of the dataset") from None
+    if isinstance(data.tokenizer, dict):
+        return _train_tokenizer(recipe, found.training or [found.validation])
+    if pretrained and not keep:
+        return tokenizers.load(str(pretrained), family.config.model_type)
+    if any(source.format not in sources.TOKEN_ID_FORMATS for source in found.all):
+        trained = f"{{train: {family.tokenizer}, vocab_size: 8192}}"
+        raise ModelError(f"tokenizer: text needs one; give --tokenizer a folder, a Hub id, or '{trained}'")
+    return None
+
+
+def _train_tokenizer(recipe, texts_from):
+    """Train a tokenizer on the text of some sources, or load it from the cache."""
+    data, algorithm, vocab_size = recipe.data, recipe.data.tokenizer["train"], recipe.data.tokenizer["vocab_size"]
+    texts, task_key = readers.SourceTexts(texts_from), []
+    if tasks.TASKS[recipe.task].is_labelled:
+        columns = {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
+        texts, task_key = tasks.LabelledTexts(texts_from, recipe.task, **columns), [recipe.task, columns]
+
+    def train(folder):
+        tokenizers.save(tokenizers.TRAINERS[algorithm](texts, vocab_size), folder)
+
+    whole = [replace(source, max_chars=0) for source in texts_from]
+    key = [algorithm, vocab_size, *task_key, *map(sources.source_key, whole)]
+    if not cache.cached_path(key).exists():  # a dry run of large text trains one on its beginning
+        key = [algorithm, vocab_size, *task_key, *map(sources.source_key, texts_from)]
+    return tokenizers.load(str(cache.cached_folder(key, train)))
