@@ -1,9 +1,9 @@
-"""LoRA: small matrices beside the model's own, which alone are trained (Hu et al. 2022), by the library `peft`.
+"""LoRA (Hu et al. 2022) with the library `peft`: small trainable matrices beside the frozen weights of a model.
 
-A folder that holds such an adapter names the model that it adds to, and has the whole model's configuration beside it,
-under another name than config.json: where there is one, transformers takes the folder for the whole model.
+A folder with an adapter names its base model. It also holds the configuration of the whole model, as model_config.json:
+transformers takes a folder with a config.json for a whole model.
 
-`peft` takes longer to import than all the rest of a command together, so it is where it is needed.
+`peft` is imported inside the functions: its import takes longer than the rest of a command together.
 """
 
 import json
@@ -12,36 +12,42 @@ from pathlib import Path
 
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError, first_line
+from ..errors import ModelError, first_line
 from . import find_family
 
-_TYPES = {  # what peft calls the tasks, by which its Auto classes choose theirs
+_TASK_TYPES = {  # the peft task type, which selects the peft class
     "causal": "CAUSAL_LM",
     "instruction": "CAUSAL_LM",
     "classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",  # of questions none: its class drops the token types
+    "token_classification": "TOKEN_CLS",
+    # No type for question answering: its peft class drops the token types.
 }
-_CONFIG = "adapter_config.json"
-_WHOLE = "model_config.json"
-_OF_PEFT = {"classifier", "score"}  # the heads that it trains and saves by itself
+_ADAPTER_CONFIG = "adapter_config.json"
+_MODEL_CONFIG = "model_config.json"
+_PEFT_HEADS = {"classifier", "score"}  # heads that peft itself trains and saves
 
 
-def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
-    """The model with LoRA's matrices, all else frozen but what is fresh.
+def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modules=None):
+    """Return the model with trainable LoRA matrices; all other weights are frozen, except the newly initialized ones.
 
     Args:
-        fresh: names of weights that the model of init_from did not have, which are trained and saved whole.
-        target_modules: names of modules, ["all-linear"], or None for what peft takes in this family.
+        task: name of the task.
+        newly_initialized: names of weights that the base model lacks; they are trained and saved as a whole.
+        r: rank of the matrices.
+        alpha: numerator of the scale alpha / r; default: 2 * r.
+        target_modules: names of modules, ["all-linear"], or None for peft's default of the model type.
     Raises:
-        InputError: peft knows no such modules in the model, or what is asked for cannot be kept in an adapter.
+        ModelError: peft finds no such modules in the model, or an adapter cannot hold the trained weights.
     """
     from peft import LoraConfig, get_peft_model
 
-    if odd := [name for name in fresh if " " in name]:  # no name of a weight
-        raise InputError(f"lora leaves the embeddings as they are, and the model lacks {odd[0]}: train without it")
-    heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in fresh} - _OF_PEFT)
+    if rows := [name for name in newly_initialized if " " in name]:  # "2 rows of the vocabulary"
+        raise ModelError(f"lora leaves the embeddings as they are, and the model lacks {rows[0]}: train without it")
+    heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in newly_initialized} - _PEFT_HEADS)
     if heads and task in ("mlm", "mlm_nsp"):
-        raise InputError(f"lora needs a model that has the head of task {task}, and this one lacks {fresh[0]}")
+        raise ModelError(
+            f"lora needs a model that has the head of task {task}, and this one lacks {newly_initialized[0]}"
+        )
     if task == "question_answering":
         heads = sorted({*heads, "qa_outputs"})
     config = LoraConfig(
@@ -50,108 +56,113 @@ def add(model, task, fresh, r, alpha=None, dropout=0.0, target_modules=None):
         lora_dropout=dropout,
         target_modules="all-linear" if target_modules == ["all-linear"] else target_modules,
         modules_to_save=heads or None,
-        exclude_modules=sorted({*_OF_PEFT, *heads}),  # of the heads, all is trained
-        task_type=_TYPES.get(task),
+        exclude_modules=sorted({*_PEFT_HEADS, *heads}),  # heads are trained as a whole
+        task_type=_TASK_TYPES.get(task),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # its weight is (in, out)
     )
     if (path := Path(model.name_or_path)).exists():
-        model.name_or_path = str(path.resolve())  # the adapter names it, wherever it is loaded from
+        model.name_or_path = str(path.resolve())  # so that the adapter can be loaded from any working directory
     tied = [model.get_input_embeddings(), model.get_output_embeddings()] if model.config.tie_word_embeddings else []
-    shared = {name for name, module in model.named_modules() if any(module is one for one in tied)}
+    shared = {name for name, module in model.named_modules() if any(module is embedding for embedding in tied)}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a model has none of the heads named above
-            added = get_peft_model(model, config)
+            warnings.simplefilter("ignore")  # peft warns that the model lacks some of the excluded heads
+            peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"lora: {first_line(error)[:300]}") from None
-    for name, _ in added.named_parameters():
-        if ".lora_" in name and (whose := name.partition(".lora_")[0].removeprefix("base_model.model.")) in shared:
-            raise InputError(f"lora: {whose} shares its weight with another: leave it out of target_modules")
-    return added
+        raise ModelError(f"lora: {first_line(error)[:300]}") from None
+    for name, _ in peft_model.named_parameters():
+        module = name.partition(".lora_")[0].removeprefix("base_model.model.")
+        if ".lora_" in name and module in shared:
+            raise ModelError(f"lora: {module} shares its weight with another; remove it from target_modules")
+    return peft_model
 
 
 def base_of(folder):
-    """The model that a folder's adapter adds to, or None where the folder holds none.
+    """Return the base model that a folder's adapter names, or None if the folder holds no adapter.
 
     Raises:
-        InputError: the adapter's configuration cannot be read.
+        ModelError: the adapter's configuration cannot be read.
     """
-    if folder is None or not (Path(folder) / _CONFIG).is_file():
+    if folder is None or not (Path(folder) / _ADAPTER_CONFIG).is_file():
         return None
     try:
-        return json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return json.loads((Path(folder) / _ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/{_CONFIG} cannot be read: {error!r:.200}") from None
+        raise ModelError(f"{folder}/{_ADAPTER_CONFIG} cannot be read: {error!r:.200}") from None
 
 
 def config_of(folder):
-    """Where the configuration of a folder's whole model is; of an adapter of others', its model's."""
-    whole = Path(folder) / _WHOLE
-    return str(whole if whole.is_file() else base_of(folder) or folder)
+    """Return where the configuration of a folder's whole model is: a file, or the base model of a foreign adapter."""
+    path = Path(folder) / _MODEL_CONFIG
+    return str(path if path.is_file() else base_of(folder) or folder)
 
 
 def read_config(folder):
-    """The configuration of a folder's whole model, as its file has it."""
+    """Return the configuration of a folder's whole model as a dict, as its file has it."""
     path = config_of(folder) if base_of(folder) else Path(folder) / "config.json"
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def how_to_load(folder, name=None):
-    """The line of Python that loads the model of a folder with stock transformers, or its adapter with stock peft.
+    """Return the line of Python that loads a folder's model with stock transformers, or its adapter with stock peft.
 
     Args:
-        name: what the line calls the folder by; default: the folder.
+        name: what the line passes instead of the folder, for example a Hub id.
     """
-    base, called = base_of(folder), name or folder
-    name = json.dumps(str(called), ensure_ascii=False)  # as Python reads it too
+    base = base_of(folder)
+    name = json.dumps(str(name or folder), ensure_ascii=False)  # a JSON string is a Python string
     config = read_config(folder)
-    kind = config["architectures"][0].partition("For")[2] or "CausalLM"  # of GPT2LMHeadModel
-    if base and kind in ("MaskedLM", "PreTraining", "QuestionAnswering"):
-        return f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), {name})'
+    head = config["architectures"][0].partition("For")[2] or "CausalLM"  # GPT2LMHeadModel has no "For"
+    if base and head in ("MaskedLM", "PreTraining", "QuestionAnswering"):
+        return f'PeftModel.from_pretrained(AutoModelFor{head}.from_pretrained("{base}"), {name})'
     if base:
-        more = ""
-        if kind.endswith("Classification"):  # of two labels, configurations say nothing
-            more = f", num_labels={len(config.get('id2label', (0, 1)))}"
+        settings = ""
+        if head.endswith("Classification"):
+            settings = f", num_labels={len(config.get('id2label', (0, 1)))}"  # two labels are not in the configuration
             family = find_family(config["model_type"])
             if family is None or family.is_decoder:
-                more += f", pad_token_id={config.get('pad_token_id')}"
-        return f"AutoPeftModelFor{kind}.from_pretrained({name}{more})"
-    return f"AutoModelFor{kind}.from_pretrained({name})"
+                settings += f", pad_token_id={config.get('pad_token_id')}"
+        return f"AutoPeftModelFor{head}.from_pretrained({name}{settings})"
+    return f"AutoModelFor{head}.from_pretrained({name})"
 
 
 def load(model, folder):
-    """The model with the adapter of a folder, to be trained on."""
+    """Return the base model with the adapter of a folder, ready to continue its training.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
     from peft import PeftModel
 
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:
-        raise InputError(f"the adapter in {folder} does not fit its model: {first_line(error)[:300]}") from None
+        raise ModelError(f"the adapter in {folder} does not fit its model: {first_line(error)[:300]}") from None
 
 
 def is_added(model):
-    """Whether it is peft's model around another."""
+    """Return whether a model is a peft model around another."""
     return hasattr(model, "get_base_model")
 
 
 def save(model, folder):
-    """Write the adapter, and the whole model's configuration."""
+    """Write the adapter of a peft model, and the configuration of the whole model."""
     model.save_pretrained(folder, save_embedding_layers=False)
-    path = Path(folder) / _CONFIG
+    path = Path(folder) / _ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_mapping"] = None  # which would name our classes rather than the stock ones
-    config["exclude_modules"] = None  # said when they were added, and a warning to whoever loads it
+    config["auto_mapping"] = None  # would name our classes instead of the stock ones
+    config["exclude_modules"] = None  # not needed any more, and peft would warn about it
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # which names folders of this machine
-    whole = model.get_base_model()
-    whole.config.architectures = [type(whole).__name__]
-    whole.config.to_json_file(Path(folder) / _WHOLE)
-    if whole.can_generate():
-        whole.generation_config.save_pretrained(folder)
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's card contains local paths
+    whole_model = model.get_base_model()
+    whole_model.config.architectures = [type(whole_model).__name__]
+    whole_model.config.to_json_file(Path(folder) / _MODEL_CONFIG)
+    if whole_model.can_generate():
+        whole_model.generation_config.save_pretrained(folder)
 
 
 def load_weights(model, folder):
-    """Load the adapter of a checkpoint into a model that has one."""
+    """Load the adapter of a checkpoint into a peft model with an adapter of the same settings."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
