@@ -28,7 +28,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .stock import StockPreTrainedModel, eager_attention
 
 
-def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_type="full_attention"):
+def get_layer_types(config):
+    """Return the attention type of each layer. Without `layer_types`, a configuration has one type for all."""
+    has_window = getattr(config, "sliding_window", None) is not None
+    default = "sliding_attention" if has_window else "full_attention"
+    return getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
+
+
+def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_type):
     """Return the mask of the layers of one type, or None where the sdpa kernel applies the same mask by itself.
 
     Args:
@@ -91,10 +98,9 @@ class DecoderAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True  # read by the attention functions when there is no mask
-        layer_types = getattr(config, "layer_types", None)
-        is_sliding = layer_types is not None and layer_types[layer_idx] == "sliding_attention"
+        is_sliding = get_layer_types(config)[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if is_sliding else None  # read by flash attention
-        width, bias = config.hidden_size, config.attention_bias
+        width, bias = config.hidden_size, getattr(config, "attention_bias", False)
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -207,7 +213,7 @@ class CausalModelMixin:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        layer_types = getattr(self.config, "layer_types", None) or ["full_attention"] * len(self.layers)
+        layer_types = get_layer_types(self.config)
         masks = attention_mask
         if not isinstance(attention_mask, dict):
             inputs = (self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
