@@ -1,9 +1,9 @@
-"""What a checkpoint and a restart cost: `python benchmarks/checkpoint.py` (GPT-2's 124M parameters by default).
+"""Time a checkpoint and a restart: `python benchmarks/checkpoint.py` (GPT-2's 124M parameters by default).
 
-Ours beside what else a user would call, in one process, on the same model, optimizer and disk: accelerate's save_state
-with the model folder that it does not write. Ours also flushes to the disk and reads every byte again for its digest;
-`sync` is what flushing costs the other. Loading maps the files, whose bytes are read when they are used. The restart is
-of real commands: from launch to the end of the first step.
+Compares our checkpoints with accelerate's save_state followed by save_pretrained, in one process, on the same model,
+optimizer and disk. Ours also flushes to the disk and reads every byte again for its digest; `sync` is the cost of
+flushing for the other. Loading memory-maps the files, so bytes are read on use. The restart runs real commands, from
+the launch to the end of the first step.
 """
 
 import argparse
@@ -31,12 +31,12 @@ def timed(work):
 
 
 def median(work, repeats):
-    """The middle of several times (seconds), and the last result."""
-    found = [timed(work) for _ in range(repeats)]
-    return sorted(seconds for seconds, _ in found)[repeats // 2], found[-1][1]
+    """Return the median time of `work` (seconds) and its last result."""
+    runs = [timed(work) for _ in range(repeats)]
+    return sorted(seconds for seconds, _ in runs)[repeats // 2], runs[-1][1]
 
 
-def saves(config, folder, repeats):
+def time_saves(config, folder, repeats):
     accelerator, model = Accelerator(cpu=True), GPTForCausalLM(config)
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     for parameter in model.parameters():
@@ -69,38 +69,19 @@ def saves(config, folder, repeats):
     return rows, size
 
 
-def restarts(sizes, folder):
-    """Seconds from the command to the end of its first step: of a new run, and of one that resumes."""
+def time_restarts(sizes, folder):
+    """Return the seconds from the command to the end of its first step, for a new run and for a resumed one."""
     (folder / "text.txt").write_text("The cat sees my friend. " * 2000)
-    common = [
-        sys.executable,
-        "-m",
-        "hf_myllm.train",
-        "--train_file",
-        folder / "text.txt",
-        "--save_model",
-        folder / "run",
-    ]
-    common += [
-        "--tokenizer",
-        "{train: bpe, vocab_size: 300}",
-        "--max_len",
-        32,
-        "--batch_size",
-        1,
-        "--eval_freq",
-        "null",
-    ]
-    common += [text for key, value in sizes.items() for text in (f"--{key}", value)]
+    flags = {"train_file": folder / "text.txt", "save_model": folder / "run", "max_len": 32, "batch_size": 1}
+    flags |= {"tokenizer": "{train: bpe, vocab_size: 300}", "eval_freq": "null", "allow_changed": "true"} | sizes
+    command = [sys.executable, "-m", "hf_myllm.train", *(f"--{key}={value}" for key, value in flags.items())]
     rows = {}
-    for name, more in (("first start", ["--max_steps", 2]), ("resume", ["--max_steps", 3, "--init_from", "resume"])):
-        start, seen = time.time(), None
-        subprocess.run([*map(str, common), *map(str, more), "--allow_changed", "true"], check=True, capture_output=True)
-        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(line)
-            if line.get("time", 0) > start and seen is None:
-                seen = line["time"] - start
-        rows[f"{name}, to the end of its first step"] = seen
+    for name, more in (("first start", ["--max_steps=2"]), ("resume", ["--max_steps=3", "--init_from=resume"])):
+        start = time.time()
+        subprocess.run([*command, *more], check=True, capture_output=True)
+        entries = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        first = next(entry for entry in entries if entry.get("time", 0) > start)
+        rows[f"{name}, to the end of its first step"] = first["time"] - start
     return rows
 
 
@@ -111,15 +92,15 @@ def main():
     parser.add_argument("--n_head", type=int, default=12)
     parser.add_argument("--vocab_size", type=int, default=50257)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--json", help="file to write the results to")
     arguments = parser.parse_args()
     silence_libraries()
     sizes = {name: getattr(arguments, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size")}
     with tempfile.TemporaryDirectory() as folder:
-        rows, size = saves(GPTConfig(**sizes), Path(folder), arguments.repeats)
-        rows |= restarts(sizes, Path(folder))
+        rows, size = time_saves(GPTConfig(**sizes), Path(folder), arguments.repeats)
+        rows |= time_restarts(sizes, Path(folder))
     ratio = rows["checkpoint.save"] / (rows["accelerate's save_state and save_pretrained"] + rows["sync"])
-    print(f"{size / 1e9:.2f} GB a checkpoint, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{size / 1e9:.2f} GB per checkpoint, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, seconds in rows.items():
         print(f"{name:<50}{seconds:8.2f} s")
     print(f"{'checkpoint.save / (save_state + save_pretrained + sync)':<58}{ratio:.2f}")

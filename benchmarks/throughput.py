@@ -1,20 +1,23 @@
-"""Training throughput: this trainer, and what people would use instead.
+"""Compare training throughput: this trainer and its alternatives.
 
     python benchmarks/throughput.py quickstart                       # GPT of 0.94M, 16 x 128, on a CPU
-    python benchmarks/throughput.py laptop --precision bf16          # of 14M, 16 x 256, on a CPU that knows bf16
+    python benchmarks/throughput.py laptop --precision bf16          # GPT of 14M, 16 x 256, on a CPU with bf16
     python benchmarks/throughput.py gpt --compile --precision bf16 \\                       # on a GPU
         --peers ours isolated single-file stock Trainer Trainer-eager
     python benchmarks/throughput.py llama llama_1b --compile --precision bf16
     python benchmarks/throughput.py bert --compile --precision bf16 --peers ours stock stock-eager
 
-Peers: `ours`; `isolated`, which is ours with documents of 300 tokens on average kept apart; `single-file`, a GPT in
-plain torch with its loop around it, in nanoGPT's published setting (no biases, autocast, fused AdamW, a loss read every
-10 steps); `stock`, the stock model in a plain accelerate loop, which reads its loss at each step; `Trainer`, the
-transformers Trainer. With `-eager`, the last two are not compiled when --compile is given.
+Peers:
+    ours          this trainer
+    isolated      this trainer with `packing: documents`; documents have 300 tokens on average
+    single-file   a GPT and its loop in plain torch, in nanoGPT's published setting: no biases, autocast, fused AdamW,
+                  a loss read every 10 steps
+    stock         the stock model in a plain accelerate loop that reads its loss at each step
+    Trainer       the transformers Trainer
+    stock-eager, Trainer-eager   the same, not compiled when --compile is given
 
-Each is a process of its own, one after the other, several times in turn, on the same rows of one prepared corpus
-(random tokens), with clipping at 1.0 and fused AdamW. What counts is the time of some steps after the first ones, in
-which things are compiled and caches filled.
+The peers run in turn, several times, each in its own process, on the same rows of random tokens, with clipping at 1.0
+and fused AdamW. Steps are timed after a warm-up.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-WORKS = {  # name -> (family, task, rows a step, tokens a row, configuration)
+WORKLOADS = {  # name -> (family, task, rows per step, tokens per row, configuration)
     "tiny": ("gpt", "causal", 4, 16, {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 97}),
     "quickstart": ("gpt", "causal", 16, 128, {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 1024}),
     "laptop": ("gpt", "causal", 16, 256, {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 8192}),
@@ -77,45 +80,45 @@ DROPOUTS = {
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
 }
 PEERS = ("ours", "isolated", "single-file", "stock", "stock-eager", "Trainer", "Trainer-eager")
-MARK = 1  # the token between documents
+SEPARATOR = 1  # the token between documents
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "works", nargs="*", default=["quickstart"], choices=WORKS, metavar="WORK", help=", ".join(WORKS)
+        "workloads", nargs="*", default=["quickstart"], choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS)
     )
     parser.add_argument("--peers", nargs="+", default=["ours", "stock", "Trainer"], choices=PEERS)
-    parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
-    parser.add_argument("--warmup", type=int, default=10, help="steps before them")
-    parser.add_argument("--repeats", type=int, default=3, help="times that each is run, in turn")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the timed ones")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each peer")
     parser.add_argument("--precision", default="no", choices=("no", "bf16", "fp16", "fp8"))
-    parser.add_argument("--compile", action="store_true", help="compile all of them")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--compile", action="store_true", help="compile all peers")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--warmup and --steps must be at least 1")
-    figures = {"versions": versions(), "precision": args.precision, "compile": args.compile, "works": {}}
-    for work in args.works:
+    results = {"versions": versions(), "precision": args.precision, "compile": args.compile, "workloads": {}}
+    for workload in args.workloads:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            write_corpus(work, folder, args.steps + args.warmup)
-            found = {peer: [] for peer in args.peers}
-            for number in range(args.repeats):
+            write_corpus(workload, folder, args.steps + args.warmup)
+            runs = {peer: [] for peer in args.peers}
+            for repeat in range(args.repeats):
                 for peer in args.peers:
-                    found[peer].append(measure(peer, work, folder / f"{peer}-{number}", folder, args))
-        figures["works"][work] = show(work, found)
+                    runs[peer].append(measure(peer, workload, folder / f"{peer}-{repeat}", folder, args))
+        results["workloads"][workload] = show(workload, runs)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
 
 
-def show(work, found):
-    """A table of medians, and the figures."""
-    family, task, rows, length, _ = WORKS[work]
-    print(f"\n{work}: {family}, {task}, {rows} x {length} tokens a step")
-    best = {peer: statistics.median(tokens for tokens, _ in runs) for peer, runs in found.items()}
+def show(workload, runs_of):
+    """Print a table of medians; return the measurements of each peer."""
+    family, task, rows, length, _ = WORKLOADS[workload]
+    print(f"\n{workload}: {family}, {task}, {rows} x {length} tokens per step")
+    best = {peer: statistics.median(tokens for tokens, _ in runs) for peer, runs in runs_of.items()}
     result = {}
-    for peer, runs in found.items():
+    for peer, runs in runs_of.items():
         speeds, memory = [tokens for tokens, _ in runs], max(memory for _, memory in runs)
         ratio = best.get("ours", best[peer]) / best[peer]
         result[peer] = {"tokens_per_second": speeds, "peak_memory_gb": memory, "ours_over_it": ratio}
@@ -136,35 +139,35 @@ def versions():
     return {name: module.__version__ for name, module in names.items()} | {"device": device}
 
 
-def write_corpus(work, folder, steps):
-    """Random tokens, enough for the steps, in documents; and a tokenizer that has their mark, and a mask."""
-    family, task, rows, length, config = WORKS[work]
+def write_corpus(workload, folder, steps):
+    """Write a corpus of documents of random tokens, and a tokenizer with their separator and a mask token."""
+    family, task, rows, length, config = WORKLOADS[workload]
     vocabulary = config.get("vocab_size", 30522)
     draw = np.random.default_rng(0)
     tokens = draw.integers(10, vocabulary, (steps + 1) * rows * length + 1)
-    tokens[draw.random(len(tokens)) < 1 / 300] = MARK
-    tokens[0] = MARK
+    tokens[draw.random(len(tokens)) < 1 / 300] = SEPARATOR
+    tokens[0] = SEPARATOR
     tokens.astype(np.uint16).tofile(folder / "corpus.bin")
 
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[SEP]", "[CLS]", "[UNK]", "[MASK]"]
-    words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(vocabulary - 5))])}
-    backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    vocab = {word: token_id for token_id, word in enumerate([*special, *(f"w{n}" for n in range(vocabulary - 5))])}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {f"{word[1:-1].lower()}_token": word for word in special} | {"eos_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / "tokenizer")
 
 
-def measure(peer, work, run, folder, args):
-    """Tokens a second and peak memory (GB) of one process."""
+def measure(peer, workload, run, folder, args):
+    """Return tokens per second and peak memory (GB) of one run in its own process."""
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": args.precision, "HF_HUB_OFFLINE": "1"}
     environment |= {} if args.precision != "fp8" else {"ACCELERATE_FP8_BACKEND": "AO"}
     is_ours = peer in ("ours", "isolated")
     if is_ours:
-        apart = ["--packing", "documents", "--tokenizer", folder / "tokenizer"] if peer == "isolated" else []
-        command = [sys.executable, "-m", "hf_myllm.train", *flags(work, run, folder, args), *apart]
+        packing = ["--packing", "documents", "--tokenizer", folder / "tokenizer"] if peer == "isolated" else []
+        command = [sys.executable, "-m", "hf_myllm.train", *flags(workload, run, folder, args), *packing]
     else:
         name, is_eager, _ = peer.partition("-eager")
         options = [
@@ -173,7 +176,7 @@ def measure(peer, work, run, folder, args):
             args.warmup,
             args.steps,
         ]
-        command = [sys.executable, __file__, "--one", name, work, folder, *options]
+        command = [sys.executable, __file__, "--peer", name, workload, folder, *options]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{peer} failed: {done.stderr[-2000:]}")
@@ -182,38 +185,38 @@ def measure(peer, work, run, folder, args):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = {line["step"]: line for line in lines if "loss" in line}
     first, last = lines[args.warmup], lines[args.warmup + args.steps]
-    _, _, rows, length, _ = WORKS[work]
+    _, _, rows, length, _ = WORKLOADS[workload]
     seconds = last["train_seconds"] - first["train_seconds"]
     return args.steps * rows * length / seconds, last["peak_memory_gb"]
 
 
-def flags(work, run, folder, args):
-    """The command line of a run of ours: the defaults, but for what makes it the same work."""
-    family, task, rows, length, config = WORKS[work]
-    words = {"model": family, "task": task, "train_file": folder / "corpus.bin", "val_fraction": 0, "max_len": length}
-    words |= {"batch_size": rows, "max_steps": args.warmup + args.steps, "save_model": run, "eval_iter": 1}
-    words |= {"save_freq": "null", "compile": args.compile} | config | dict.fromkeys(DROPOUTS[family], 0.0)
-    words |= {"tokenizer": folder / "tokenizer"} if task == "mlm" else {}
-    return [text for key, value in words.items() for text in (f"--{key}", str(value))]
+def flags(workload, run, folder, args):
+    """Return the flags of our run: the defaults, except for what makes the workload the same."""
+    family, task, rows, length, config = WORKLOADS[workload]
+    options = {"model": family, "task": task, "train_file": folder / "corpus.bin", "val_fraction": 0, "max_len": length}
+    options |= {"batch_size": rows, "max_steps": args.warmup + args.steps, "save_model": run, "eval_iter": 1}
+    options |= {"save_freq": "null", "compile": args.compile} | config | dict.fromkeys(DROPOUTS[family], 0.0)
+    options |= {"tokenizer": folder / "tokenizer"} if task == "mlm" else {}
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
 
-# ---- the others
+# ---- the other peers
 
 
-def one(peer, work, folder, precision, mode, warmup, steps):
-    """Train what is not ours in this process, and print tokens a second and peak memory."""
+def train_peer(peer, workload, folder, precision, mode, warmup, steps):
+    """Train another peer in this process; print tokens per second and peak memory."""
     import resource
 
     import torch
     import transformers
 
     if not torch.cuda.is_available():
-        torch.set_num_threads(os.cpu_count())  # as ours does
-    family, task, rows, length, config = WORKS[work]
+        torch.set_num_threads(os.cpu_count())  # as our trainer does
+    family, task, rows, length, config = WORKLOADS[workload]
     warmup, steps = int(warmup), int(steps)
     torch.manual_seed(0)
     if peer == "single-file" and (family != "gpt" or precision not in ("no", "bf16")):
-        raise SystemExit("the single file has a GPT only, in fp32 or bf16")
+        raise SystemExit("--peers: single-file trains a GPT in fp32 or bf16 only; leave it out")
     stock = {"gpt": "GPT2", "llama": "Llama", "bert": "Bert"}[family]
     head = {"gpt": "LMHeadModel", "llama": "ForCausalLM", "bert": "ForMaskedLM"}[family]
     name = "n_positions" if family == "gpt" else "max_position_embeddings"
@@ -251,7 +254,7 @@ def now():
 
 
 def by_accelerate(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
-    """The loop that accelerate's users write."""
+    """Train with a plain accelerate loop; return the seconds of the timed steps."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import TorchDynamoPlugin
@@ -260,20 +263,20 @@ def by_accelerate(model, tokens, batch, rows, warmup, steps, precision, is_compi
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     loader = torch.utils.data.DataLoader(tokens, batch_size=rows, shuffle=True, collate_fn=batch)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for number, inputs in enumerate(loader):
-        if number == warmup:
-            began = now()
+    for step, inputs in enumerate(loader):
+        if step == warmup:
+            start = now()
         loss = model(**inputs).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-    return now() - began
+    return now() - start
 
 
 def plain_gpt(length, n_layer, n_head, n_embd, vocab_size):
-    """A GPT as people write it in one file of plain torch: no biases, no dropout, tied embeddings."""
+    """Return a GPT in plain torch: no biases, no dropout, tied embeddings."""
     import torch
     from torch import nn
 
@@ -294,7 +297,7 @@ def plain_gpt(length, n_layer, n_head, n_embd, vocab_size):
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.places = nn.Embedding(vocab_size, n_embd), nn.Embedding(length, n_embd)
+            self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(length, n_embd)
             self.blocks, self.norm = nn.ModuleList(Block() for _ in range(n_layer)), nn.LayerNorm(n_embd, bias=False)
             self.head = nn.Linear(n_embd, vocab_size, bias=False)
             self.head.weight = self.tokens.weight
@@ -302,7 +305,7 @@ def plain_gpt(length, n_layer, n_head, n_embd, vocab_size):
                 nn.init.normal_(matrix, std=0.02)
 
         def forward(self, ids, targets):
-            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+            x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
             for block in self.blocks:
                 x = block(x)
             logits = self.head(self.norm(x))
@@ -312,7 +315,7 @@ def plain_gpt(length, n_layer, n_head, n_embd, vocab_size):
 
 
 def by_hand(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
-    """The loop of such a file."""
+    """Train with a plain torch loop; return the seconds of the timed steps."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -321,28 +324,28 @@ def by_hand(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-    step = torch.compile(model) if is_compiled else model
+    compiled = torch.compile(model) if is_compiled else model
     flat, length = tokens.flatten(), tokens.shape[1]
 
     def read():
-        places = torch.randint(len(flat) - length - 1, (rows,))
-        pair = [torch.stack([flat[at + ahead : at + ahead + length] for at in places]) for ahead in (0, 1)]
+        starts = torch.randint(len(flat) - length - 1, (rows,))
+        pair = [torch.stack([flat[at + ahead : at + ahead + length] for at in starts]) for ahead in (0, 1)]
         return [part.pin_memory().to(device, non_blocking=True) if device == "cuda" else part for part in pair]
 
     ids, targets = read()
-    for number in range(warmup + steps):
-        if number == warmup:
-            began = now()
+    for step in range(warmup + steps):
+        if step == warmup:
+            start = now()
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            _, loss = step(ids, targets)
-        ids, targets = read()  # while the device is at work
+            _, loss = compiled(ids, targets)
+        ids, targets = read()  # while the device works
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if number % 10 == 0:
+        if step % 10 == 0:
             loss.item()
-    return now() - began
+    return now() - start
 
 
 def by_trainer(model, tokens, batch, rows, warmup, steps, precision, is_compiled):
@@ -384,7 +387,7 @@ def by_trainer(model, tokens, batch, rows, warmup, steps, precision, is_compiled
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        one(*sys.argv[2:])
+    if sys.argv[1:2] == ["--peer"]:
+        train_peer(*sys.argv[2:])
     else:
         main()

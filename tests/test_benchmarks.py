@@ -30,7 +30,7 @@ def test_throughput(tmp_path):
     small = ["tiny", "--steps", 3, "--warmup", 2, "--repeats", 1, "--peers", *peers]
     result = run("throughput", *small, "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())["works"]["tiny"]
+    figures = json.loads((tmp_path / "figures.json").read_text())["workloads"]["tiny"]
     assert set(figures) == set(peers)
     assert all(one["tokens_per_second"][0] > 0 and one["ours_over_it"] > 0 for one in figures.values())
 
