@@ -11,7 +11,7 @@ _EXPORTS = {  # public name -> (module, name there); imported on first use, so t
     "RunResult": ("train", "RunResult"),
     "train": ("train", "train"),
     "evaluate": ("train", "evaluate"),
-    "generate": ("generate", "generate_text"),
+    "generate": ("generate", "generate"),
     "load": ("generate", "load"),
     "InputError": ("errors", "InputError"),
     "RecipeError": ("errors", "RecipeError"),

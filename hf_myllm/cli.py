@@ -258,8 +258,10 @@ def _push(args):
 
 
 def _generate(args):
+    from .distributed import silence_libraries
     from .generate import print_texts
 
+    silence_libraries()
     print_texts(**{name: value for name, value in vars(args).items() if name != "command"})
 
 

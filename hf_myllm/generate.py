@@ -1,16 +1,116 @@
-"""Text from a trained folder: `python -m hf_myllm.generate RUN --prompt "Once upon a time"`; a masked-LM model fills in
-what the prompt leaves open: `--prompt "Once upon a [MASK]"`."""
+"""Generate text with a trained model, or let a masked language model fill in a prompt's [MASK]."""
 
+import math
 import sys
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
-from transformers.utils import logging
 
 from . import checkpoint
-from .errors import InputError
+from .errors import InputError, ModelError
 from .models import loading, lora
+
+_LIMITS = {  # option -> its lowest and highest value
+    "max_new_tokens": (1, math.inf),
+    "temperature": (0, 100),
+    "top_k": (0, math.inf),
+    "top_p": (1e-9, 1),
+    "seed": (0, 2**62),
+    "num_samples": (1, math.inf),
+}
+
+
+def load(run_dir, device=None):
+    """Return the model of a run as a stock transformers model, and its tokenizer.
+
+    Args:
+        run_dir: folder of a run, of one of its checkpoints or of any model. A run that has not finished has the model
+            of its newest checkpoint.
+        device: default: the accelerator if there is one, else the CPU.
+    Raises:
+        InputError: the folder holds no model or no tokenizer, or they cannot be loaded.
+    """
+    folder = checkpoint.find_model(run_dir)
+    tokenizer = load_tokenizer(folder)
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    with _preserved_random_state():
+        return loading.load_stock_model(folder).to(device), tokenizer
+
+
+def load_tokenizer(folder):
+    """Return the tokenizer of a model's folder; raise ModelError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception:
+        tokenizer = ()
+    if len(tokenizer) < 2:  # from a config.json alone, AutoTokenizer makes an empty tokenizer
+        raise ModelError(f"{folder}: it holds no tokenizer; save the data's own there with tokenizer.save_pretrained")
+    return tokenizer
+
+
+def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, top_p=1.0, seed=0):
+    """Return the prompt and its continuation by the model of a run.
+
+    A masked language model fills in the prompt's mask tokens instead: the result is the prompt and, in a line for each
+    mask token, the likeliest tokens with their probabilities. To generate several texts, [`load`] the model once and
+    call [`generate_text`] or [`fill_mask`].
+
+    Args:
+        run_dir: folder of a run, of one of its checkpoints or of any model.
+        prompt, max_new_tokens, temperature, top_k, top_p, seed: see [`generate_text`].
+    Raises:
+        InputError: the folder holds no model that generates text, or an argument is out of range.
+    """
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    _check_limits(**sampling)
+    model, tokenizer = _load_generator(run_dir)
+    if not model.can_generate():
+        return fill_mask(model, tokenizer, prompt)
+    return generate_text(model, tokenizer, prompt, **sampling)
+
+
+def print_texts(run_dir, prompt, chat, num_samples, seed, **sampling):
+    """Print generated texts while they are generated, or the prompt with its mask tokens filled in.
+
+    Args:
+        chat: make the prompt a user's message by the tokenizer's chat template.
+        num_samples: number of texts; text i has the seed `seed + i`.
+        sampling: see [`generate_text`].
+    """
+    _check_limits(num_samples=num_samples, seed=seed, **sampling)
+    model, tokenizer = _load_generator(run_dir)
+    if not model.can_generate():
+        print(fill_mask(model, tokenizer, prompt))
+        return
+    for index in range(num_samples):
+        if num_samples > 1:
+            print(f"--- sample {index + 1} of {num_samples}, seed {seed + index}")
+        streamer = TextStreamer(tokenizer, skip_prompt=chat or not prompt, skip_special_tokens=True)
+        generate_text(model, tokenizer, prompt, seed=seed + index, streamer=streamer, is_chat=chat, **sampling)
+
+
+def _check_limits(**options):
+    for name, value in options.items():
+        low, high = _LIMITS[name]
+        if not low <= value <= high:
+            limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise InputError(f"{name}: {value} is out of range; give a number {limit}")
+
+
+def _load_generator(run_dir):
+    """Return the model and tokenizer of a run; raise ModelError if the model classifies text."""
+    folder = checkpoint.find_model(run_dir)
+    if loading.read_architecture(folder).endswith(("Classification", "QuestionAnswering")):
+        raise ModelError(f"{run_dir}: its model labels text; use python -m hf_myllm.predict {run_dir} --input FILE")
+    return load(folder)
 
 
 def generate_text(
@@ -25,44 +125,45 @@ def generate_text(
     streamer=None,
     is_chat=False,
 ):
-    """The prompt and its continuation.
+    """Return the prompt and its continuation; the global random state stays unchanged.
 
     Args:
-        prompt: text; "" starts from the token between documents.
-        max_new_tokens: at most, and no further than the model has positions.
-        temperature: 0, and anything below a thousandth, takes the likeliest token each time.
-        top_k: 0 draws from all tokens.
-        seed: of torch's generator, which this sets.
-        streamer: gets the tokens as they come, as [`~transformers.TextStreamer`] does.
-        is_chat: whether the prompt is what a user says, in the form of the tokenizer's chat template.
+        prompt: text; "" starts a new document.
+        max_new_tokens: limit; generation also stops at the model's last position.
+        temperature: below 0.001, decoding is greedy.
+        top_k: sample from the k likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens up to this total probability.
+        seed: of the sampling.
+        streamer: receives the tokens as they are generated; see [`~transformers.TextStreamer`].
+        is_chat: make the prompt a user's message by the tokenizer's chat template.
     Raises:
         InputError: the prompt leaves no position to generate at.
     """
-    if lora.is_added(model):  # peft would write what is said here into the configuration that is saved
+    if lora.is_added(model):  # peft would copy the sampling settings into the configuration that is saved
         model = model.get_base_model()
     ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings, is_chat)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    is_sampled = temperature >= 1e-3  # colder is the likeliest token, and divides by nothing
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if temperature < 1e-3:  # the division by it would overflow
+        sampling = {"do_sample": False}
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, model.config.max_position_embeddings - len(ids)),
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        do_sample=is_sampled,
-        **(sampling if is_sampled else {}),
+        **sampling,
     )
     inputs = torch.tensor([ids], device=model.device)
     was_training, own_config = model.training, model.generation_config
     model.eval()
-    model.generation_config = GenerationConfig()  # what is not said here would be taken from the model's own
-    torch.manual_seed(seed)
+    model.generation_config = GenerationConfig()  # otherwise unset values come from the model's own
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _preserved_random_state():
+            torch.manual_seed(seed)
             output = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
                 streamer=streamer,
-                synced_gpus=isinstance(model, FSDPModule),  # then no process stops before the others
+                synced_gpus=isinstance(model, FSDPModule),  # no rank stops before the others
             )
     finally:
         model.generation_config = own_config
@@ -70,50 +171,47 @@ def generate_text(
     return tokenizer.decode(output[0][1 if is_empty else 0 :], skip_special_tokens=True)
 
 
-def _ends(model, tokenizer):
-    """The tokens that end a text: the tokenizer's, and those that the model was saved with, as of chats."""
+def _preserved_random_state():
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+def _end_tokens(model, tokenizer):
+    """Return the tokens that end a text: the tokenizer's, and the model's own, for example the end of a chat turn."""
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     return sorted(ends) or None
 
 
-def encode_prompt(tokenizer, prompt, positions, is_chat=False):
-    """The ids to start from, and whether they are only the token that stands between documents.
+def encode_prompt(tokenizer, prompt, max_positions, is_chat=False):
+    """Return the token ids to start from, and whether the prompt is empty and they only start a document.
 
-    A tokenizer that puts a token before each text does so here too, as in stock pipelines.
+    As in stock pipelines, the tokenizer may add a token before the text; a token that it adds at the end is removed.
 
     Raises:
-        InputError: the prompt leaves no position to generate at, or is empty and there is no token to start from.
+        InputError: the prompt leaves no position to generate at, or is empty and the tokenizer has no start token.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is not UTF-8 at place {error.start}") from None
+    _check_utf8("prompt", prompt)
     if is_chat:
         if tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template: leave out --chat")
-        said = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"] if prompt else []
-    while (
-        ids
-        and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
-        and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1]))
-    ):
-        ids.pop()  # the end is still to come
-    if len(ids) >= positions:
-        raise InputError(f"the prompt has {len(ids)} tokens, and the model only {positions} positions: shorten it")
-    if len(ids):
-        return list(ids), False
+            raise InputError("--chat: the tokenizer has no chat template; leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]) if prompt else []
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    while ids and ids[-1] in ends and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1])):
+        ids.pop()
+    _check_length("prompt", ids, max_positions - 1)
+    if ids:
+        return ids, False
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if start is not None:
             return [start], True
-    raise InputError("the tokenizer has no token to start an empty prompt from: give some text")
+    raise InputError("prompt: it is empty, and the tokenizer has no token to start from; give some text")
 
 
 @torch.no_grad()
-def fill_in(model, tokenizer, text, guesses=5):
-    """The text, and below it the likeliest tokens at each of its mask tokens, with their probabilities.
+def fill_mask(model, tokenizer, text, num_guesses=5):
+    """Return the text and, in a line for each of its mask tokens, the likeliest tokens with their probabilities.
 
     Raises:
         InputError: the text has no mask token, or is too long.
@@ -125,95 +223,41 @@ def fill_in(model, tokenizer, text, guesses=5):
     model.train(was_training)
     logits = outputs.logits if "logits" in outputs else outputs.prediction_logits
     lines = [text]
-    for place in (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]:
-        chances, likeliest = logits[0, place].float().softmax(-1).topk(min(guesses, logits.shape[-1]))
-        pairs = zip(chances.tolist(), likeliest.tolist(), strict=True)
-        said = "   ".join(f"{tokenizer.decode([number]).strip()} {chance:.1%}" for chance, number in pairs)
-        lines.append(f"{tokenizer.mask_token}  {said}")
+    for position in (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]:
+        likeliest = logits[0, position].float().softmax(-1).topk(min(num_guesses, logits.shape[-1]))
+        pairs = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+        guesses = [f"{tokenizer.decode([token_id]).strip()} {probability:.1%}" for probability, token_id in pairs]
+        lines.append(f"{tokenizer.mask_token}  {'   '.join(guesses)}")
     return "\n".join(lines)
 
 
-def encode_masked(tokenizer, text, positions):
-    """The ids of a text with mask tokens.
+def encode_masked(tokenizer, text, max_positions):
+    """Return the token ids of a text with mask tokens.
 
     Raises:
-        InputError: it has none, or more tokens than the model has positions.
+        InputError: it has no mask token, or more tokens than the model has positions.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the text is not UTF-8 at place {error.start}") from None
+    _check_utf8("prompt", text)
     ids = tokenizer(text)["input_ids"]
-    if len(ids) > positions:
-        raise InputError(f"the text has {len(ids)} tokens, and the model only {positions} positions: shorten it")
+    _check_length("prompt", ids, max_positions)
     if tokenizer.mask_token_id not in ids:
         mask = tokenizer.mask_token
         raise InputError(
-            f"a masked-LM model fills in what is left open: put {mask} in the text, as in 'a {mask} house'"
+            f"prompt: a masked language model fills in {mask}; put {mask} in the text, as in 'a {mask} house'"
         )
     return ids
 
 
-def find_model(run):
-    """The folder of a run's model, its root or, while there is none yet, its newest checkpoint; and the tokenizer."""
-    folder = checkpoint.find_model(run)
+def _check_utf8(name, text):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception:
-        tokenizer = ()
-    if len(tokenizer) < 2:  # what AutoTokenizer makes of a config.json alone
-        raise InputError(f"{folder} holds no tokenizer; save the data's own there with tokenizer.save_pretrained")
-    return folder, tokenizer
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: it is not UTF-8 at character {error.start}; correct it") from None
 
 
-def load(run, device="cpu"):
-    """The model and tokenizer at a run's root; while the run has none there yet, its newest checkpoint's."""
-    folder, tokenizer = find_model(run)
-    if loading.read_architecture(folder).endswith(("Classification", "QuestionAnswering")):
-        raise InputError(f"{run} judges text and writes none: python -m hf_myllm.predict {run} --input FILE")
-    return loading.load_stock_model(folder).to(device), tokenizer
-
-
-class _Terminal(TextStreamer):
-    """Each word as soon as it is whole; what the prompt is stands before it."""
-
-    def on_finalized_text(self, text, stream_end=False):
-        sys.stdout.write(text + ("\n" if stream_end else ""))
-        sys.stdout.flush()
-
-
-def print_texts(run_dir, prompt, chat, max_new_tokens, temperature, top_k, top_p, num_samples, seed):
-    """Print generated texts word by word; a masked language model fills in the prompt's [MASK] instead.
-
-    Args:
-        run_dir: folder of a run, a checkpoint or any model.
-        chat: apply the chat template to the prompt.
-        others: see [`generate_text`]; sample i uses `seed + i`.
-    """
-    for name, value, low, high in (
-        ("max_new_tokens", max_new_tokens, 1, None),
-        ("temperature", temperature, 0, 100),
-        ("top_k", top_k, 0, None),
-        ("top_p", top_p, 0, 1),
-        ("num_samples", num_samples, 1, None),
-        ("seed", seed, 0, 2**62),
-    ):
-        if not low <= value or (high is not None and value > high) or (name == "top_p" and value == 0):
-            bound = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise InputError(f"--{name} cannot be {value}; it must be {bound}{', and not 0' * (name == 'top_p')}")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model, tokenizer = load(run_dir, device)
-    if not model.can_generate():
-        print(fill_in(model, tokenizer, prompt))
-        return
-    for index in range(num_samples):
-        if num_samples > 1:
-            print(f"--- sample {index + 1} of {num_samples}, seed {seed + index}")
-        streamer = _Terminal(tokenizer, skip_prompt=chat or not prompt, skip_special_tokens=True)
-        sampling = max_new_tokens, temperature, top_k, top_p, seed + index
-        generate_text(model, tokenizer, prompt, *sampling, streamer=streamer, is_chat=chat)
+def _check_length(name, ids, limit):
+    if len(ids) > limit:
+        raise InputError(f"{name}: it has {len(ids)} tokens and the model takes at most {limit}; shorten it")
 
 
 if __name__ == "__main__":

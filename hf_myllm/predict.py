@@ -19,7 +19,7 @@ from . import checkpoint, tasks
 from .data.sources import file_source
 from .errors import DataError, InputError, ModelError
 from .files import atomic_path
-from .generate import find_model
+from .generate import load_tokenizer
 from .models import loading
 from .tasks import TASKS
 from .tasks.labelled_rows import read_examples, rows_in_memory
@@ -38,7 +38,8 @@ def load(run_dir, device="cpu"):
     Raises:
         ModelError: there is no model, or it makes no predictions.
     """
-    folder, tokenizer = find_model(run_dir)
+    folder = checkpoint.find_model(run_dir)
+    tokenizer = load_tokenizer(folder)
     architecture = loading.read_architecture(folder)
     task = next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
     if task is None:

@@ -98,7 +98,7 @@ CASES = {
         {"val_fraction": 0.999},
         "(train|stories).* tokens, fewer|val_fraction .* leaves nothing",
     ),
-    "a prompt of broken bytes": ({"start_context": "caf\udce9"}, "prompt is not UTF-8 at place 3"),
+    "a prompt of broken bytes": ({"start_context": "caf\udce9"}, "prompt: it is not UTF-8 at character 3"),
     "a local folder as a data set": (
         {"train_file": None, "dataset": "PLACE/mixed", "tokenizer": "PLACE/tokenizer"},
         "is a path here, .* give it as --train_file",
@@ -340,8 +340,8 @@ def test_generate_names_its_mistakes(tmp_path):
     for arguments, message in (
         ([tmp_path / "nope"], "is not a folder"),
         ([tmp_path], "holds no trained model"),
-        ([tmp_path, "--top_p", "2"], "--top_p cannot be 2"),
-        ([tmp_path, "--temperature", "-1"], "--temperature cannot be -1"),
+        ([tmp_path, "--top_p", "2"], "top_p: 2.0 is out of range; give a number from"),
+        ([tmp_path, "--temperature", "-1"], "temperature: -1.0 is out of range"),
     ):
         result = run_command(*arguments, module="hf_myllm.generate", cwd=ROOT)
         assert result.returncode == 2

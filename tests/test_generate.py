@@ -1,16 +1,19 @@
-"""Text from a folder: seeded, bounded, streamed."""
+"""Generated text: seeded, bounded, streamed."""
 
+import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, command, run_command, train
+import torch
+from conftest import ROOT, command, train
+from transformers.utils import logging
 
 from hf_myllm.errors import InputError
-from hf_myllm.generate import generate_text, load
+from hf_myllm.generate import generate, generate_text, load
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, stories):
+def run_dir(tmp_path_factory, stories):
     folder = tmp_path_factory.mktemp("generate") / "run"
     flags = "--n_layer 1 --n_head 2 --n_embd 32 --max_len 32 --epochs 6 --learning_rate 5e-3 --batch_size 8"
     argv = [*flags.split(), "--train_file", stories, "--tokenizer", "{train: bpe, vocab_size: 300}"]
@@ -18,64 +21,83 @@ def run(tmp_path_factory, stories):
     return folder
 
 
-def test_the_seed_decides_and_the_settings_matter(run):
-    model, tokenizer = load(run)
+@pytest.fixture(scope="module")
+def loaded(run_dir):
+    return load(run_dir)
 
-    def say(**settings):
+
+def test_the_seed_and_the_sampling_settings_decide_the_text(loaded):
+    model, tokenizer = loaded
+
+    def sample(**settings):
         return generate_text(model, tokenizer, "Anna", **{"max_new_tokens": 15, "seed": 1} | settings)
 
-    assert say() == say()
-    assert say() != say(seed=2)
-    greedy = say(temperature=0)
-    assert greedy == say(temperature=0, seed=2) == say(top_k=1) == say(top_k=0, top_p=1e-6)
-    assert all(text.startswith("Anna") for text in (say(), greedy))
+    assert sample() == sample()
+    assert sample() != sample(seed=2)
+    greedy = sample(temperature=0)
+    assert greedy == sample(temperature=0, seed=2) == sample(top_k=1) == sample(top_k=0, top_p=1e-6)
+    assert all(text.startswith("Anna") for text in (sample(), greedy))
     assert not model.training
 
 
-def test_a_models_own_settings_do_not_leak_in(run):
-    model, tokenizer = load(run)
+def test_the_models_own_generation_settings_are_not_used(run_dir):
+    model, tokenizer = load(run_dir)
     greedy = generate_text(model, tokenizer, "Anna", 20, temperature=0)
     model.generation_config.update(do_sample=True, temperature=1.5, repetition_penalty=3.0)
     assert {generate_text(model, tokenizer, "Anna", 20, temperature=0, seed=seed) for seed in range(3)} == {greedy}
     assert model.generation_config.repetition_penalty == 3.0
 
 
-def test_the_positions_are_the_end(run):
-    model, tokenizer = load(run)
+def test_generation_stops_at_the_last_position(loaded):
+    model, tokenizer = loaded
     text = generate_text(model, tokenizer, "Anna", max_new_tokens=10_000)
     assert 1 < len(tokenizer(text)["input_ids"]) <= 33
-    with pytest.raises(InputError, match="the model only 32 positions"):
+    with pytest.raises(InputError, match="the model takes at most 31; shorten it"):
         generate_text(model, tokenizer, "Anna " * 40)
 
 
-def test_an_empty_prompt_starts_a_document(run):
-    model, tokenizer = load(run)
+def test_an_empty_prompt_starts_a_document(loaded):
+    model, tokenizer = loaded
     assert generate_text(model, tokenizer, "", max_new_tokens=5)
 
 
-def test_the_command(run):
-    result = run_command(run, "--prompt", "Anna", "--num_samples", 2, "--seed", 3, module="hf_myllm.generate")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    first, second = result.stdout.split("--- sample 2 of 2, seed 4\n")
+def test_generate_is_the_public_function(run_dir, loaded):
+    """It returns what the model generates, and changes neither the random state nor the logging of the process."""
+    state, verbosity = torch.get_rng_state(), logging.get_verbosity()
+    text = generate(run_dir, "Anna", max_new_tokens=15, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert logging.get_verbosity() == verbosity
+    assert logging.is_progress_bar_enabled()
+    assert text == generate_text(*loaded, "Anna", max_new_tokens=15, seed=1)
+    for settings in ({"top_p": 0}, {"top_p": 1.5}, {"temperature": float("nan")}, {"top_k": -1}, {"seed": -1}):
+        with pytest.raises(InputError, match=f"{next(iter(settings))}: .* out of range; give a number"):
+            generate(run_dir, "Anna", **settings)
+
+
+def test_generate_fills_the_mask_of_a_masked_language_model(tiny_bert, tmp_path):
+    assert train(*tiny_bert(task="mlm", max_steps=1, start_context=None)) == 0
+    text, guesses = generate(tmp_path / "run", "Anna likes the [MASK].").splitlines()
+    assert text == "Anna likes the [MASK]."
+    assert guesses.startswith("[MASK]  ")
+    assert guesses.count("%") == 5
+
+
+def test_the_command_streams_each_sample(run_dir, loaded):
+    arguments = command(run_dir, "--prompt", "Anna", "--num_samples", 2, "--seed", 3, module="hf_myllm.generate")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
+        pieces = list(iter(lambda: process.stdout.read(4096), b""))
+        stderr = process.stderr.read().decode()
+    assert process.returncode == 0, stderr
+    assert stderr == ""
+    assert len(pieces) > 5  # the text arrives while it is generated
+    first, second = b"".join(pieces).decode().split("--- sample 2 of 2, seed 4\n")
     assert first.startswith("--- sample 1 of 2, seed 3\nAnna")
     assert second.startswith("Anna")
-    model, tokenizer = load(run)
-    assert first.splitlines()[1:] == generate_text(model, tokenizer, "Anna", 200, seed=3).splitlines()
+    assert first.splitlines()[1:] == generate_text(*loaded, "Anna", 200, seed=3).splitlines()
 
 
-def test_it_streams(run):
-    """The text comes in pieces while it is being made, not at the end."""
-    arguments = command(run, "--prompt", "Anna", "--max_new_tokens", 30, module="hf_myllm.generate")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
-        pieces = list(iter(lambda: process.stdout.read(4096), b""))
-    assert len(pieces) > 3
-
-
-def test_a_run_that_is_still_training_speaks_from_its_newest_checkpoint(run, tmp_path):
-    import shutil
-
-    shutil.copytree(run, tmp_path / "run")
+def test_an_unfinished_run_generates_from_its_newest_checkpoint(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     model, _ = load(tmp_path / "run")
     assert model.config.n_embd == 32

@@ -7,7 +7,7 @@ from ..data.packing import DocumentRows, StridedRows, pack_documents
 from ..data.sampler import derive_seed, random_uint64
 from ..data.streaming import StreamedRows, TokenWindows
 from ..data.tokenizer import continues_word, end_of_document
-from ..generate import encode_masked, fill_in
+from ..generate import encode_masked, fill_mask
 from .base import (
     IGNORE_INDEX,
     Task,
@@ -194,7 +194,7 @@ class MaskedLM(Task):
 
     def sample(self, model, text, **sampling):
         """Return `text` and the likeliest tokens at each of its mask tokens."""
-        return fill_in(model, self.tokenizer, text)
+        return fill_mask(model, self.tokenizer, text)
 
     def usage(self, run_dir, prompt=None):
         prompt = prompt or f"'Once upon a {self.tokenizer.mask_token}'"
