@@ -146,9 +146,6 @@ def _nothing_left(source, val_fraction):
     return DataError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
 
 
-# ---- text
-
-
 def _load_text(source, tokenizer, val_fraction, show_progress):
     settings = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
     whole = replace(source, max_chars=0)
@@ -311,9 +308,6 @@ class Progress:
                 left = tqdm.format_interval(elapsed * (1 / self.fraction - 1))
                 line += f", {self.fraction:.0%} done, {left} left"
             print(line, file=sys.stderr)
-
-
-# ---- token ids
 
 
 def _load_token_ids(source, tokenizer, bin_dtype):

@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,26 +105,11 @@ for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     )
 
 
-class _Callable:
-    """A function that a pickle can call but not change: setting the state of a plain function would change it."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-    def __setstate__(self, state):
-        raise _RefusedError("a change of what reads it")
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in _FUNCTIONS:
             raise _RefusedError(f"{module}.{name}")
-        return _Callable(_FUNCTIONS[module, name])
+        return partial(_FUNCTIONS[module, name])  # a pickle can set attributes of what it loads, so not the function
 
     def persistent_load(self, pid):
         raise _RefusedError("an object outside the file")

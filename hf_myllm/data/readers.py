@@ -37,9 +37,6 @@ class SourceTexts:
         return (text for source in self.sources for text, _ in read_documents(source, _BEFORE_SPACE))
 
 
-# ---- documents
-
-
 def read_documents(source, split_pattern=None, progress=lambda count: None):
     """Yield the documents of a source in order; empty documents are left out.
 
@@ -158,9 +155,6 @@ def check_text(text, where, error_class=DataError):
     return text
 
 
-# ---- rows
-
-
 def read_rows(source, progress=lambda count: None):
     """Yield (where, row) of each row: its file and line or number for messages, and its columns as a dict.
 
@@ -253,9 +247,6 @@ def _library_errors(problem):
         raise
     except Exception as error:
         raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None
-
-
-# ---- files
 
 
 @contextmanager
