@@ -1,4 +1,4 @@
-"""Every kind of source gives the same tokens, once, with its mistakes named."""
+"""All sources of one text give the same tokens, and errors name the file and the row."""
 
 import bz2
 import csv
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from hf_myllm.data import corpus, readers, sources, tokenizer
-from hf_myllm.errors import DataError, InputError
+from hf_myllm.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def documents(stories):
     return [path.read_text() for path in sorted(stories.glob("*.txt"))]
 
 
-def everything(tokens):
+def all_ids(tokens):
     return tokens.read(0, len(tokens)).tolist()
 
 
@@ -41,8 +41,8 @@ def test_all_text_sources_agree(stories, bpe, tmp_path):
     texts = documents(stories)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
     datasets.Dataset.from_dict({"body": texts}).to_parquet(tmp_path / "a.parquet")
-    wanted = expected(bpe, texts)
-    found = {
+    expected_ids = expected(bpe, texts)
+    loaded = {
         "folder": load(str(stories), bpe),
         "glob": load(f"{stories}/*.txt", bpe),
         "list": load([str(path) for path in sorted(stories.glob("*.txt"))], bpe),
@@ -66,141 +66,125 @@ def test_all_text_sources_agree(stories, bpe, tmp_path):
     for path in stories.glob("*.txt"):
         (tmp_path / "zipped" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     names = ["a.json", "b.json", "a.csv", "a.tsv", "zipped", *(f"a.jsonl.{z}" for z in ("gz", "bz2", "xz", "zst"))]
-    found |= {name: load(str(tmp_path / name), bpe) for name in names}
-    for name, (tokens, held_out, account) in found.items():
-        assert everything(tokens) == wanted, name
+    loaded |= {name: load(str(tmp_path / name), bpe) for name in names}
+    for name, (tokens, held_out, stats) in loaded.items():
+        assert all_ids(tokens) == expected_ids, name
         assert held_out is None
-        assert account["train"]["documents"] == 40
-        assert account["train"]["unknown"] == 0
-        assert account["train"]["bytes"] == sum(len(text.encode()) for text in texts)
-        assert tokens.max_id == max(wanted)
-    assert len({tokens.fingerprint for tokens, _, _ in found.values()}) == 1
+        assert stats["train"]["documents"] == 40
+        assert stats["train"]["unknown"] == 0
+        assert stats["train"]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert tokens.max_id == max(expected_ids)
+    assert len({tokens.fingerprint for tokens, _, _ in loaded.values()}) == 1
 
 
 def test_one_document_per_line(tmp_path, bpe):
     (tmp_path / "lines.txt").write_text("one\n\ntwo\nthree", encoding="utf-8")
-    tokens, _, account = load(str(tmp_path / "lines.txt"), bpe, document="line")
-    assert everything(tokens) == expected(bpe, ["one\n", "two\n", "three"])
-    assert account["train"]["documents"] == 3
+    tokens, _, stats = load(str(tmp_path / "lines.txt"), bpe, document="line")
+    assert all_ids(tokens) == expected(bpe, ["one\n", "two\n", "three"])
+    assert stats["train"]["documents"] == 3
 
 
-def test_validation_is_every_so_manieth_document(stories, bpe):
+def test_validation_documents_are_spread_evenly(stories, bpe):
     texts = documents(stories)
-    training, held_out, account = load(str(stories), bpe, 0.1)
-    assert everything(held_out) == expected(bpe, texts[4::10])
-    assert account["validation"]["documents"] == 4
+    training, held_out, stats = load(str(stories), bpe, 0.1)
+    assert all_ids(held_out) == expected(bpe, texts[4::10])
+    assert stats["validation"]["documents"] == 4
     assert len(training) + len(held_out) == len(expected(bpe, texts))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "bert-base-uncased", "t5"])
-def test_a_long_document_in_pieces_is_the_same_tokens(assets, monkeypatch, name):
+def test_a_long_document_in_pieces_gives_the_same_tokens(assets, monkeypatch, tmp_path, name):
     loaded = tokenizer.load(str(assets / "tokenizers" / name))
-    file = assets / "corpora" / "tinyshakespeare.txt"
+    file = tmp_path / "shakespeare.txt"
+    file.write_text((assets / "corpora" / "tinyshakespeare.txt").read_text()[:400_000])
     monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
     monkeypatch.setattr(corpus, "_BATCH_CHARS", 20_000)
-    tokens, _, account = load(str(file), loaded)
-    assert account["train"]["documents"] == 1
+    tokens, _, stats = load(str(file), loaded)
+    assert stats["train"]["documents"] == 1
     whole = loaded(file.read_text(), add_special_tokens=False)["input_ids"]
-    assert everything(tokens) == [*whole, *tokenizer.end_of_document(loaded)]
+    assert all_ids(tokens) == [*whole, *tokenizer.end_of_document(loaded)]
     assert len(tokens.chunks) > 10
 
 
 @pytest.mark.parametrize("name", ["bpe", "llama2", "bert-base-uncased", "t5"])
-def test_strange_text_in_pieces_is_the_same_tokens(assets, bpe, monkeypatch, name):
-    """Python, with its indentation, and all sorts of white space and characters, cut as often as may be."""
+def test_unusual_text_in_pieces_gives_the_same_tokens(assets, bpe, monkeypatch, name):
+    """Python code and random white space, punctuation and scripts, split as often as possible."""
     loaded = bpe if name == "bpe" else tokenizer.load(str(assets / "tokenizers" / name))
     monkeypatch.setattr(readers, "_PIECE_CHARS", 50)
     texts = list(readers.SourceTexts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
     draw = np.random.default_rng(0)
-    parts = [
-        "a",
-        "Zebra",
-        " ",
-        "  ",
-        "\n",
-        "\n\n ",
-        "\t",
-        "\u00a0",
-        "\u3000",
-        "\u0301",
-        "'s",
-        "\u00e9",
-        "\u4e2d",
-        "7",
-        "...",
-        "_",
-        "\r\n",
-    ]
+    parts = ["a", "Zebra", " ", "  ", "\n", "\n\n ", "\t", "\u00a0", "\u3000", "\u0301", "'s", "\u00e9", "\u4e2d", "7"]
+    parts += ["...", "_", "\r\n"]
     parts += [*loaded.all_special_tokens[:3], "▁x"]
     texts += ["".join(draw.choice(parts, 400)) for _ in range(50)]
-    place = tokenizer.safe_split_pattern(loaded)
-    cuts = 0
+    split_pattern = tokenizer.safe_split_pattern(loaded)
+    num_splits = 0
     for text in texts:
-        pieces = list(readers._split_document([text[:90], text[90:]], place))
-        cuts += len(pieces) - 1
+        pieces = list(readers._split_document([text[:90], text[90:]], split_pattern))
+        num_splits += len(pieces) - 1
         assert [is_end for _, is_end in pieces] == [False] * (len(pieces) - 1) + [True]
         ids = [i for piece, _ in pieces for i in loaded(piece, add_special_tokens=False)["input_ids"]]
         assert ids == loaded(text, add_special_tokens=False)["input_ids"]
-    assert cuts > 100
+    assert num_splits > 100
 
 
-def test_one_endless_line_is_cut_all_the_same(tmp_path, bpe, monkeypatch):
+def test_a_line_without_spaces_is_split(tmp_path, bpe, monkeypatch):
     monkeypatch.setattr(readers, "_MAX_PIECE_CHARS", 10_000)
     monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
     monkeypatch.setattr(readers, "_BLOCK_CHARS", 700)
     (tmp_path / "line.txt").write_text("\u00e9" * 50_000)
-    tokens, _, account = load(str(tmp_path / "line.txt"), bpe)
-    assert account["train"]["documents"] == 1
-    assert bpe.decode(everything(tokens)[:-1]) == "\u00e9" * 50_000
+    tokens, _, stats = load(str(tmp_path / "line.txt"), bpe)
+    assert stats["train"]["documents"] == 1
+    assert bpe.decode(all_ids(tokens)[:-1]) == "\u00e9" * 50_000
 
 
-def test_few_documents_are_cut_by_tokens(tmp_path, bpe):
+def test_with_few_documents_the_last_tokens_are_held_out(tmp_path, bpe):
     (tmp_path / "one.txt").write_text("Anna likes the cat. " * 200)
-    training, held_out, account = load(str(tmp_path / "one.txt"), bpe, 0.1)
+    training, held_out, stats = load(str(tmp_path / "one.txt"), bpe, 0.1)
     whole = expected(bpe, [(tmp_path / "one.txt").read_text()])
-    assert everything(training) + everything(held_out) == whole
+    assert all_ids(training) + all_ids(held_out) == whole
     assert len(held_out) == len(whole) - int(len(whole) * 0.9)
-    assert "last 10%" in account["held_out"]
+    assert "last 10%" in stats["held_out"]
 
 
-def test_a_second_run_tokenizes_nothing_and_a_changed_file_is_seen(tmp_path, bpe, monkeypatch):
+def test_tokens_are_cached_until_the_file_changes(tmp_path, bpe, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("Anna finds a king.")
     first, _, _ = load(str(file), bpe)
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
         again, _, _ = load(str(file), bpe)
-        assert everything(again) == everything(first)
+        assert all_ids(again) == all_ids(first)
     file.write_text("Anna forgets a king, and the cat.")
     changed, _, _ = load(str(file), bpe)
-    assert everything(changed) == expected(bpe, [file.read_text()])
+    assert all_ids(changed) == expected(bpe, [file.read_text()])
     assert changed.fingerprint != first.fingerprint
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path, bpe, monkeypatch):
+def test_an_interrupted_tokenization_leaves_no_cached_folder(tmp_path, bpe, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("the cat sees my friend.")
 
-    def die(*args):
+    def fail(*args):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus._PartWriter, "close", die)
+        patch.setattr(corpus._PartWriter, "close", fail)
         with pytest.raises(RuntimeError):
             load(str(file), bpe)
-    assert everything(load(str(file), bpe)[0]) == expected(bpe, [file.read_text()])
+    assert all_ids(load(str(file), bpe)[0]) == expected(bpe, [file.read_text()])
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_bin_files_of_both_widths(tmp_path, bpe, dtype):
+def test_bin_files_of_both_integer_types(tmp_path, bpe, dtype):
     ids = np.arange(5000, dtype=dtype) % 300
     ids.tofile(tmp_path / "a.bin")
     tokens, held_out, _ = load(str(tmp_path / "a.bin"), bpe, 0.2)
-    assert everything(tokens) + everything(held_out) == ids.tolist()
+    assert all_ids(tokens) + all_ids(held_out) == ids.tolist()
     assert (tokens.max_id, tokens.find_out_of_vocabulary(299), tokens.find_out_of_vocabulary(300)) == (299, 299, None)
 
 
-def test_a_stream_in_pieces_reads_as_one():
+def test_a_stream_of_several_chunks_reads_as_one():
     whole = np.arange(100, dtype=np.uint16)
     tokens = corpus.TokenStream([whole[:1], whole[1:40], whole[40:41], whole[41:]], "f", 99)
     many = corpus.TokenStream(np.array_split(np.arange(6000, dtype=np.uint16), 3000), "f", 5999)
@@ -213,11 +197,11 @@ def test_a_stream_in_pieces_reads_as_one():
         assert after.read(0, len(after)).tolist() == list(range(position, 100))
 
 
-def test_mistakes_are_named(tmp_path, bpe):
+def test_errors_name_the_file_and_the_position(tmp_path, bpe):
     def refused(message, spec, content=None, **options):
         if content is not None:
             spec.write_bytes(content)
-        with pytest.raises(InputError, match=message) as error:
+        with pytest.raises(DataError, match=message) as error:
             load(str(spec), bpe, **options)
         assert "\n" not in str(error.value)
 
@@ -257,25 +241,25 @@ def test_mistakes_are_named(tmp_path, bpe):
     refused("holds no .txt", tmp_path / "folder")
     refused("cannot be read as parquet", tmp_path / "d.parquet", b"not a parquet file")
     (tmp_path / "mixed").mkdir()
-    with pytest.raises(InputError, match="several formats"):
+    with pytest.raises(DataError, match="several formats"):
         sources.file_source([str(tmp_path / "latin.txt"), str(tmp_path / "odd.bin")])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 def test_a_file_without_permission_is_named(tmp_path, bpe):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(InputError, match="no permission"):
+    with pytest.raises(DataError, match="no permission"):
         load(str(tmp_path / "a.txt"), bpe)
 
 
-def test_the_hub_out_of_reach_says_what_else_works(bpe):
-    with pytest.raises(InputError, match="--train_file FILE") as error:
+def test_an_unreachable_hub_suggests_train_file(bpe):
+    with pytest.raises(DataError, match="--train_file FILE") as error:
         corpus.load_tokens(sources.hub_source("someone/some-corpus"), bpe)
     assert "someone/some-corpus" in str(error.value)
 
 
-def test_a_file_named_twice_is_read_once(tmp_path, bpe):
+def test_a_file_listed_twice_is_read_once(tmp_path, bpe):
     (tmp_path / "a.txt").write_text("Anna finds a king.")
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
     (tmp_path / "loop").symlink_to(tmp_path)
@@ -284,7 +268,7 @@ def test_a_file_named_twice_is_read_once(tmp_path, bpe):
     assert source.num_duplicates > 1
     assert len(sources.file_source(str(tmp_path)).files) == 1
     (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
-    with pytest.raises(InputError, match=r"self.txt (is not a file|does not exist)"):
+    with pytest.raises(DataError, match=r"self.txt (is not a file|does not exist)"):
         sources.file_source(str(tmp_path / "self.txt"))
 
 
@@ -295,29 +279,27 @@ def test_a_file_that_disappears_is_named(tmp_path, bpe, monkeypatch):
     monkeypatch.setattr(corpus, "_BATCH_CHARS", 1)
     read = corpus.read_documents
 
-    def losing(*arguments):
-        for piece in read(*arguments):
+    def read_and_delete(*args):
+        for piece in read(*args):
             (tmp_path / "b.txt").unlink(missing_ok=True)
             yield piece
 
-    monkeypatch.setattr(corpus, "read_documents", losing)
-    with pytest.raises(InputError, match="b.txt cannot be read: .*No such file"):
+    monkeypatch.setattr(corpus, "read_documents", read_and_delete)
+    with pytest.raises(DataError, match="b.txt cannot be read: .*No such file"):
         corpus.load_tokens(source, bpe)
-    with pytest.raises(InputError, match="cannot be read: .*No such file"):
+    with pytest.raises(DataError, match="cannot be read: .*No such file"):
         corpus.load_tokens(source, bpe)
 
 
-def test_several_sources_are_one_stream_that_knows_where_each_begins(tmp_path, bpe):
+def test_concatenated_streams_keep_the_start_of_each_source(tmp_path, bpe):
     for name, text in (("a", "Anna finds a king."), ("b", "the cat sees my friend.")):
         (tmp_path / f"{name}.txt").write_text(text)
     streams = [load(str(tmp_path / f"{name}.txt"), bpe)[0] for name in "ab"]
     joined = corpus.concatenate(streams)
-    assert everything(joined) == everything(streams[0]) + everything(streams[1])
+    assert all_ids(joined) == all_ids(streams[0]) + all_ids(streams[1])
     assert joined.source_starts == [0, len(streams[0])]
     assert joined.fingerprint != corpus.concatenate(streams[::-1]).fingerprint
-    assert joined.find_out_of_vocabulary(5) == next(
-        place for place, token in enumerate(everything(joined)) if token >= 5
-    )
+    assert joined.find_out_of_vocabulary(5) == next(place for place, token in enumerate(all_ids(joined)) if token >= 5)
 
 
 def test_data_in_memory_gives_the_tokens_of_the_same_files(stories, bpe):
@@ -327,9 +309,9 @@ def test_data_in_memory_gives_the_tokens_of_the_same_files(stories, bpe):
         source = sources.in_memory_source(data, "train_data", column)
         training, held_out, stats = corpus.load_tokens(source, bpe, 0.1)
         expected_stream = load(str(stories), bpe, 0.1)[0]
-        assert everything(training) == everything(expected_stream)
+        assert all_ids(training) == all_ids(expected_stream)
         assert training.fingerprint == expected_stream.fingerprint
-        assert everything(held_out) == expected(bpe, texts[4::10])
+        assert all_ids(held_out) == expected(bpe, texts[4::10])
         assert stats["train"]["documents"] == 36
     assert list(readers.SourceTexts([sources.in_memory_source(texts, "train_data")])) == texts
     assert sources.total_size(source) == sum(path.stat().st_size for path in stories.glob("*.txt"))
@@ -343,7 +325,7 @@ def test_data_in_memory_is_cached_by_content(bpe, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
         again = sources.in_memory_source(["Anna finds a king.", "x"], "other name")
-        assert everything(corpus.load_tokens(again, bpe)[0]) == everything(first)
+        assert all_ids(corpus.load_tokens(again, bpe)[0]) == all_ids(first)
         rows = datasets.Dataset.from_dict({"text": ["Anna finds a king.", "x"]})
         corpus.load_tokens(sources.in_memory_source(rows, "train_data"), bpe)
     keys = [
@@ -357,8 +339,8 @@ def test_data_in_memory_has_rows_with_columns():
     labels = datasets.ClassLabel(names=["ham", "spam"])
     features = datasets.Features({"text": datasets.Value("string"), "label": labels})
     rows = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, -1]}, features=features).with_format("torch")
-    found = list(readers.read_rows(sources.in_memory_source(rows, "train_data")))
-    assert found == [
+    read = list(readers.read_rows(sources.in_memory_source(rows, "train_data")))
+    assert read == [
         ("train_data row 1", {"text": "x", "label": "spam"}),
         ("train_data row 2", {"text": "y", "label": None}),
     ]
@@ -378,6 +360,6 @@ def test_data_in_memory_has_rows_with_columns():
     ],
     ids=str,
 )
-def test_mistakes_in_data_in_memory_are_named_by_row(bpe, data, message):
+def test_errors_in_data_in_memory_name_the_row(bpe, data, message):
     with pytest.raises(DataError, match=message):
         corpus.load_tokens(sources.in_memory_source(data, "train_data"), bpe)

@@ -1,4 +1,4 @@
-"""No token is lost, whatever max_len, stride and packing."""
+"""No token is lost with any max_len, stride and packing."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def stream(count, pieces=1):
 @pytest.mark.parametrize("pieces", [1, 7])
 @pytest.mark.parametrize("max_len", [1, 4, 16, 99])
 @pytest.mark.parametrize("count", [100, 101, 113, 128])
-def test_rows_that_do_not_overlap_predict_each_token_once(count, max_len, pieces):
+def test_rows_without_overlap_predict_each_token_once(count, max_len, pieces):
     rows = StridedRows(stream(count, pieces), max_len, max_len, "x")
     batch = CausalLM().batch(rows, np.arange(len(rows)))
     inputs, labels = batch["input_ids"].numpy(), batch["shift_labels"].numpy()
@@ -38,20 +38,20 @@ def test_overlapping_rows_cover_everything(stride):
     assert windows[-1, -1] == 74
 
 
-def test_a_stride_beyond_the_row_skips_what_it_says():
+def test_a_stride_above_the_length_skips_tokens():
     rows = StridedRows(stream(100), 4, 10, "x")
     windows, first = rows.read(np.arange(len(rows)))
     kept = [int(token) for window, skip in zip(windows, first, strict=True) for token in window[1 + skip :]]
     assert kept == [start + offset for start in range(0, 99, 10) for offset in range(1, 5) if start + offset < 100]
 
 
-def test_one_row_exactly_and_one_token_too_few():
+def test_exactly_one_row_and_one_token_too_few():
     assert len(StridedRows(stream(17), 16, 16, "x")) == 1
     with pytest.raises(InputError, match="corpus.txt has 16 tokens"):
         StridedRows(stream(16), 16, 16, "corpus.txt")
 
 
-def test_empty_rows_fill_a_batch_and_count_for_nothing():
+def test_padding_rows_have_no_targets():
     rows = StridedRows(stream(50), 8, 8, "x")
     batch = CausalLM().batch(rows, np.arange(2), size=5)
     assert batch["input_ids"].shape == (5, 8)
@@ -59,7 +59,7 @@ def test_empty_rows_fill_a_batch_and_count_for_nothing():
     assert CausalLM().batch(rows, np.arange(0), size=3)["input_ids"].shape == (3, 8)
 
 
-def test_long_spans_are_cut_and_short_ones_left():
+def test_only_long_spans_are_split():
     spans = split_spans(np.array([[0, 3], [4, 4 + 25], [30, 40]]), 10)
     assert spans.tolist() == [[0, 3], [4, 14], [14, 24], [24, 29], [30, 40]]
 
@@ -70,7 +70,7 @@ def test_best_fit_fills_rows_with_whole_documents():
     used = np.bincount(row_of, weights=lengths)
     assert used.max() <= 100
     assert used.min() > 0
-    assert len(used) < 1.03 * lengths.sum() / 100  # hardly more rows than if documents could be split_spans
+    assert len(used) < 1.03 * lengths.sum() / 100  # hardly more rows than if documents could be split
     assert best_fit(np.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
 
 
@@ -81,57 +81,57 @@ BERT = SimpleNamespace(
 )  # fmt: skip
 
 
-def written(documents, between):
-    """Documents of token ids, with marks after each, the last one's left out; in two sources."""
-    ids = np.concatenate([np.array([*document, *between]) for document in documents])[: -len(between)]
+def make_stream(documents, separators):
+    """Return a stream of documents with separators between them, of two sources."""
+    ids = np.concatenate([np.array([*document, *separators]) for document in documents])[: -len(separators)]
     tokens = TokenStream([ids.astype(np.uint16)], f"{ids.tolist()}", int(ids.max()))
-    tokens.source_starts = [0, sum(len(document) + len(between) for document in documents[:10])]
+    tokens.source_starts = [0, sum(len(document) + len(separators) for document in documents[:10])]
     return tokens
 
 
 @pytest.mark.parametrize("packing", ["pad", "best_fit"])
-def test_whole_documents_are_predicted_once_and_alone(packing):
+def test_whole_documents_are_predicted_once_and_isolated(packing):
     draw = np.random.default_rng(1)
     documents = [draw.integers(10, 100, size) for size in [*draw.integers(1, 31, 30), 100]]
-    tokens = written(documents, [9])
+    tokens = make_stream(documents, [9])
     task = make_task("causal", END, 32, 100, packing=packing)
     rows = task.make_rows(tokens, "x")
     assert rows.num_used_tokens() == len(tokens) - 1
     seen = []
     for start in range(0, len(rows), 3):
-        numbers = np.arange(start, min(start + 3, len(rows)))
-        batch = {name: values.numpy() for name, values in task.batch(rows, numbers, size=3).items()}
+        indices = np.arange(start, min(start + 3, len(rows)))
+        batch = {name: values.numpy() for name, values in task.batch(rows, indices, size=3).items()}
         assert batch["input_ids"].shape[0] == 3
         width = batch["input_ids"].shape[1]
         assert width <= 32
         if packing == "pad":
-            longest = max(int(rows.lengths([number])[0]) for number in numbers)
+            longest = max(int(rows.lengths([index])[0]) for index in indices)
             assert longest <= width < longest + 8 or width == 32
         positions = batch.get("position_ids", np.broadcast_to(np.arange(width), batch["input_ids"].shape))
-        for inputs, labels, places in zip(batch["input_ids"], batch["shift_labels"], positions, strict=True):
+        for inputs, labels, row_positions in zip(batch["input_ids"], batch["shift_labels"], positions, strict=True):
             kept = labels >= 0
-            goes_on = kept[1:] & (places[1:] > 0)
-            assert np.array_equal(inputs[1:][goes_on], labels[:-1][goes_on])
-            begins = inputs[kept & (places == 0)]
+            continues = kept[1:] & (row_positions[1:] > 0)
+            assert np.array_equal(inputs[1:][continues], labels[:-1][continues])
+            begins = inputs[kept & (row_positions == 0)]
             assert np.isin(begins, [9, documents[0][0], documents[-1][31], documents[-1][63], documents[-1][95]]).all()
             seen += labels[kept].tolist()
     whole = tokens.read(0, len(tokens))[1:].tolist()
     assert sorted(seen) == sorted(whole)
     assert len(rows.source_starts) == 2
-    first_of_second = [stop for row in range(rows.source_starts[1]) for _, stop in rows.read(row)]
-    assert max(first_of_second) <= tokens.source_starts[1]
+    stops_of_first_source = [stop for row in range(rows.source_starts[1]) for _, stop in rows.read(row)]
+    assert max(stops_of_first_source) <= tokens.source_starts[1]
     if packing == "best_fit":
         assert len(rows) < 31
-    tokens = written(documents, [9])
-    tokens.source_starts = [0, len(tokens) - 1]  # a source that has no document of its own
+    tokens = make_stream(documents, [9])
+    tokens.source_starts = [0, len(tokens) - 1]  # a source without a document
     assert task.make_rows(tokens, "x").source_starts[1] >= 1
 
 
 @pytest.mark.parametrize("packing", ["pad", "best_fit"])
-def test_whole_documents_are_masked_between_their_own_marks(packing):
+def test_whole_documents_are_masked_between_special_tokens(packing):
     draw = np.random.default_rng(1)
     documents = [draw.integers(10, 100, size) for size in [*draw.integers(1, 28, 30), 100]]
-    tokens = written(documents, [1, 2])
+    tokens = make_stream(documents, [1, 2])
     bert = type("Bert", (), {**vars(BERT), "__len__": lambda self: 100})()
     task = make_task("mlm", bert, 32, 100, packing=packing)
     rows = task.make_rows(tokens, "x")

@@ -1,4 +1,4 @@
-"""The order of rows is a pure function of (seed, step), a permutation each epoch, and costs the same anywhere."""
+"""The rows of a step are a pure function of (seed, step), a permutation each epoch, at the same cost for any step."""
 
 import tracemalloc
 
@@ -10,30 +10,30 @@ from hf_myllm.data.sampler import Sampler, derive_seed, evenly_spaced, integer_w
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
 def test_shuffle_is_a_permutation(size):
-    everything = np.arange(size)
-    first, second = shuffle(everything, size, 1, 0), shuffle(everything, size, 1, 1)
+    indices = np.arange(size)
+    first, second = shuffle(indices, size, 1, 0), shuffle(indices, size, 1, 1)
     assert sorted(first) == sorted(second) == list(range(size))
     if size >= 16:
-        assert not np.array_equal(first, everything)
+        assert not np.array_equal(first, indices)
         assert not np.array_equal(first, second)
-        assert not np.array_equal(first, shuffle(everything, size, 2, 0))
+        assert not np.array_equal(first, shuffle(indices, size, 2, 0))
 
 
 def test_shuffle_looks_random():
-    # the correlation of place and row, and of neighbours, within four standard deviations of chance
+    # the correlations of position and row, and of neighbors, are within four standard deviations of zero
     size = 20_000
     shuffled = shuffle(np.arange(size), size, 7, 0)
     limit = 4 / size**0.5
     assert abs(np.corrcoef(np.arange(size), shuffled)[0, 1]) < limit
     assert abs(np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1]) < limit
-    # about one fixed point is expected, and few neighbours stay neighbours
+    # about one fixed point is expected, and few neighbors stay neighbors
     assert (shuffled == np.arange(size)).sum() < 10
     assert (np.diff(shuffled) == 1).sum() < 10
 
 
-def test_any_element_alone_is_as_in_the_whole():
-    whole = shuffle(np.arange(1000), 1000, 3, 2)
-    assert [int(shuffle(np.array([i]), 1000, 3, 2)[0]) for i in range(0, 1000, 97)] == whole[::97].tolist()
+def test_single_indices_are_shuffled_as_in_the_whole_range():
+    shuffled = shuffle(np.arange(1000), 1000, 3, 2)
+    assert [int(shuffle(np.array([i]), 1000, 3, 2)[0]) for i in range(0, 1000, 97)] == shuffled[::97].tolist()
 
 
 def test_memory_does_not_grow_with_the_corpus():
@@ -47,59 +47,59 @@ def test_memory_does_not_grow_with_the_corpus():
     assert len(set(rows.tolist())) == 512
 
 
-def test_steps_read_each_row_once_an_epoch_and_cross_epochs():
+def test_steps_read_each_row_once_per_epoch_across_epoch_ends():
     rows = np.concatenate([Sampler(21, 8, 5, 63).rows_of_step(step) for step in range(8)])
     assert len(rows) == 63
     for epoch in range(3):
         assert sorted(rows[21 * epoch : 21 * (epoch + 1)]) == list(range(21))
-    assert len(Sampler(21, 8, 5, 63).rows_of_step(7)) == 7  # the last step has what is left
+    assert len(Sampler(21, 8, 5, 63).rows_of_step(7)) == 7  # the last step has the rest
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1), (3, 2)])
-def test_processes_share_a_step_without_overlap(world_size, accumulation):
+def test_ranks_share_a_step_without_overlap(world_size, accumulation):
     rows = np.arange(100, 116)
     shares = [share for rank in range(world_size) for share in micro_batches(rows, 4, rank, world_size, accumulation)]
     assert sorted(np.concatenate([share for _, share in shares])) == rows.tolist()
     assert all(rows[offset : offset + 4].tolist() == share.tolist() for offset, share in shares)
 
 
-def test_spread_is_even_and_whole():
+def test_evenly_spaced_rows():
     assert evenly_spaced(None, 5).tolist() == [0, 1, 2, 3, 4] == evenly_spaced(9, 5).tolist()
     assert evenly_spaced(4, 8).tolist() == [0, 2, 4, 6]
 
 
-def test_seeds_differ_in_every_part():
+def test_derived_seeds_depend_on_every_part():
     seeds = {derive_seed(a, b, c) for a in (1, 2) for b in ("x", "y") for c in range(50)}
     assert len(seeds) == 200
     assert derive_seed(1, "x", 2) == derive_seed(1, "x", 2) < 1 << 63
 
 
 def test_a_mixture_gives_each_source_its_share_at_any_position():
-    """Three sources of 7, 100 and 1000 rows, of which the smallest is to have half of all rows."""
+    """Three sources of 7, 100 and 1000 rows; the smallest gets half of all rows."""
     weights = integer_weights([3.0, 2.0, 1.0])
     parts = ((0, 7, weights[0]), (7, 100, weights[1]), (107, 1000, weights[2]))
-    order = Sampler(1107, 6, 1, None, parts)
-    rows = np.concatenate([order.rows_of_step(step) for step in range(100)])
+    sampler = Sampler(1107, 6, 1, None, parts)
+    rows = np.concatenate([sampler.rows_of_step(step) for step in range(100)])
     counts = [int(((rows >= first) & (rows < first + size)).sum()) for first, size, _ in parts]
     assert counts == pytest.approx([300, 200, 100], abs=2)
     assert integer_weights([1, 30_000])[0] == 33
-    for first, size, _ in parts:  # each source in an order of its own, epoch after epoch
+    for first, size, _ in parts:  # each source is shuffled on its own, epoch after epoch
         mine = rows[(rows >= first) & (rows < first + size)]
         for epoch in range(len(mine) // size):
             assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(first, first + size))
         assert len(set(mine[:size])) == min(size, len(mine))
-    late = order.rows_of_step(10**9 + 7)
-    assert late.tolist() == order.rows_of_step(10**9 + 7).tolist()
+    late = sampler.rows_of_step(10**9 + 7)
+    assert late.tolist() == sampler.rows_of_step(10**9 + 7).tolist()
     assert np.histogram(late, [0, 7, 107, 1108])[0].tolist() == pytest.approx([3, 2, 1], abs=1)
 
 
-def test_rows_of_like_length_come_together_and_none_is_lost():
-    lengths = np.random.default_rng(0).integers(1, 1000, 5003)
-    order = Sampler(5003, 8, 1, 5003 * 2, lengths=lambda rows: lengths[rows])
-    steps = [order.rows_of_step(step) for step in range(-(-5003 * 2 // 8))]
-    assert sorted(np.concatenate(steps)) == sorted([*range(5003)] * 2)
+def test_rows_of_similar_length_are_batched_and_none_is_lost():
+    lengths = np.random.default_rng(0).integers(1, 1000, 2003)
+    sampler = Sampler(2003, 8, 1, 2003 * 2, lengths=lambda rows: lengths[rows])
+    steps = [sampler.rows_of_step(step) for step in range(-(-2003 * 2 // 8))]
+    assert sorted(np.concatenate(steps)) == sorted([*range(2003)] * 2)
     padding = [lengths[rows].max() * len(rows) - lengths[rows].sum() for rows in steps]
-    plain = [Sampler(5003, 8, 1, 5003 * 2).rows_of_step(step) for step in range(len(steps))]
+    plain = [Sampler(2003, 8, 1, 2003 * 2).rows_of_step(step) for step in range(len(steps))]
     assert sum(padding) < 0.15 * sum(lengths[rows].max() * len(rows) - lengths[rows].sum() for rows in plain)
     means = [lengths[rows].mean() for rows in steps[:32]]
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.6  # not from short to long
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.6  # not sorted by length
