@@ -1,26 +1,24 @@
-"""What the tests share: an isolated cache, small text, a tiny recipe, the real assets where they are."""
+"""Fixtures and helpers that the tests share: an isolated cache, a small corpus, a tiny recipe, the real assets."""
 
+import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launching import ROOT, command, run_command, skip_pictures  # noqa: F401, imported from here by the tests
 
-# before any Hugging Face library is imported: no network, and a cache of the tests' own
+# Before any Hugging Face library is imported: no network, and a cache of the tests' own.
 _home = tempfile.TemporaryDirectory(prefix="hf_myllm_tests_")
-# and one thread a process, for tests run side by side, and threads that wait for each other on busy cores are slow
+# One thread per process: tests run side by side, and threads that wait for each other on busy cores are slow.
 os.environ.update(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE=str(os.cpu_count()))
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_home.name, ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="true")
 
-ROOT = Path(__file__).parent.parent
 ASSETS = Path(os.environ.get("HF_MYLLM_ASSETS", ROOT.parent / "shared" / "assets"))
-
-
-LONGEST = (
+LONGEST = (  # in this order
     "test_processes",
     "test_train",
     "test_finetuning",
@@ -32,28 +30,43 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that no process is left with one of them at the end."""
+    """Start with the files that take longest, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs():
-    """torch.compile gives up on a function that it has compiled too often, in whichever tests."""
+def _reset_compiler():
+    """Forget what was compiled: torch.compile has a limit per function, over all tests."""
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _draw():
+    return skip_pictures()
+
+
+@pytest.fixture(scope="module")
+def pictures(_draw):
+    """Draw the pictures of runs in this module's tests."""
+    from hf_myllm.reporting import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", _draw)
+        yield
+
+
 @pytest.fixture(scope="session")
 def assets():
     if not ASSETS.is_dir():
-        pytest.skip(f"no real data at {ASSETS}; HF_MYLLM_ASSETS names another place")
+        pytest.skip(f"no real data at {ASSETS}; HF_MYLLM_ASSETS names another folder")
     return ASSETS
 
 
-def write_story(number):
-    """A small document with some structure to learn."""
-    draw = random.Random(number)
+def write_story(seed):
+    """Return a small document with some structure to learn."""
+    draw = random.Random(seed)
     names, verbs = ["Anna", "the cat", "a king", "my friend", "the old house"], ["sees", "likes", "finds", "forgets"]
     lines = [f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}." for _ in range(draw.randint(4, 30))]
     return " ".join(lines) + "\n"
@@ -61,16 +74,16 @@ def write_story(number):
 
 @pytest.fixture(scope="session")
 def stories(tmp_path_factory):
-    """A folder of 40 small .txt documents."""
+    """Return a folder of 40 small .txt documents."""
     folder = tmp_path_factory.mktemp("stories")
-    for number in range(40):
-        (folder / f"{number:02}.txt").write_text(write_story(number), encoding="utf-8")
+    for index in range(40):
+        (folder / f"{index:02}.txt").write_text(write_story(index), encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def tiny(stories, tmp_path):
-    """The flags of a run that takes a second: dropout on, accumulation, an epoch that ends within a step."""
+    """Return the flags of a run that takes a second: with dropout, accumulation, and epochs that end within a step."""
     return Flags(
         train_file=stories,
         tokenizer="{train: bpe, vocab_size: 300}",
@@ -103,29 +116,19 @@ def tiny_family(tiny):
 
 @pytest.fixture
 def tiny_bert(tiny_family):
-    """The flags of a tiny run of BERT; `task` is mlm by default."""
+    """Return the flags of a tiny run of BERT; the default task is mlm."""
     return tiny_family("bert")
 
 
 class Flags(dict):
-    """A recipe's keys, as a command line; those that are None are left out."""
+    """The keys of a recipe; called, they are the arguments of a command line. A key with None is left out."""
 
-    def __call__(self, **changed):
-        flags = {**self, **changed}
-        if "max_steps" in changed:  # a recipe gives one of the two
+    def __call__(self, **changes):
+        flags = {**self, **changes}
+        if "max_steps" in changes:  # a recipe has either of the two
             flags["epochs"] = None
-            flags["warmup_steps"] = changed.get("warmup_steps", min(5, changed["max_steps"]))
+            flags["warmup_steps"] = changes.get("warmup_steps", min(5, changes["max_steps"]))
         return [text for key, value in flags.items() if value is not None for text in (f"--{key}", str(value))]
-
-
-def command(*arguments, module="hf_myllm.train"):
-    return [sys.executable, "-m", module, *map(str, arguments)]
-
-
-def run_command(*arguments, module="hf_myllm.train", **options):
-    """A real process, its output as text."""
-    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options
-    return subprocess.run(command(*arguments, module=module), **options)
 
 
 def run_cli(*arguments):
@@ -142,8 +145,31 @@ def train(*arguments):
     return run_cli("train", *arguments)
 
 
+# ---- the folder of a run
+
+
+def read_metrics(run, key=None):
+    """Return the lines of metrics.jsonl, or the values of one key in those that have it."""
+    path = Path(run) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines if key is None else [line[key] for line in lines if key in line]
+
+
+def read_weights(run):
+    """Return the bytes of the published model."""
+    return (Path(run) / "model.safetensors").read_bytes()
+
+
+def assert_same_run(run, reference, tolerance=1e-6):
+    """Check that two runs had the same rows and learning rates at each step, and the same losses but for rounding."""
+    for key in ("rows", "tokens", "learning_rate"):
+        assert read_metrics(run, key) == read_metrics(reference, key), key
+    for key in ("loss", "val_loss"):
+        assert read_metrics(run, key) == pytest.approx(read_metrics(reference, key), abs=tolerance), key
+
+
 def make_task(name, tokenizer, max_len, vocab_size=None, seed=0, **settings):
-    """A task that is configured for a small BERT's sizes."""
+    """Return a task that is configured for a small BERT."""
     from hf_myllm import tasks
 
     task = tasks.build(name, tokenizer, settings, seed)

@@ -10,6 +10,8 @@ from conftest import run_cli, train
 
 from hf_myllm.reporting import html as report
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -9,6 +9,8 @@ from conftest import run_cli, train
 
 from hf_myllm.reporting import plots as plot
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 def write(folder, steps=100, log_freq=1, every=50, **about):
     """Write the metrics of an invented run into a folder."""

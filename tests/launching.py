@@ -1,0 +1,169 @@
+"""Start commands of the package as processes of their own.
+
+Importing torch and transformers takes seconds. A process that is forked from a server with the imports done needs none
+of them, and shares nothing else: it has its own modules, output, signals and exit code, and can be killed. `start`,
+`start_ranks` and `run_command` fork. Use `accelerate_launch` where the launcher is tested, and `command` with
+subprocess where a terminal is, or an environment variable that is read by an import.
+"""
+
+import multiprocessing
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CAN_FORK = sys.platform == "linux"
+IMPORTED_BEFORE = (
+    "hf_myllm.train",
+    "hf_myllm.cli",
+    "hf_myllm.generate",
+    "transformers.models.gpt2",
+    "transformers.models.bert",
+)
+GLOO = "--multi_gpu --mixed_precision no --dynamo_backend no --main_process_port 0"
+
+
+def command(*arguments, module="hf_myllm.train"):
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def run_command(*arguments, module="hf_myllm.train", timeout=300, **options):
+    """Run a command to its end, and return a `subprocess.CompletedProcess` with its output as text.
+
+    Args:
+        options: of `subprocess.run`, as `env`. With any, the command runs in a new interpreter.
+    """
+    if options or not CAN_FORK:
+        options = {"capture_output": True, "text": True, "cwd": ROOT} | options
+        return subprocess.run(command(*arguments, module=module), timeout=timeout, **options)
+    process = start(*arguments, module=module)
+    return subprocess.CompletedProcess(process.args, process.wait(timeout), *process.output())
+
+
+def accelerate_launch(options, *arguments, **popen_options):
+    """Start the training by accelerate's launcher."""
+    line = ["accelerate", "launch", *shlex.split(options), "-m", "hf_myllm.train", *map(str, arguments)]
+    popen_options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | popen_options
+    return subprocess.Popen(line, **popen_options)
+
+
+# ---- forked processes
+
+
+class Process:
+    """A forked process, with the methods of `subprocess.Popen`; its output goes to files."""
+
+    def __init__(self, arguments, module, environment, patch):
+        self.args, self._folder = [module, *arguments], tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        for file in self._files:
+            file.touch()
+        self._process = _server().Process(target=_run, args=(module, arguments, environment, patch, self._files))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        if self.returncode is None:
+            self.send_signal(signal.SIGKILL)
+            raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
+        return self.returncode
+
+    def output(self):
+        """Return what the process has written to stdout and to stderr."""
+        return [file.read_text() for file in self._files]
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return self.output()
+
+
+def start(*arguments, module="hf_myllm.train", environment=None, patch=None):
+    """Start a command in a forked process.
+
+    Args:
+        environment: more environment variables.
+        patch: a function that the process calls first; of a module that imports nothing of pytest.
+    """
+    return Process([str(argument) for argument in arguments], module, {**os.environ, **(environment or {})}, patch)
+
+
+def start_ranks(count, *arguments, options=GLOO, patch=None):
+    """Start the ranks of a distributed run, each a forked process, with the environment that the launcher gives them.
+
+    Args:
+        options: of `accelerate launch`.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    line = [*shlex.split(options), "--num_processes", str(count), "-m", "hf_myllm.train"]
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    environment = prepare_multi_gpu_env(launch)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.main_process_port)}
+    environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+    return [start(*arguments, environment=environment | rank, patch=patch) for rank in ranks]
+
+
+def run_ranks(count, *arguments, timeout=300, **how):
+    """Run ranks to their end; see [`start_ranks`].
+
+    Returns:
+        a `subprocess.CompletedProcess` with the output of all ranks; its return code is 0 if that of all ranks is.
+    """
+    ranks = start_ranks(count, *arguments, **how)
+    codes, outputs = [rank.wait(timeout) for rank in ranks], [rank.output() for rank in ranks]
+    return subprocess.CompletedProcess(ranks[0].args, max(map(abs, codes)), *map("".join, zip(*outputs, strict=True)))
+
+
+@cache
+def _server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED_BEFORE))
+    return context
+
+
+def _run(module, arguments, environment, patch, files):
+    """Run a module as `python -m` does. The body of a forked process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    skip_pictures()
+    if patch is not None:
+        patch()
+    sys.argv[1:] = arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def skip_pictures():
+    """Write empty pictures: drawing one takes longer than training a tiny model.
+
+    Returns:
+        the function that draws.
+    """
+    from hf_myllm.reporting import plots
+
+    draw, plots.draw = plots.draw, lambda runs, files, by="step": [Path(file).write_bytes(b"") for file in files]
+    return draw
