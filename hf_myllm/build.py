@@ -36,6 +36,7 @@ from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
 from .recipe import Recipe
 from .recipe.sections import FIELDS
+from .tasks import TASKS
 
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
@@ -116,6 +117,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         InputError: the recipe, the data, the model or the folder cannot be used.
     """
     recipe, run = copy.deepcopy(recipe).check_family(FAMILIES), None
+    recipe.check_task(TASKS[recipe.task])
     if train_data is None and not (recipe.evaluation.eval_only and eval_data is not None):
         recipe.check_sources()
     with process_settings(recipe.run.log_level) as owns_process_group:
@@ -417,6 +419,7 @@ def prepare_training(run):
 
 def prepare_data(recipe):
     """Train the tokenizer of a recipe and tokenize its data into the cache."""
+    recipe.check_task(TASKS[recipe.task])
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
     given = find_sources(recipe)

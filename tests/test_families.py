@@ -273,7 +273,7 @@ MISTAKES = {
         {"task": "mlm_nsp", "train_file": "PLACE/one.txt", "val_fraction": 0},
         "one.txt is one document, and pairs of sentences need a second",
     ),
-    "pairs of isolated documents": ({"task": "mlm_nsp", "packing": "documents"}, "packing has no effect"),
+    "pairs of isolated documents": ({"task": "mlm_nsp", "packing": "documents"}, "packing documents cannot be used"),
     "rows too short": ({"max_len": 2}, "max_len 2 is too small"),
     "heads that do not divide": ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide"),
     "an encoder that lacks weights": (

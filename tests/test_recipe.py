@@ -10,6 +10,7 @@ from hf_myllm.models import FAMILIES
 from hf_myllm.recipe import Recipe, config_types
 from hf_myllm.recipe.flags import parse
 from hf_myllm.recipe.sections import ALIASES, FIELDS, SECTION_OF, SECTIONS
+from hf_myllm.tasks import TASKS
 
 
 def read(*argv):
@@ -104,7 +105,7 @@ def test_a_recipe_from_python(tmp_path):
     assert recipe.data.train_file == [str(tmp_path / "a.txt")]
     assert (recipe.training.epochs, recipe.training.learning_rate) == (2.0, 1e-4)
     assert (recipe.run.save_model, recipe.run.resume) == (str(tmp_path / "run"), True)
-    assert recipe.check_family(FAMILIES) is recipe
+    assert recipe.check_family(FAMILIES).check_task(TASKS["causal"]) is recipe
     assert (recipe.task, recipe.data.packing, recipe.config) == ("causal", "stream", {"n_embd": 64})
     recipe.training.batch_size = 2  # sections are mutable
     assert recipe.to_dict()["training"]["batch_size"] == 2
@@ -140,7 +141,7 @@ def test_a_wrong_recipe_from_python_is_one_line(sections, message):
 def test_the_family_is_checked_when_a_run_is_built(sections, message):
     recipe = Recipe(**sections)
     with pytest.raises(RecipeError) as error:
-        recipe.check_family(FAMILIES)
+        recipe.check_family(FAMILIES).check_task(TASKS[recipe.task])
     assert message in str(error.value)
 
 

@@ -23,10 +23,8 @@ from .sections import (
     ALIASES,
     EXCLUSIVE,
     FIELDS,
-    LABELLED_TASKS,
     SECTION_OF,
     SECTIONS,
-    TEXT_TASKS,
     Data,
     Evaluation,
     Hub,
@@ -100,7 +98,7 @@ class Recipe(BaseModel):
         return keys
 
     def check_family(self, families, origins=None):
-        """Check what depends on the model family, and fill in the task and the packing that were left open.
+        """Check what depends on the model family, and fill in the task if it was left open.
 
         Args:
             families: name -> family, with its configuration class `config` and its `tasks`.
@@ -113,9 +111,26 @@ class Recipe(BaseModel):
         if self.task not in family.tasks:
             raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
         self.config = _check_config(self.config, self.model, family.config, origins or {})
-        self.data.packing = self.data.packing or ("best_fit" if self.task == "instruction" else "stream")
-        _check_task(self)
-        _check_streaming(self)
+        return self
+
+    def check_task(self, task):
+        """Refuse keys that the task does not use, and fill in the packing if it was left open.
+
+        Args:
+            task: the task's class, with its `packings`, the default first, and its `unused_keys`.
+        """
+        data = self.data
+        data.packing = data.packing or task.packings[0]
+        for name in task.unused_keys:
+            if getattr(getattr(self, SECTION_OF[name]), name) not in (None, False):
+                raise RecipeError(f"{name} has no effect with task {self.task}; remove it")
+        if data.packing not in task.packings:
+            choices = " or ".join(task.packings)
+            raise RecipeError(f"packing {data.packing} cannot be used with task {self.task}; use {choices}")
+        if data.packing in ("pad", "best_fit") and data.stride:
+            raise RecipeError(f"stride has no effect with packing {data.packing}, whose rows are documents; remove it")
+        if data.streaming:
+            _check_streaming(self)
         return self
 
     def check_sources(self):
@@ -203,36 +218,10 @@ def _check_config(values, model, config_class, origins):
     return resolved
 
 
-def _check_task(recipe):
-    """Refuse keys that the task does not use."""
-    data, evaluation, task = recipe.data, recipe.evaluation, recipe.task
-    if task == "mlm_nsp" and (data.packing != "stream" or data.stride):
-        name = "stride" if data.stride else "packing"
-        raise RecipeError(f"{name} has no effect with task mlm_nsp, whose rows are pairs of sentences; remove it")
-    if data.packing in ("pad", "best_fit") and data.stride:
-        raise RecipeError(f"stride has no effect with packing {data.packing}, whose rows are documents; remove it")
-    unused = {}
-    if task not in TEXT_TASKS:
-        unused = {"stride": data.stride and task != "question_answering", "streaming": data.streaming}
-        unused |= {"datasets": data.datasets}
-    if task in LABELLED_TASKS:
-        unused |= {"packing": data.packing != "stream", "start_context": evaluation.start_context is not None}
-    else:
-        unused |= {"metrics": evaluation.metrics}
-    if task == "instruction" and data.packing in ("stream", "documents"):
-        raise RecipeError(f"packing {data.packing} would cut conversations; use best_fit or pad for task instruction")
-    for name, is_set in unused.items():
-        if is_set:
-            raise RecipeError(f"{name} has no effect with task {task}; remove it")
-
-
 def _check_streaming(recipe):
     data = recipe.data
-    if not data.streaming:
-        return
     others = {"epochs": recipe.training.epochs, "datasets": data.datasets, "stride": data.stride}
     others |= {f"packing {data.packing}": data.packing in ("pad", "best_fit")}
-    others |= {"task mlm_nsp": recipe.task == "mlm_nsp"}
     for name, is_set in others.items():
         if is_set:
             raise RecipeError(f"streaming cannot be combined with {name}; remove one of them")

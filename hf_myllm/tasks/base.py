@@ -61,6 +61,8 @@ class Task:
     """
 
     name = "task"  # the name in a recipe; `tasks.build` sets it
+    packings = ("stream", "documents", "pad", "best_fit")  # the values of `packing` that it supports, the default first
+    unused_keys = ()  # keys of a recipe that have no effect
     is_labelled = False  # reads labelled examples (see labelled.py) instead of a stream of tokens
     has_predictions = False  # predicts labels: metrics and `hf_myllm.predict` instead of perplexity and generated text
     pads_rows = False  # rows are shorter than max_len where the text is
@@ -79,7 +81,7 @@ class Task:
 
     def __init__(self, tokenizer=None, seed=0, **settings):
         self.tokenizer, self.seed, self.settings = tokenizer, seed, Settings(**settings)
-        self.max_len, self.packing = self.settings.max_len, self.settings.packing or "stream"
+        self.max_len, self.packing = self.settings.max_len, self.settings.packing or self.packings[0]
         self.resolved_settings = {}  # keys of the recipe that were unset and that the data has decided
 
     # ---- construction

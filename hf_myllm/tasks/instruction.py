@@ -21,6 +21,8 @@ class Instruction(LabelledTask, CausalLM):
     conversations per row, or "pad", one.
     """
 
+    packings = ("best_fit", "pad")
+    unused_keys = ("stride", "streaming", "datasets", "metrics")
     label_feature = datasets.List(datasets.Value("int8"))  # 1 for the tokens that are targets
     target_name = "learned tokens"
 

@@ -118,6 +118,8 @@ class PredictionTask(LabelledTask):
     describe_predictions(rows, predictions)    a dict for each example, for people and JSON Lines
     """
 
+    packings = ("stream",)
+    unused_keys = ("stride", "streaming", "datasets", "start_context")
     has_predictions = True
     is_pair = False  # whether a row is two texts
     unit = "nats per label"

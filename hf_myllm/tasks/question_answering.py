@@ -25,6 +25,7 @@ class QuestionAnswering(PredictionTask):
     section 4.3).
     """
 
+    unused_keys = ("streaming", "datasets", "start_context")
     is_pair = True
     label_feature = datasets.List(datasets.Value("int64"))
     record_features = datasets.Features(

@@ -22,6 +22,8 @@ class SentencePairs(MaskedLM):
     is any span of text; a passage without the end of a sentence is cut anywhere.
     """
 
+    packings = ("stream",)
+    unused_keys = ("stride", "streaming", "metrics")
     num_special_tokens = 3
     min_text_tokens = 2
     pads_rows = True
