@@ -31,7 +31,7 @@ from .distributed import (
 )
 from .errors import InputError
 from .evaluation import load_metric
-from .hub import push as hub
+from .hub import check_target
 from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
 from .recipe import Recipe
@@ -125,7 +125,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         if is_rank_zero() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
             run_folder.check_unlocked(recipe.run.save_model)
             if recipe.hub.push_to_hub:
-                hub.check_target(recipe.hub.push_to_hub)
+                check_target(recipe.hub.push_to_hub)
         resume_from = run_folder.find_checkpoint(recipe)
         accelerator = create_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
         try:

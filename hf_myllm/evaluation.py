@@ -165,7 +165,7 @@ def evaluate_run(run, model, step, is_final=False):
         known = ", ".join(name for name in line if name.startswith("val_"))
         raise InputError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
     details = run.task.describe_metrics(val_metrics) if val_metrics else ""
-    run.reporter.evaluation(step, run.total_steps, train_metrics, val_metrics, details)
+    run.reporter.show_evaluation(step, train_metrics, val_metrics, details)
     generates = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # sharded weights need all ranks
     if section.start_context is not None and run.tokenizer is not None and generates:
         line["sample"] = run.task.sample(

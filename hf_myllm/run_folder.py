@@ -16,7 +16,7 @@ from .data import tokenizer as tokenizers
 from .distributed import any_rank, is_rank_zero, rank_name
 from .errors import CheckpointError, InputError, RankError, first_line
 from .files import write_text_atomically
-from .hub import push as hub
+from .hub import BackgroundUploads, write_card
 from .models import lora
 from .optim import optimizer_tensors, to_local
 from .reporting import html, plots
@@ -291,7 +291,7 @@ def _is_published(run, state):
 
 def write_reports(run_dir, warn):
     """Write loss.png, report.html and README.md. A failure is a warning: the model is already saved."""
-    for name, write in (("loss.png", plots.make), ("report.html", html.make), ("README.md", hub.write_card)):
+    for name, write in (("loss.png", plots.make), ("report.html", html.make), ("README.md", write_card)):
         try:
             write(run_dir)
         except Exception as error:
@@ -303,7 +303,7 @@ def open_uploads(run):
     section = run.recipe.hub
     if section.push_to_hub and run.accelerator.is_main_process:
         options = section.push_to_hub, section.hub_private_repo, section.hub_revision
-        run.uploads = hub.BackgroundUploads(run.recipe.run.save_model, *options)
+        run.uploads = BackgroundUploads(run.recipe.run.save_model, *options)
 
 
 def finish_uploads(run, state):

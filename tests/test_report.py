@@ -202,7 +202,7 @@ def test_an_error_in_a_callback_propagates(tmp_path):
 )
 def test_lines_of_evaluations_fit_80_columns(capsys, task, metrics):
     details = TASKS[task]().describe_metrics(metrics)
-    Reporter(None, 0, 100_000).evaluation(5, 100_000, {"loss": 12.3456}, metrics, details)
+    Reporter(None, 0, 100_000).show_evaluation(5, {"loss": 12.3456}, metrics, details)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step      5: training loss 12.3456")
     assert all(len(line) <= 80 for line in lines)

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from ..errors import HubError
 from ..files import render_template, write_text_atomically
 from ..models import find_family, lora
-from ..reporting.metrics_log import read_metrics, read_run
+from ..reporting.metrics_log import last_evaluation, metric_label, read_run, validation_metrics
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
@@ -77,7 +77,8 @@ def _card_values(folder, run_dir, config, run, name, revision):
     architecture, family = config["architectures"][0], find_family(config["model_type"])
     head = architecture.partition("For")[2] or "CausalLM"
     pipeline, step = _PIPELINES.get(head), step_of(folder) or run.get("published_step")
-    metrics, metrics_step = _last_evaluation(run_dir, step)
+    evaluation = last_evaluation(run_dir, step)
+    metrics, metrics_step = validation_metrics(evaluation), evaluation.get("step")
     length = config.get("n_positions") or config.get("max_position_embeddings")
     base, tokens = run.get("base_model"), run.get("data", {}).get("training", {}).get("tokens")
     origin = "trained from scratch"
@@ -99,9 +100,9 @@ def _card_values(folder, run_dir, config, run, name, revision):
         "repo": name,
         "revision": f', revision="{revision}"' if revision else "",
         "new_tokens": min(50, length // 2) if length else 50,  # the stock GPT-2 fails beyond its positions
-        "metrics": {_label(key): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for key, v in metrics.items()},
+        "metrics": {metric_label(name): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for name, v in metrics.items()},
         "metrics_step": metrics_step,
-        "has_nsp": "val_nsp_loss" in metrics,
+        "has_nsp": "nsp_loss" in metrics,
         "unigram": run.get("unigram_loss"),
         "sources": {part: _describe_sources(counts) for part, counts in run.get("data", {}).items()},
         "recipe": yaml.safe_dump(run.get("recipe", {}), sort_keys=False, allow_unicode=True),
@@ -140,26 +141,12 @@ def _eval_results(metrics, pipeline, run):
             task_type=pipeline or "other",
             dataset_type=dataset,
             dataset_name=", ".join(source["name"] for source in sources) or "validation data",
-            metric_type=key.removeprefix("val_"),
+            metric_type=name,
             metric_value=round(value, 6),
         )
-        for key, value in metrics.items()
-        if key != "val_tokens"
+        for name, value in metrics.items()
+        if name != "tokens"
     ] or None
-
-
-def _last_evaluation(run_dir, step):
-    """Return the validation metrics of the last evaluation up to a step (None: of all), and its step."""
-    lines = [line for line in read_metrics(run_dir) if "train_loss" in line and (step is None or line["step"] <= step)]
-    if not lines:
-        return {}, None
-    line = lines[-1]
-    metrics = {key: value for key, value in line.items() if key.startswith("val_") and isinstance(value, int | float)}
-    return metrics, line["step"]
-
-
-def _label(key):
-    return "predicted tokens" if key == "val_tokens" else key.removeprefix("val_").replace("_", " ")
 
 
 def _describe_sources(counts):

@@ -24,7 +24,7 @@ from .. import checkpoint
 from ..distributed import exit_with_parent
 from ..errors import HubError, first_line
 from ..files import link_or_copy
-from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, run_dir_of, step_of, write_card  # noqa: F401
+from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, run_dir_of, step_of
 from .stock_check import check, single_process_environment
 
 # The files of a model and its tokenizer, which are uploaded. Nothing else in the folder is.
@@ -246,9 +246,6 @@ class BackgroundUploads:
         if self.staged is not None:
             shutil.rmtree(self.staged, ignore_errors=True)
         self.process = self.staged = None
-
-
-Uploads = BackgroundUploads
 
 
 def end_with_run():

@@ -87,14 +87,14 @@ class Reporter:
         if self.is_main:
             print(printable(text), file=sys.stderr, flush=True)
 
-    def evaluation(self, step, total_steps, train_metrics, val_metrics, details=""):
+    def show_evaluation(self, step, train_metrics, val_metrics, details=""):
         """Print the losses of an evaluation, and its metrics, in lines of at most 80 columns.
 
         Args:
             train_metrics, val_metrics: as [`~hf_myllm.evaluation.evaluate_rows`] returns them; the second may be empty.
             details: the task's other metrics in words.
         """
-        line = f"step {step:{len(str(total_steps))}}: training loss {format_loss(train_metrics['loss'], 7)}"
+        line = f"step {step:{len(str(self.total_steps))}}: training loss {format_loss(train_metrics['loss'], 7)}"
         if val_metrics:
             line += f", validation {format_loss(val_metrics['loss'], 7)}"
         if details and len(line) + len(details) + 3 <= COLUMNS:

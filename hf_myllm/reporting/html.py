@@ -12,11 +12,11 @@ from pathlib import Path
 from ..errors import printable
 from ..files import render_template, write_text_atomically
 from . import plots
-from .metrics_log import read_metrics, read_run
+from .metrics_log import last_evaluation, metric_label, read_metrics, read_run, validation_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _MAX_SAMPLES = 12
-_SUMMARY_METRICS = ("val_accuracy", "val_f1", "val_exact_match", "val_pearson", "val_matthews_correlation")
+_SUMMARY_METRICS = ("accuracy", "f1", "exact_match", "pearson", "matthews")
 
 
 def make(run_dir):
@@ -29,20 +29,24 @@ def make(run_dir):
     run_dir = Path(run_dir)
     run, lines, recipe = read_run(run_dir), read_metrics(run_dir), run_dir / "recipe.yaml"
     evaluations = [line for line in lines if "train_loss" in line]
-    last = evaluations[-1] if evaluations else {}
+    last = last_evaluation(run_dir)
+    metrics, unigram = validation_metrics(last), run.get("unigram_loss")
+    metrics_table = [("training loss", last.get("train_loss"))]
+    metrics_table += [(f"validation {metric_label(name)}", value) for name, value in metrics.items()]
+    metrics_table += [("unigram loss", unigram)]
     data_columns, data = _data_table(run)
     text = render_template(
         TEMPLATE,
         name=run_dir.resolve().name,
         subtitle=" · ".join(str(run[key]) for key in ("class", "task") if run.get(key)),
-        summary=_summary(run, [line for line in lines if "learning_rate" in line], last),
+        summary=_summary(run, [line for line in lines if "learning_rate" in line], metrics),
         picture=_picture(run_dir),
         samples=_samples(evaluations),
-        metrics=_metrics_table(run, last),
+        metrics=[row for row in metrics_table if row[1] is not None] if last else [],
         metrics_step=last.get("step"),
         unit=run.get("unit", "nats per token"),
-        has_bits_per_byte=last.get("val_bits_per_byte") is not None,
-        has_unigram=run.get("unigram_loss") is not None,
+        has_bits_per_byte="bits_per_byte" in metrics,
+        has_unigram=unigram is not None,
         data=data,
         data_columns=data_columns,
         launches=[_launch_row(launch) for launch in run.get("launches", [])],
@@ -52,36 +56,27 @@ def make(run_dir):
     write_text_atomically(run_dir / "report.html", text)
 
 
-def _summary(run, steps, last):
+def _summary(run, steps, metrics):
     """Return the most important numbers of a run: label -> text.
 
     Args:
         steps: the logged training steps.
-        last: the last evaluation, or {}.
+        metrics: the final validation metrics.
     """
-    summary, last_step = {}, steps[-1] if steps else {}
-    if last.get("val_loss") is not None:
-        summary[f"validation loss ({run.get('unit', 'nats per token')})"] = f"{last['val_loss']:.4f}"
-    for key in _SUMMARY_METRICS:
-        if isinstance(last.get(key), float):
-            summary[_label(key, "")] = f"{last[key]:.4f}"
-    if last.get("val_bits_per_byte") is not None:
-        summary["bits per byte"] = f"{last['val_bits_per_byte']:.3f}"
-    if parameters := run.get("parameters"):
-        summary["parameters"] = f"{parameters:,}"
-        if run.get("trained_parameters", 0) < parameters:
-            summary["trained parameters"] = f"{run['trained_parameters']:,}"
-    if steps:
-        summary["steps"] = f"{last_step['step']:,}"
-    if "train_seconds" in last_step:
-        summary["training time"] = _duration(last_step["train_seconds"])
-    if "tokens_per_second" in last_step:
-        summary["tokens per second"] = f"{last_step['tokens_per_second']:,.0f}"
-    if memory := max((line.get("peak_memory_gb", 0) for line in steps), default=0):
-        summary["peak memory"] = f"{memory:.2f} GB"
-    if last_step.get("mfu"):
-        summary["model FLOPs utilization"] = f"{last_step['mfu']:.1%}"
-    return summary
+    step, parameters, trained = steps[-1] if steps else {}, run.get("parameters"), run.get("trained_parameters")
+    numbers = [
+        (f"validation loss ({run.get('unit', 'nats per token')})", metrics.get("loss"), "{:.4f}"),
+        *((metric_label(name), metrics.get(name), "{:.4f}") for name in _SUMMARY_METRICS),
+        ("bits per byte", metrics.get("bits_per_byte"), "{:.3f}"),
+        ("parameters", parameters, "{:,}"),
+        ("trained parameters", trained if trained != parameters else None, "{:,}"),
+        ("steps", step.get("step"), "{:,}"),
+        ("training time", _duration(step.get("train_seconds")), "{}"),
+        ("tokens per second", step.get("tokens_per_second"), "{:,.0f}"),
+        ("peak memory", max((line.get("peak_memory_gb", 0) for line in steps), default=0) or None, "{:.2f} GB"),
+        ("model FLOPs utilization", step.get("mfu"), "{:.1%}"),
+    ]
+    return {label: text.format(value) for label, value, text in numbers if value is not None}
 
 
 def _picture(run_dir):
@@ -99,20 +94,6 @@ def _samples(evaluations):
         lines = [lines[round(i * (len(lines) - 1) / (_MAX_SAMPLES - 1))] for i in range(_MAX_SAMPLES)]
     keys = ("step", "val_loss")
     return [{key: line.get(key) for key in keys} | {"text": _printable(line["sample"])} for line in lines]
-
-
-def _metrics_table(run, last):
-    rows = [("training loss", last["train_loss"])] if last.get("train_loss") is not None else []
-    rows += [(_label(key), value) for key, value in last.items() if key.startswith("val_") and value is not None]
-    if rows and run.get("unigram_loss") is not None:
-        rows.append(("unigram loss", run["unigram_loss"]))
-    return rows
-
-
-def _label(key, prefix="validation "):
-    if key == "val_tokens":
-        return "predicted tokens"
-    return prefix + key.removeprefix("val_").replace("_", " ")
 
 
 def _data_table(run):
@@ -136,6 +117,8 @@ def _launch_row(launch):
 
 
 def _duration(seconds):
+    if seconds is None:
+        return None
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -57,6 +57,25 @@ def read_metrics(run_dir):
     return lines
 
 
+def last_evaluation(run_dir, step=None):
+    """Return the logged dict of the last evaluation up to a step (None: of all); {} without any."""
+    lines = [line for line in read_metrics(run_dir) if "train_loss" in line and (step is None or line["step"] <= step)]
+    return lines[-1] if lines else {}
+
+
+def validation_metrics(evaluation):
+    """Return the validation metrics of a logged evaluation that have a value, without the prefix "val_"."""
+    return {
+        key.removeprefix("val_"): value
+        for key, value in evaluation.items()
+        if key.startswith("val_") and isinstance(value, int | float)
+    }
+
+
+def metric_label(name):
+    return "predicted tokens" if name == "tokens" else name.replace("_", " ")
+
+
 def best_evaluation(run_dir, metric, last_step, greater_is_better=None):
     """Find the best evaluation of a run.
 
