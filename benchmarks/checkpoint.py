@@ -47,7 +47,9 @@ def time_saves(config, folder, repeats):
 
     def save():
         tensors = optimizer_tensors(model, optimizer)
-        return checkpoint.save(folder / "ours", next(steps), model.save_pretrained, tensors, {"step": 1}, 2)
+        path = checkpoint.save(folder / "ours", next(steps), model.save_pretrained, tensors, {"step": 1})
+        checkpoint.remove_old(folder / "ours", 2)
+        return path
 
     rows = {}
     rows["checkpoint.save"], path = median(save, repeats)

@@ -36,19 +36,8 @@ _MODEL_FILES = _WEIGHTS | {"config.json", "generation_config.json", "adapter_con
 # ---- writing
 
 
-def save(
-    run_dir,
-    step,
-    write_model,
-    optimizer_tensors,
-    state,
-    limit,
-    rank=0,
-    world_size=1,
-    all_gather=lambda value: [value],
-    keep=None,
-):
-    """Write checkpoint-<step>, then remove the oldest checkpoints beyond `limit`.
+def save(run_dir, step, write_model, optimizer_tensors, state, rank=0, world_size=1, all_gather=lambda value: [value]):
+    """Write checkpoint-<step> and return its folder.
 
     With sharded parameters all ranks call this together, each with its rows of the optimizer's tensors. An error while
     a rank writes them is an error on all ranks. Rank 0 writes the rest.
@@ -58,9 +47,6 @@ def save(
         optimizer_tensors: flat dict of tensors.
         state: the rest of the trainer's state, as JSON.
         all_gather: a collective that returns the values of all ranks in their order.
-        keep: a step whose checkpoint is not removed, however old.
-    Returns:
-        the checkpoint's folder.
     Raises:
         CheckpointError: the checkpoint cannot be written; earlier checkpoints are unchanged.
     """
@@ -78,23 +64,33 @@ def save(
             _remove(final)
         partial.rename(final)
         flush(final.parent)
-        for path in Path(run_dir).glob("checkpoint-*"):
-            if step_of(path) > step:  # damaged: otherwise the run would have resumed from it
+        for newer_step, path in _list(run_dir):
+            if newer_step > step:  # damaged: otherwise the run would have resumed from it
                 _remove(path)
     except (OSError, SafetensorError) as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        previous = [path.name for _, path in _marked(run_dir)[:1]]
+        previous = [path.name for _, path in _list(run_dir, with_marker=True)]
         advice = f"{previous[0]} stays; resume from it with --init_from resume" if previous else "start again"
         raise CheckpointError(f"{final}: it cannot be saved: {error}; {advice}") from None
-    for old_step, path in _marked(run_dir)[limit:]:
-        if old_step != keep:
+    return final
+
+
+def remove_old(run_dir, limit, keep=None):
+    """Remove all checkpoints but the newest `limit` and that of step `keep`.
+
+    Raises:
+        CheckpointError: one cannot be removed.
+    """
+    for step, path in _list(run_dir, with_marker=True)[limit:]:
+        if step != keep:
             try:
                 _remove(path)
             except OSError as error:
-                advice = f"{final.name} is saved; resume from it with --init_from resume"
-                raise CheckpointError(f"{path}: it cannot be removed: {error}; {advice}") from None
-    return final
+                raise CheckpointError(
+                    f"{path}: it cannot be removed: {error}; the newest checkpoint is complete, resume from it with "
+                    "--init_from resume"
+                ) from None
 
 
 def _write_optimizer(folder, tensors, rank, world_size, all_gather):
@@ -177,9 +173,7 @@ def find_latest(run_dir, warn=lambda message: None):
         CheckpointError: there are checkpoints, and all are damaged.
     """
     problems = []
-    for path in sorted(Path(run_dir).glob("checkpoint-*"), key=step_of, reverse=True):
-        if step_of(path) < 0:
-            continue
+    for _, path in _list(run_dir):
         problem = find_corruption(path)
         if problem is None:
             for line in problems:
@@ -245,7 +239,7 @@ def step_of(path):
 
 
 def has_checkpoints(run_dir):
-    return any(step_of(path) >= 0 for path in Path(run_dir).glob("checkpoint-*"))
+    return bool(_list(run_dir))
 
 
 def has_model(run_dir):
@@ -261,10 +255,10 @@ def snapshot(run_dir):
     return times
 
 
-def _marked(run_dir):
-    """Return (step, folder) of the checkpoints that have a marker, newest first."""
-    steps = [(step_of(path), path) for path in Path(run_dir).glob("checkpoint-*") if (path / _MARKER).exists()]
-    return sorted((pair for pair in steps if pair[0] >= 0), reverse=True)
+def _list(run_dir, with_marker=False):
+    """Return (step, folder) of the checkpoints, newest first: all, or those that were complete when written."""
+    folders = [path for path in Path(run_dir).glob("checkpoint-*") if not with_marker or (path / _MARKER).exists()]
+    return sorted(((step_of(path), path) for path in folders if step_of(path) >= 0), reverse=True)
 
 
 def _read_marker(path):

@@ -168,11 +168,10 @@ def save_checkpoint(run, optimizer, state):
             tokenizers.save(run.tokenizer, folder)
 
     if accelerator.is_main_process or is_sharded:
-        tensors, limit = optimizer_tensors(model, optimizer.optimizer), recipe.run.save_total_limit
-        options["keep"] = state.best_step()
-        checkpoint.save(
-            recipe.run.save_model, state.step, write_model, tensors, _trainer_state(run, state), limit, **options
-        )
+        tensors, run_dir = optimizer_tensors(model, optimizer.optimizer), recipe.run.save_model
+        checkpoint.save(run_dir, state.step, write_model, tensors, _trainer_state(run, state), **options)
+        if accelerator.is_main_process:
+            checkpoint.remove_old(run_dir, recipe.run.save_total_limit, keep=state.best_step())
     accelerator.wait_for_everyone()
 
 

@@ -22,9 +22,11 @@ def write_model(folder):
     (folder / "model.safetensors").write_bytes(bytes(1000))
 
 
-def save(run_dir, step, limit=2, **options):
+def save(run_dir, step, limit=2):
     tensors = {"a/exp_avg": torch.full((4, 3), float(step)), "a/step": torch.tensor(float(step))}
-    return checkpoint.save(run_dir, step, write_model, tensors, {"step": step}, limit, **options)
+    path = checkpoint.save(run_dir, step, write_model, tensors, {"step": step})
+    checkpoint.remove_old(run_dir, limit)
+    return path
 
 
 class FailingDisk:
@@ -133,7 +135,7 @@ def save_sharded(run_dir, step, shards):
 
         tensors = {"a/exp_avg": shards[rank].contiguous(), "a/step": torch.tensor(5.0)}
         try:
-            checkpoint.save(run_dir, step, write_model, tensors, {}, 1, rank, world_size, all_gather)
+            checkpoint.save(run_dir, step, write_model, tensors, {}, rank, world_size, all_gather)
         except CheckpointError as error:
             errors[rank] = error
 
