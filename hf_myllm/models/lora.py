@@ -15,11 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError, first_line
 from . import find_family
 
-_TASK_TYPES = {  # the peft task type, which selects the peft class
-    "causal": "CAUSAL_LM",
-    "instruction": "CAUSAL_LM",
-    "classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
+_TASK_TYPES = {  # end of the model's class name -> peft's task type, which selects the peft class
+    "CausalLM": "CAUSAL_LM",
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
     # No type for question answering: its peft class drops the token types.
 }
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -31,7 +30,7 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
     """Return the model with trainable LoRA matrices; all other weights are frozen, except the newly initialized ones.
 
     Args:
-        task: name of the task.
+        task: name of the task, for messages.
         newly_initialized: names of weights that the base model lacks; they are trained and saved as a whole.
         r: rank of the matrices.
         alpha: numerator of the scale alpha / r; default: 2 * r.
@@ -44,11 +43,12 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
     if rows := [name for name in newly_initialized if " " in name]:  # "2 rows of the vocabulary"
         raise ModelError(f"lora leaves the embeddings as they are, and the model lacks {rows[0]}: train without it")
     heads = sorted({name.rpartition(".")[0].split(".", 1)[-1] for name in newly_initialized} - _PEFT_HEADS)
-    if heads and task in ("mlm", "mlm_nsp"):
+    head_type = type(model).__name__.rpartition("For")[2]
+    if heads and head_type in ("MaskedLM", "PreTraining"):
         raise ModelError(
             f"lora needs a model that has the head of task {task}, and this one lacks {newly_initialized[0]}"
         )
-    if task == "question_answering":
+    if head_type == "QuestionAnswering":
         heads = sorted({*heads, "qa_outputs"})
     config = LoraConfig(
         r=r,
@@ -57,7 +57,7 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
         target_modules="all-linear" if target_modules == ["all-linear"] else target_modules,
         modules_to_save=heads or None,
         exclude_modules=sorted({*_PEFT_HEADS, *heads}),  # heads are trained as a whole
-        task_type=_TASK_TYPES.get(task),
+        task_type=_TASK_TYPES.get(head_type),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # its weight is (in, out)
     )
     if (path := Path(model.name_or_path)).exists():
