@@ -67,16 +67,21 @@ def evaluate_rows(
     model.train(was_training)
     sums["loss"] = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch waits for it
     if accelerator.num_processes > 1:
-        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
-        sums = dict(zip(sums, accelerator.reduce(values).tolist(), strict=True))
         predictions = gather_object(predictions) if with_predictions and task.has_predictions else []
-    metrics = task.loss_metrics(sums)
+    metrics = task.loss_metrics(_sum_over_ranks(sums, accelerator))
     if predictions:
         indices, predictions = zip(*sorted(predictions, key=lambda pair: pair[0]), strict=True)
         inputs = task.metric_inputs(rows, np.array(indices), predictions)
         metrics |= task.compute_metrics(*inputs)
         metrics |= library_metrics(extra_metrics, *inputs, metrics)
     return metrics
+
+
+def _sum_over_ranks(sums, accelerator):
+    if accelerator.num_processes == 1:
+        return sums
+    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(sums, accelerator.reduce(values).tolist(), strict=True))
 
 
 def load_metric(name):

@@ -77,3 +77,13 @@ def test_a_family_is_self_contained(family):
             is_shared = name.startswith(("hf_myllm.models.stock.", "hf_myllm.models.decoder."))
             is_own = name.startswith(f"hf_myllm.models.{family}.")
             assert name.split(".")[0] in allowed or is_shared or is_own, f"{path} imports {name}"
+
+
+def test_files_and_functions_stay_small():
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
+    assert lines[PACKAGE / "train.py"] <= 300
+    assert not [f"{path} has {count} lines" for path, count in lines.items() if count > 450]
+    for path in lines:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name != "forward":
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
