@@ -31,8 +31,7 @@ def evaluate_rows(
     """Return the metrics of some rows, each counted once, whatever the batch size and the number of ranks.
 
     Args:
-        task: a [`Task`].
-        rows: rows of the task.
+        task, rows: a [`Task`] and its rows.
         indices: array of the rows to evaluate.
         token_bytes: bytes of text per token id, for bits per byte.
         should_stop: called before each batch, by all ranks together; True ends the evaluation.

@@ -32,7 +32,7 @@ _SHOWN_TOKENS = 24
 
 @dataclass
 class Settings:
-    """The keys of a recipe's `data` section that tasks read. Their help is in recipe.py."""
+    """The keys of a recipe's `data` section that tasks read; their help is in recipe/sections.py."""
 
     max_len: int | None = None
     stride: int | None = None
@@ -65,9 +65,6 @@ class Task:
     unused_keys = ()  # keys of a recipe that have no effect
     is_labelled = False  # reads labelled examples (see labelled.py) instead of a stream of tokens
     has_predictions = False  # predicts labels: metrics and `hf_myllm.predict` instead of perplexity and generated text
-    pads_rows = False  # rows are shorter than max_len where the text is
-    isolates_documents = False  # the documents of a row do not attend to each other
-    has_stride = False  # rows may overlap
     num_special_tokens = 0  # positions of a row that hold no text
     min_text_tokens = 1  # tokens of text that a row must have room for
     length_group_steps = 32  # steps among which rows are grouped by length
@@ -83,6 +80,21 @@ class Task:
         self.tokenizer, self.seed, self.settings = tokenizer, seed, Settings(**settings)
         self.max_len, self.packing = self.settings.max_len, self.settings.packing or self.packings[0]
         self.resolved_settings = {}  # keys of the recipe that were unset and that the data has decided
+
+    @property
+    def pads_rows(self):
+        """Whether rows may be shorter than max_len."""
+        return self.packing in ("pad", "best_fit")
+
+    @property
+    def has_stride(self):
+        """Whether rows may overlap."""
+        return not self.pads_rows
+
+    @property
+    def isolates_documents(self):
+        """Whether the documents of a row do not attend to each other."""
+        return self.packing in ("documents", "best_fit")
 
     # ---- construction
 

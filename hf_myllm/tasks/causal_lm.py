@@ -30,18 +30,6 @@ class CausalLM(Task):
             return []
         return sorted({end_of_document(self.tokenizer)[0], self.tokenizer.bos_token_id} - {None})
 
-    @property
-    def pads_rows(self):
-        return self.packing in ("pad", "best_fit")
-
-    @property
-    def has_stride(self):
-        return not self.pads_rows
-
-    @property
-    def isolates_documents(self):
-        return bool(self.marks) and self.packing != "pad"
-
     def prepare_tokenizer(self, is_trained):
         if self.tokenizer is None and self.packing != "stream":
             raise InputError(

@@ -35,18 +35,6 @@ class MaskedLM(Task):
     target_name = "masked tokens"
 
     @property
-    def pads_rows(self):
-        return self.packing in ("pad", "best_fit")
-
-    @property
-    def has_stride(self):
-        return not self.pads_rows
-
-    @property
-    def isolates_documents(self):
-        return self.packing in ("documents", "best_fit")
-
-    @property
     def logits_share(self):
         return self.settings.mlm_probability
 

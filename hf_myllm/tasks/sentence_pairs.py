@@ -27,7 +27,6 @@ class SentencePairs(MaskedLM):
     num_special_tokens = 3
     min_text_tokens = 2
     pads_rows = True
-    has_stride = False
     chance_loss = math.log(2)
 
     def configure(self, model_config, max_len):
