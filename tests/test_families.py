@@ -124,9 +124,9 @@ def test_a_pickle_trains_the_same_model_as_a_bin(tmp_path):
     (tmp_path / "val.pkl").write_bytes(pickle.dumps(torch.from_numpy(ids[:500])))
     flags = "--model llama --hidden_size 16 --intermediate_size 32 --num_hidden_layers 1 --num_attention_heads 2"
     flags = [*flags.split(), "--max_len", 16, "--max_steps", 5, "--vocab_size", 90]
-    for kind in ("bin", "pkl"):
-        files = ["--train_file", tmp_path / f"ids.{kind}", "--val_file", tmp_path / "val.pkl"]
-        assert train(*flags, *files, "--save_model", tmp_path / kind) == 0
+    for extension in ("bin", "pkl"):
+        files = ["--train_file", tmp_path / f"ids.{extension}", "--val_file", tmp_path / "val.pkl"]
+        assert train(*flags, *files, "--save_model", tmp_path / extension) == 0
     assert weights(tmp_path / "bin") == weights(tmp_path / "pkl")
     assert metrics(tmp_path / "pkl")[-1]["val_loss"] == metrics(tmp_path / "bin")[-1]["val_loss"]
 
@@ -265,11 +265,11 @@ MISTAKES = {
         {"tokenizer": "{train: bpe, vocab_size: 300}"},
         "task mlm needs a tokenizer with cls_token, sep_token, mask_token",
     ),
-    "pairs without a second kind of token": (
+    "pairs without a second token type": (
         {"task": "mlm_nsp", "type_vocab_size": 1}, "type_vocab_size is 1, and task mlm_nsp",
     ),
     "rows too short for pairs": ({"task": "mlm_nsp", "max_len": 4}, "max_len 4 is too small"),
-    "pairs out of one document": (
+    "pairs from one document": (
         {"task": "mlm_nsp", "train_file": "PLACE/one.txt", "val_fraction": 0},
         "one.txt is one document, and pairs of sentences need a second",
     ),

@@ -1,7 +1,7 @@
 """Configurations and weights: of a new model, of a checkpoint, of an adapter with its base model.
 
-Every model of this package is loaded here. A checkpoint may lack the weights of a head, which are then initialized; it
-may be given a larger vocabulary; its configuration may change in what does not depend on the weights.
+Training, prediction, generation and the Hub's stock check load their models here. For training, a checkpoint may lack
+the weights of a head, which are then newly initialized, and its vocabulary may be extended.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def read_config(family, pretrained):
         if (Path(pretrained) / "config.json").exists():
             raise ModelError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
         raise ModelError(
-            f"the model {pretrained} cannot be found: it is neither a folder with a config.json nor available on the "
+            f"the model {pretrained} cannot be found: it is no folder with a config.json, and not available on the "
             f"Hugging Face Hub ({first_line(error)[:200]})"
         ) from None
     if model_type not in (None, config_class.model_type):
@@ -119,12 +119,12 @@ def build_config(
 
 
 def check_settings(settings, stored_config, pretrained, is_trained):
-    """Check that a recipe's `config` does not change what the weights of a checkpoint depend on.
+    """Check that a recipe's `config` keeps the architecture that the weights of a checkpoint were trained with.
 
     Args:
         is_trained: whether the checkpoint is resumed or evaluated; otherwise its vocabulary may be extended.
     Raises:
-        ModelError: it does.
+        ModelError: a value differs.
     """
     for name, value in settings.items():
         stored = getattr(stored_config, name)
@@ -132,7 +132,7 @@ def check_settings(settings, stored_config, pretrained, is_trained):
             continue
         if stored != value and name not in _FREE_SETTINGS and "drop" not in name:
             raise ModelError(
-                f"config of {pretrained}: {name} is {stored!r}; the recipe's {value!r} is another model's, so drop it"
+                f"config of {pretrained}: {name} is {stored!r}; the recipe's {value!r} is another model's; drop it"
             )
 
 
@@ -277,11 +277,10 @@ def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, 
 
 def _check_lora(pretrained, base, is_trained):
     if not pretrained:
-        raise ModelError("lora adds to a model that is trained already: give --init_from FOLDER_OR_HUB_ID")
+        raise ModelError("lora: it needs a trained model to add to; give --init_from FOLDER_OR_HUB_ID")
     if base and not is_trained:
         raise ModelError(
-            f"{pretrained} is an adapter itself: make a whole model of it first, by its own run's recipe with "
-            "--init_from resume --merge_lora"
+            f"{pretrained} is an adapter itself: make a whole model of it first; resume its run with --merge_lora"
         )
 
 
@@ -300,7 +299,7 @@ def _initialize(model_class, config, dtype, family):
             parameter.data = parameter.data.to(dtype)
         return model
     except (RuntimeError, MemoryError) as error:
-        raise ModelError(f"a {family} of this config cannot be made: {first_line(error)}") from None
+        raise ModelError(f"a {family} of this config cannot be made; reduce its sizes: {first_line(error)}") from None
 
 
 def _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config):
