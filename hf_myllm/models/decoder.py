@@ -25,14 +25,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .stock import StockPreTrainedModel, eager_attention
+from .stock import StockPreTrainedModel, eager_attention, get_field
 
 
 def get_layer_types(config):
     """Return the attention type of each layer. Without `layer_types`, a configuration has one type for all."""
-    has_window = getattr(config, "sliding_window", None) is not None
-    default = "sliding_attention" if has_window else "full_attention"
-    return getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
+    default = "full_attention" if get_field(config, "sliding_window") is None else "sliding_attention"
+    return get_field(config, "layer_types") or [default] * config.num_hidden_layers
 
 
 def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_type):
@@ -94,13 +93,13 @@ class DecoderAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
+        self.head_dim = get_field(config, "head_dim") or config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True  # read by the attention functions when there is no mask
         is_sliding = get_layer_types(config)[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if is_sliding else None  # read by flash attention
-        width, bias = config.hidden_size, getattr(config, "attention_bias", False)
+        width, bias = config.hidden_size, get_field(config, "attention_bias", False)
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -140,7 +139,7 @@ class DecoderMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
+        width, inner, bias = config.hidden_size, config.intermediate_size, get_field(config, "mlp_bias", False)
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)

@@ -14,6 +14,15 @@ _SIZES = (
 )  # fmt: skip
 
 
+def get_field(config, name, default=None):
+    """Return a field of a configuration, or the default if its class has no such field.
+
+    Other keys of a checkpoint's configuration are ignored, as the stock class does: for example the `sliding_window` of
+    a Qwen model that was converted to Llama.
+    """
+    return getattr(config, name) if name in type(config).__dataclass_fields__ else default
+
+
 class StockConfigMixin:
     """Mixin for a subclass of a stock configuration, with the same fields and the same `model_type`.
 
@@ -47,20 +56,21 @@ class StockConfigMixin:
             ValueError: a size is below 1, the heads do not divide the width, or a value is out of range.
         """
         names = {name: self.attribute_map.get(name, name) for name in _SIZES}
-        sizes = {key: getattr(self, name) for key, name in names.items() if getattr(self, name, None) is not None}
-        for key, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{names[key]} is {size}; it must be at least 1")
+        sizes = {name: get_field(self, field) for name, field in names.items()}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{names[name]} is {size}; it must be at least 1")
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         # A family whose head_dim has a default of its own (Qwen3) does not derive it from the width.
         if getattr(type(self), "head_dim", None) is None and width % heads:
             raise ValueError(f"{names['num_attention_heads']} ({heads}) must divide {names['hidden_size']} ({width})")
-        if heads % sizes.get("num_key_value_heads", heads):
+        if heads % (sizes["num_key_value_heads"] or heads):
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads ({heads})"
             )
-        if getattr(self, "rope_parameters", None) and sizes["head_dim"] % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings rotate pairs, so it must be even")
+        head_dim = sizes["head_dim"] or width // heads
+        if get_field(self, "rope_parameters") and head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; rotary embeddings rotate pairs, so it must be even")
         self._check_ranges()
         self._check_layer_types()
 
@@ -79,7 +89,7 @@ class StockConfigMixin:
                 raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(ACT2FN)}")
 
     def _check_layer_types(self):
-        for layer_type in getattr(self, "layer_types", None) or ():
+        for layer_type in get_field(self, "layer_types") or ():
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types contains '{layer_type}'; choose from {', '.join(LAYER_TYPES)}")
             if layer_type == "sliding_attention" and self.sliding_window is None:

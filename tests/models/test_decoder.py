@@ -35,6 +35,12 @@ def test_a_window_as_wide_as_the_row_builds_no_mask(monkeypatch):
         model(batch(length=34), use_cache=False)
 
 
+def test_keys_of_other_families_are_ignored(tmp_path):
+    ours, stock = CASES["llama"].make_pair(tmp_path, sliding_window=8, layer_types=["sliding_attention"] * 3)
+    assert ours.config.sliding_window == 8  # as in a Qwen model that was converted to Llama
+    torch.testing.assert_close(ours(batch()).logits, stock(batch()).logits, atol=1e-5, rtol=0)
+
+
 def test_invalid_configurations_are_rejected():
     for changed, message in (
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
