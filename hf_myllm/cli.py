@@ -140,13 +140,12 @@ def _run_recipe(recipe, argv):
 
 
 def _recipes(args):
-    """List the recipes that ship, each with the first sentence of its comment."""
+    """List the recipes that ship, each with the first line of its comment."""
     from .recipe import RECIPES
 
     for path in sorted(RECIPES.glob("*.yaml")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        comment = " ".join(line[1:].strip() for line in lines[: lines.index("#")])
-        print(f"{path.stem:<20} {comment.split('. ')[0].removesuffix('.')}")
+        first_line = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        print(f"{path.stem:<18}{first_line.removeprefix('# ')}")
 
 
 def _reference_arguments(parser):

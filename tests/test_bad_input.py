@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: one clear line, exit code 2, and nothing written."""
+"""A user's mistake ends with one line on stderr and exit code 2, and nothing is written."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, run_command, train
+from conftest import ROOT, command, run_cli, run_command, train
 from filelock import FileLock
 
 
 @pytest.fixture
-def place(tmp_path, stories):
-    """A folder with everything that the cases below get wrong."""
+def bad_files(tmp_path, stories):
+    """Return a folder with the invalid files that the cases below name."""
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 500)
     (tmp_path / "short.txt").write_text("Anna.")
@@ -48,7 +48,7 @@ def place(tmp_path, stories):
     return tmp_path
 
 
-# what is changed in a recipe that works -> what the one line must say; PLACE stands for the folder above
+# case -> (keys changed in a valid recipe, or the recipe; pattern of the message); PLACE is the folder above
 CASES = {
     "unknown key": ({"lerning_rate": 1}, "--lerning_rate; did you mean 'learning_rate'"),
     "wrong type": ({"epochs": "many"}, "'epochs' must be a number, not 'many'"),
@@ -57,7 +57,7 @@ CASES = {
     "val file shorter than a row": ({"val_file": "PLACE/short.txt"}, "short.txt has . tokens, fewer than one row"),
     "train file shorter than a row": ({"train_file": "PLACE/short.txt", "val_fraction": 0}, "short.txt has . tokens"),
     "held-out part shorter than a row": ({"val_fraction": 0.0001}, "the validation part of .* fewer than one row"),
-    "heads that do not divide": ({"n_head": 5}, r"n_head \(5\) must divide n_embd \(32\)"),
+    "heads that do not divide the width": ({"n_head": 5}, r"n_head \(5\) must divide n_embd \(32\)"),
     "dropout of 2": ({"resid_pdrop": 2}, "resid_pdrop is 2"),
     "unknown activation": ({"activation_function": "gelo"}, "activation_function 'gelo' is unknown; choose one of"),
     "rows longer than the positions": ({"n_positions": 16}, "max_len 32 is more than the 16 positions"),
@@ -81,29 +81,29 @@ CASES = {
         {"train_file": None, "dataset": "someone/some-corpus", "tokenizer": "PLACE/tokenizer"},
         "'someone/some-corpus' cannot be loaded from the Hugging Face Hub .*--train_file FILE",
     ),
-    "another family's model": ({"init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"}, "bert is a bert model"),
+    "a model of another family": ({"init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"}, "bert is a bert model"),
     "a model without weights": (
         {"init_from": "PLACE/no_weights", "tokenizer": "PLACE/tokenizer", "n_layer": 12},
         "no_weights cannot be loaded",
     ),
-    "a model that is not there": (
+    "a model that does not exist": (
         {"init_from": "PLACE/nope", "tokenizer": "PLACE/tokenizer"},
         "nope cannot be found",
     ),
-    "another tokenizer's special token": ({"eos_token_id": 99999}, "eos_token_id is 99999"),
+    "a special token of another tokenizer": ({"eos_token_id": 99999}, "eos_token_id is 99999"),
     "a norm's epsilon below zero": ({"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1.0; it must be above 0"),
     "a context longer than the positions": ({"start_context": "Anna " * 99}, "the prompt has .* tokens, and the model"),
-    "half a character": ({"train_file": "PLACE/surrogate.jsonl"}, "line 1: half a character"),
-    "nothing left to train on": (
+    "a lone surrogate": ({"train_file": "PLACE/surrogate.jsonl"}, "line 1: half a character"),
+    "no training rows left": (
         {"val_fraction": 0.999},
         "(train|stories).* tokens, fewer|val_fraction .* leaves nothing",
     ),
-    "a prompt of broken bytes": ({"start_context": "caf\udce9"}, "prompt: it is not UTF-8 at character 3"),
+    "a prompt that is not UTF-8": ({"start_context": "caf\udce9"}, "prompt: it is not UTF-8 at character 3"),
     "a local folder as a data set": (
         {"train_file": None, "dataset": "PLACE/mixed", "tokenizer": "PLACE/tokenizer"},
         "is a path here, .* give it as --train_file",
     ),
-    "an architecture that the weights are not of": (
+    "another architecture than the weights": (
         {"init_from": "PLACE/other", "tokenizer": "PLACE/tokenizer", "n_head": 4, "n_layer": 12},
         "n_head is 2; the recipe's 4 is another model's",
     ),
@@ -112,27 +112,27 @@ CASES = {
     "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "a.txt.gz cannot be read"),
     "an archive": ({"train_file": "PLACE/a.zip"}, "a.zip is an archive: unpack it"),
     "UTF-16": ({"train_file": "PLACE/utf16.txt"}, "a NUL byte at offset 1; if it is UTF-16"),
-    "a data set of two sources": (
+    "a source with a file and a dataset": (
         {"train_file": None, "datasets": "[{train_file: a.txt, dataset: b}]"},
         r"datasets\[0\]: needs exactly one of train_file and dataset",
     ),
-    "an unknown word of a data set": (
+    "an unknown key of a source": (
         {"train_file": None, "datasets": "[{train_file: a.txt, wieght: 2}]"},
         "unknown key 'wieght'; did you mean 'weight'",
     ),
-    "a weight next to nothing": (
+    "a negligible weight": (
         {"train_file": None, "datasets": "[{train_file: a.txt, weight: 1e-9}, {train_file: b.txt}]"},
         "less than a millionth",
     ),
     "a dry run of an evaluation": ({"eval_only": "true", "dry_run": "true"}, "dry_run shows what training would do"),
-    "a weight of nothing": (
+    "a weight of zero": (
         {"train_file": None, "datasets": "[{train_file: a.txt, weight: 0}]"},
         "must be more than 0",
     ),
-    "whole documents and a stride": ({"packing": "pad", "stride": 8}, "stride has no effect with packing pad"),
+    "pad and a stride": ({"packing": "pad", "stride": 8}, "stride has no effect with packing pad"),
     "an unknown packing": ({"packing": "bestfit"}, "'packing' must be one of stream, documents, pad, best_fit"),
-    "a name that no folder can have": ({"save_model": "PLACE/" + "x" * 300}, "save_model: .* cannot be a folder"),
-    "a config that is none": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
+    "an impossible folder name": ({"save_model": "PLACE/" + "x" * 300}, "save_model: .* cannot be a folder"),
+    "an invalid config.json": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
     "a model that does not fit into memory": ({"vocab_size": 10**14}, "of this config cannot be made"),
     "save_model is a file": ({"save_model": "PLACE/a_file"}, "a_file is a file"),
     "warm-up longer than the run": ({"warmup_steps": 10000}, "warmup_steps .* the run's"),
@@ -144,15 +144,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_line_and_nothing_written(case, place, tiny, capsys):
+def test_one_line_and_nothing_written(case, bad_files, tiny, capsys):
     changed, message = CASES[case]
     if "PLACE/tokenizer" in str(changed):
-        make_tokenizer(place / "tokenizer")
-    before = everything(place)
+        make_tokenizer(bad_files / "tokenizer")
+    before = sizes(bad_files)
     if isinstance(changed, str):
-        argv = [changed.replace("PLACE", str(place))]
+        argv = [changed.replace("PLACE", str(bad_files))]
     else:
-        argv = tiny(**{key: str(value).replace("PLACE", str(place)) if value is not None else None
+        argv = tiny(**{key: str(value).replace("PLACE", str(bad_files)) if value is not None else None
                        for key, value in changed.items()})  # fmt: skip
     code = train(*argv)
     out, err = capsys.readouterr()
@@ -161,7 +161,7 @@ def test_one_line_and_nothing_written(case, place, tiny, capsys):
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     assert re.search(message, lines[0]), lines[0]
-    assert everything(place) == before
+    assert sizes(bad_files) == before
 
 
 def make_tokenizer(folder):
@@ -170,32 +170,33 @@ def make_tokenizer(folder):
     train_bpe(["Anna likes the cat."], 300).save_pretrained(folder)
 
 
-def everything(folder):
+def sizes(folder):
+    """Return the size of every file below a folder."""
     return {str(path): path.stat().st_size for path in folder.rglob("*")}
 
 
-def test_a_finished_run_is_not_written_over(tiny, capsys, tmp_path):
+def test_a_finished_run_is_not_overwritten(tiny, capsys, tmp_path):
     assert train(*tiny()) == 0
-    before = everything(tmp_path)
+    before = sizes(tmp_path)
     capsys.readouterr()
     assert train(*tiny()) == 2
     error = capsys.readouterr().err
     assert "already holds a finished run" in error
     assert "--init_from resume" in error
     assert "--save_model" in error
-    assert everything(tmp_path) == before
+    assert sizes(tmp_path) == before
 
 
-def test_an_unfinished_run_is_not_written_over(tiny, capsys, tmp_path):
+def test_an_unfinished_run_is_not_overwritten(tiny, capsys, tmp_path):
     assert train(*tiny()) == 0
     (tmp_path / "run" / "model.safetensors").unlink()
     assert train(*tiny()) == 2
     assert "checkpoints of an unfinished run" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_recipe_says_what_differs(tiny, capsys, stories, tmp_path):
+def test_resuming_with_another_recipe_names_the_differences(tiny, capsys, stories, tmp_path):
     assert train(*tiny()) == 0
-    before = everything(tmp_path)
+    before = sizes(tmp_path)
     resumed = {"init_from": "resume"}
     for changed, message in (
         ({"learning_rate": 1e-2}, "learning_rate was 0.003 and is 0.01"),
@@ -208,17 +209,17 @@ def test_a_checkpoint_of_another_recipe_says_what_differs(tiny, capsys, stories,
         error = capsys.readouterr().err
         assert message in error
         assert "--allow_changed" in error
-    assert everything(tmp_path) == before
-    # what does not make it another run may change
+    assert sizes(tmp_path) == before
+    # keys that do not define the run may change
     assert train(*tiny(**resumed, eval_freq=7, batch_size=2, save_total_limit=5)) == 0
 
 
-def test_damaged_checkpoints_are_passed_over_or_refused(tiny, capsys, tmp_path):
+def test_damaged_checkpoints_are_skipped_or_refused(tiny, capsys, tmp_path):
     assert train(*tiny()) == 0
     run = tmp_path / "run"
     reference = (run / "model.safetensors").read_bytes()
     newest, before = sorted(run.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    with open(newest / "model.safetensors", "r+b") as file:  # as many bytes, one of them another
+    with open(newest / "model.safetensors", "r+b") as file:  # the same size, one byte changed
         file.seek(-8, os.SEEK_END)
         file.write(b"\x55")
     capsys.readouterr()
@@ -235,11 +236,11 @@ def test_damaged_checkpoints_are_passed_over_or_refused(tiny, capsys, tmp_path):
     assert "incomplete" in error
 
 
-def test_edited_side_files_are_named_or_passed_over(tiny, capsys, tmp_path):
+def test_edited_side_files_are_tolerated(tiny, capsys, tmp_path):
     assert train(*tiny()) == 0
     run = tmp_path / "run"
     reference = (run / "model.safetensors").read_bytes()
-    (run / "recipe.yaml").write_text("{{{")  # of no use while there is a checkpoint
+    (run / "recipe.yaml").write_text("{{{")  # not read while there is a checkpoint
     (run / "metrics.jsonl").write_text('[1]\n3\n{"a": 1}\nnonsense\n')
     for content in ("[]", '{"files": []}', '{"files": {"config.json": 3}}', '{"files": {}}'):
         (run / "checkpoint-52" / "trainer_state" / "complete.json").write_text(content)
@@ -250,15 +251,15 @@ def test_edited_side_files_are_named_or_passed_over(tiny, capsys, tmp_path):
         assert (run / "model.safetensors").read_bytes() == reference
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_out_good_ones(tiny, tmp_path):
+def test_a_damaged_newer_checkpoint_does_not_replace_good_ones(tiny, tmp_path):
     assert train(*tiny()) == 0
     run = tmp_path / "run"
     reference = (run / "model.safetensors").read_bytes()
-    (run / "checkpoint-50").rename(run / "checkpoint-999")  # newer by its name, and damaged
+    (run / "checkpoint-50").rename(run / "checkpoint-999")  # newer by its name, but damaged
     (run / "checkpoint-999" / "config.json").write_text("{}")
     (run / "checkpoint-52" / "config.json").write_text("{}")
     shutil.rmtree(run / "checkpoint-999" / "trainer_state")
-    assert train(*tiny(init_from="resume")) == 2  # nothing whole is left
+    assert train(*tiny(init_from="resume")) == 2  # no complete checkpoint is left
     shutil.rmtree(run)
     assert train(*tiny(save_freq=10, save_total_limit=3)) == 0
     (run / "checkpoint-52" / "config.json").write_text("{}")
@@ -269,20 +270,20 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_good_ones(tiny, tmp_path):
     assert (run / "model.safetensors").read_bytes() == reference
 
 
-def test_settings_that_accelerate_refuses_are_one_line(tiny):
+def test_invalid_accelerate_settings_are_one_line(tiny):
     result = run_command(*tiny(max_steps=5), env={**os.environ, "ACCELERATE_MIXED_PRECISION": "fp8"})
     assert result.returncode == 2, result.stderr
     assert "error: accelerate's settings do not work here" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_tokenizer_is_not_changed_in_the_middle_of_a_run(tiny, capsys):
+def test_the_tokenizer_of_a_run_cannot_change(tiny, capsys):
     assert train(*tiny()) == 0
     assert train(*tiny(tokenizer="{train: bpe, vocab_size: 310}", init_from="resume"), "--allow_changed") == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny, capsys, tmp_path):
+def test_non_finite_weights_are_not_saved(tiny, capsys, tmp_path):
     flags = {"learning_rate": 1e38, "grad_clip": 0, "warmup_steps": 0, "max_steps": 1, "eval_freq": None}
     assert train(*tiny(**flags)) == 2
     assert "a weight is not finite, so this step is not saved" in capsys.readouterr().err
@@ -290,35 +291,34 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, capsys, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
     with subprocess.Popen(
         command(*tiny(epochs=1000)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
         while not (tmp_path / "run" / "checkpoint-10").exists():
             assert first.poll() is None
             time.sleep(0.05)
-        second = run_command(*tiny(epochs=1000, init_from="resume"))
-        assert second.returncode == 2
-        assert "another run is using it" in second.stderr
+        assert train(*tiny(epochs=1000, init_from="resume")) == 2
+        assert "another run is using it" in capsys.readouterr().err
         assert first.poll() is None
         first.kill()
-    with FileLock(tmp_path / "run" / ".lock", timeout=10):  # a dead owner does not hold it
+    with FileLock(tmp_path / "run" / ".lock", timeout=10):  # the lock of a dead process is free
         pass
 
 
-def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):
-    """A disk of its own, large enough for one checkpoint and not for two."""
+def test_a_full_disk_keeps_the_previous_checkpoint(tiny, tmp_path, capsys):
+    """The disk has room for one checkpoint but not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
-        result = run_command(*tiny(save_model=disk / "run", save_total_limit=9, n_embd=48, log_freq=1000))
-        assert result.returncode == 2, result.stderr
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
-        assert len(errors) == 1, result.stderr
-        assert "Traceback" not in result.stderr
+        assert train(*tiny(save_model=disk / "run", save_total_limit=9, n_embd=48, log_freq=1000)) == 2
+        output = capsys.readouterr().err
+        errors = [line for line in output.splitlines() if line.startswith("error")]
+        assert len(errors) == 1, output
+        assert "Traceback" not in output
         assert re.search("cannot be saved: .*No space left.*stays", errors[0]), errors
         kept = [path.name for path in (disk / "run").glob("checkpoint-*")]
         assert kept
@@ -329,21 +329,21 @@ def test_disk_full_at_save_leaves_the_checkpoint_before(tiny, tmp_path):
     assert train(*tiny(save_model=tmp_path / "elsewhere", init_from="resume", n_embd=48)) == 0
 
 
-def test_as_a_command_too(tiny):
+def test_a_process_ends_with_one_line(tiny):
     result = run_command(*tiny(lerning_rate=1))
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: the command line: unknown key --lerning_rate")
     assert "Traceback" not in result.stderr
 
 
-def test_generate_names_its_mistakes(tmp_path):
+def test_mistakes_of_generate(tmp_path, capsys):
     for arguments, message in (
         ([tmp_path / "nope"], "is not a folder"),
         ([tmp_path], "holds no trained model"),
-        ([tmp_path, "--top_p", "2"], "top_p: 2.0 is out of range; give a number from"),
-        ([tmp_path, "--temperature", "-1"], "temperature: -1.0 is out of range"),
+        ([tmp_path, "--top_p", "2"], "--top_p cannot be 2"),
+        ([tmp_path, "--temperature", "-1"], "--temperature cannot be -1"),
     ):
-        result = run_command(*arguments, module="hf_myllm.generate", cwd=ROOT)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+        assert run_cli("generate", *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
