@@ -109,7 +109,7 @@ def _load_generator(run_dir):
     """Return the model and tokenizer of a run; raise ModelError if the model classifies text."""
     folder = checkpoint.find_model(run_dir)
     if loading.read_architecture(folder).endswith(("Classification", "QuestionAnswering")):
-        raise ModelError(f"{run_dir}: its model labels text; use python -m hf_myllm.predict {run_dir} --input FILE")
+        raise ModelError(f"{run_dir}: its model labels text; use hf-myllm predict {run_dir} --input FILE")
     return load(folder)
 
 

@@ -1,4 +1,4 @@
-"""Predictions of a trained model for each row of a file: `python -m hf_myllm.predict RUN --input FILE`.
+"""Predictions of a trained model for each row of a file: `hf-myllm predict RUN --input FILE`.
 
 RUN is any folder whose model classifies texts or words, or answers questions. The file is of the kinds that training
 reads, without labels (labels are ignored); a .txt holds one text per line. The output is JSON Lines.
@@ -45,7 +45,7 @@ def load(run_dir, device="cpu"):
     if task is None:
         raise ModelError(
             f"{run_dir} holds a {architecture or 'model of no class'}, which makes no predictions; to generate text: "
-            f"python -m hf_myllm.generate {run_dir}"
+            f"hf-myllm generate {run_dir}"
         )
     return loading.load_stock_model(folder, torch.float32).to(device), tokenizer, task
 

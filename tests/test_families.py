@@ -39,7 +39,7 @@ def test_bert_learns_and_stock_classes_load_it(tiny_bert, tmp_path, capsys, task
     out, run = capsys.readouterr().out, tmp_path / "run"
     assert "Anna [MASK] the cat." in out  # the text, and below it the predictions
     assert out.count("| [MASK]  ") == len([line for line in metrics(run) if "val_loss" in line])
-    assert "fill in     python -m hf_myllm.generate" in out
+    assert "fill in     hf-myllm generate" in out
     evaluations = [line for line in metrics(run) if "val_loss" in line]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
     assert evaluations[-1]["val_bits_per_byte"] is None  # masked tokens are no complete text

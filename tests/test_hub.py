@@ -467,7 +467,7 @@ def test_a_refused_push_is_reported_at_the_end_of_the_run(tiny, tmp_path, server
     assert result.returncode == 0, result.stderr
     last = result.stderr.strip()
     assert re.match(rf"not pushed  {NAME}: the push failed: .*403", last)
-    assert last.endswith(f"push later with python -m hf_myllm.hub push {tmp_path}/run {NAME}")
+    assert last.endswith(f"push later with hf-myllm push {tmp_path}/run {NAME}")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -484,7 +484,7 @@ def test_a_signal_cancels_an_upload(tiny, tmp_path, server):
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 143
-    assert "not pushed  the upload was cancelled; push later with python -m hf_myllm.hub push" in err
+    assert "not pushed  the upload was cancelled; push later with hf-myllm push" in err
     assert not list((tmp_path / "run").glob("*.upload.partial"))
 
 

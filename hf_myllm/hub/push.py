@@ -222,13 +222,13 @@ class BackgroundUploads:
         return f"not pushed  the upload was cancelled; {self._advice()}" if is_running else None
 
     def _advice(self):
-        command = ["python", "-m", "hf_myllm.hub", "push", str(self.run_dir), self.repo, *self.options]
+        command = ["hf-myllm", "push", str(self.run_dir), self.repo, *self.options]
         return f"push later with {shlex.join(command)}"
 
     def _start(self, folder):
         # In its own session, so that Ctrl-C in the terminal reaches only the run, which then cancels the push.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hf_myllm.hub", "push", str(folder), self.repo, *self.options],
+            [sys.executable, "-m", "hf_myllm.cli", "push", str(folder), self.repo, *self.options],
             env=single_process_environment() | {_PARENT: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -237,7 +237,7 @@ class Task:
     def usage(self, run_dir, prompt=None):
         """Return a label and a command that uses the trained model; `run_dir` and `prompt` are quoted for a shell."""
         prompt = prompt or "'Once upon a time'"
-        return "generate", f"python -m hf_myllm.generate {run_dir} --prompt {prompt}"
+        return "generate", f"hf-myllm generate {run_dir} --prompt {prompt}"
 
     def update_generation_config(self, model, stats):
         """Set the tokens that end generated text, if the training data decides them; `stats` are its statistics."""

@@ -185,7 +185,7 @@ class PredictionTask(LabelledTask):
         return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "loss")
 
     def usage(self, run_dir, prompt=None):
-        return "predict", f"python -m hf_myllm.predict {run_dir} --input FILE"
+        return "predict", f"hf-myllm predict {run_dir} --input FILE"
 
 
 class LabelNames:

@@ -187,4 +187,4 @@ class MaskedLM(Task):
 
     def usage(self, run_dir, prompt=None):
         prompt = prompt or f"'Once upon a {self.tokenizer.mask_token}'"
-        return "fill in", f"python -m hf_myllm.generate {run_dir} --prompt {prompt}"
+        return "fill in", f"hf-myllm generate {run_dir} --prompt {prompt}"

@@ -61,8 +61,5 @@ def test_predictions_of_lines_and_bad_rows(tmp_path, noise, capsys, entities_run
 def test_predictions_need_a_model_with_a_head_for_them(gpt, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("x\n")
     assert predict(gpt, "--input", tmp_path / "a.txt") == 2
-    assert (
-        "GPT2LMHeadModel, which makes no predictions; to generate text: python -m hf_myllm.generate"
-        in capsys.readouterr().err
-    )
+    assert "GPT2LMHeadModel, which makes no predictions; to generate text: hf-myllm generate" in capsys.readouterr().err
     assert os.environ["HF_HUB_OFFLINE"] == "1"
