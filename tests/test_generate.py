@@ -63,11 +63,10 @@ def test_an_empty_prompt_starts_a_document(loaded):
 
 def test_generate_is_the_public_function(run_dir, loaded):
     """It returns what the model generates, and changes neither the random state nor the logging of the process."""
-    state, verbosity = torch.get_rng_state(), logging.get_verbosity()
+    state, settings = torch.get_rng_state(), (logging.get_verbosity(), logging.is_progress_bar_enabled())
     text = generate(run_dir, "Anna", max_new_tokens=15, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert logging.get_verbosity() == verbosity
-    assert logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == settings
     assert text == generate_text(*loaded, "Anna", max_new_tokens=15, seed=1)
     for settings in ({"top_p": 0}, {"top_p": 1.5}, {"temperature": float("nan")}, {"top_k": -1}, {"seed": -1}):
         with pytest.raises(InputError, match=f"{next(iter(settings))}: .* out of range; give a number"):
