@@ -81,7 +81,8 @@ def skipped_rows(run):
     for part, stats in run.data_stats.items():
         if isinstance(stats, dict) and stats.get("skipped"):
             name = "training" if part == "train" else part
-            yield f"skipped {plural(stats['skipped'], 'row')} of the {name} data, for example {stats['refused'][0]}"
+            reason = stats["skip_reasons"][0]
+            yield f"skipped {plural(stats['skipped'], 'row')} of the {name} data, for example {reason}"
 
 
 def print_evaluation(run, metrics):

@@ -157,7 +157,7 @@ class Instruction(LabelledTask, CausalLM):
             raise BadRowError(f"{where} has {len(ids) - 1} tokens, and max_len is {self.max_len}; raise it")
         if not is_target[1:].any():
             raise BadRowError(f"{where} has no token to learn")
-        return [{"input_ids": ids, "second_text": len(ids), "labels": is_target.astype(np.int64)}], False
+        return [{"input_ids": ids, "second_text": len(ids), "labels": is_target.astype(np.int8)}], False
 
     def make_rows(self, data, name, stride=None):
         # the first token of a conversation is only read, as the mark before a document of [`CausalLM`]

@@ -123,7 +123,7 @@ class PredictionTask(LabelledTask):
     has_predictions = True
     is_pair = False  # whether a row is two texts
     unit = "nats per label"
-    length_group_steps = 8  # few, so that a batch does not hold one label only where the length tells the label
+    length_group_steps = 8  # fewer than for text: where the length predicts the label, batches would hold one label
 
     @property
     def num_special_tokens(self):

@@ -110,7 +110,7 @@ def load_rows(source, task, val_fraction=0.0):
     Raises:
         BadRowError: an example cannot be used, and skip_bad_rows is off.
     """
-    key = ["labelled", 3, source_key(source), task.cache_key(), val_fraction]
+    key = ["labelled", 4, source_key(source), task.cache_key(), val_fraction]
     folder = cached_folder(key, lambda partial: _write_rows(source, task, val_fraction, partial))
     held_out = _open_rows(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
     return _open_rows(folder / "train", source.name), held_out
@@ -222,7 +222,7 @@ class _RowWriter:
         self.digest.update(np.cumsum([0, *self.lengths]))
         self.digest.update(labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64))
         stats = {"max_id": self.max_id, "fingerprint": self.digest.hexdigest(), "rows": len(self.lengths)}
-        stats |= self.stats | {"skipped": len(self.skipped), "refused": self.skipped[:3]}
+        stats |= self.stats | {"skipped": len(self.skipped), "skip_reasons": self.skipped[:3]}
         if self.folder is None:
             return LabelledRows(datasets.Dataset.from_buffer(self.buffer.getvalue()), self.records, stats, name)
         if self.task.record_features:

@@ -67,17 +67,17 @@ class QuestionAnswering(PredictionTask):
             if "data" not in record:
                 yield where, record
                 continue
-            place = source.name
+            position = source.name
             try:
                 for article_index, article in enumerate(record["data"], start=1):
                     for index, paragraph in enumerate(article["paragraphs"], start=1):
-                        place = f"{source.name} article {article_index} paragraph {index}"
+                        position = f"{source.name} article {article_index} paragraph {index}"
                         for count, question in enumerate(paragraph["qas"], start=1):
-                            name = f"{place} question {question.get('id', count)}"
+                            name = f"{position} question {question.get('id', count)}"
                             yield name, {**question, "context": paragraph["context"]}
             except (KeyError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{place} is not in SQuAD's format, data > paragraphs > context and qas: {error!r:.100}"
+                    f"{position} is not in SQuAD's format, data > paragraphs > context and qas: {error!r:.100}"
                 ) from None
 
     def texts(self, record, where):

@@ -444,7 +444,7 @@ def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
         if num_kept is not None:
             examples = load(skip=True)
             assert (examples.num_examples, examples.stats["skipped"]) == (num_kept, len(rows) - num_kept)
-            assert examples.stats["refused"]
+            assert examples.stats["skip_reasons"]
 
     good = [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
     known = Labels("single_label_classification", ("a", "b"))
