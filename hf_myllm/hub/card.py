@@ -80,13 +80,6 @@ def _card_values(folder, run_dir, config, run, name, revision):
     evaluation = last_evaluation(run_dir, step)
     metrics, metrics_step = validation_metrics(evaluation), evaluation.get("step")
     length = config.get("n_positions") or config.get("max_position_embeddings")
-    base, tokens = run.get("base_model"), run.get("data", {}).get("training", {}).get("tokens")
-    origin = "trained from scratch"
-    if base:
-        origin = f"fine-tuned from [{base}](https://huggingface.co/{base})"
-    elif run and run["init_from"] != "scratch":
-        origin = "trained from another model"
-    tokens_seen = step * run["tokens_per_step"] if tokens and step else None
     metadata = _metadata(folder, config, run, name, pipeline, metrics if metrics_step == step else {})
     return {
         "metadata": metadata.to_yaml(),
@@ -94,21 +87,16 @@ def _card_values(folder, run_dir, config, run, name, revision):
         "run": run,
         "family": family.display_name if family else config["model_type"],
         "architecture": architecture,
-        "origin": origin,
         "step": step,
-        "usage": _usage(folder, head, name),
+        "usage": _usage(folder, name),
         "repo": name,
         "revision": f', revision="{revision}"' if revision else "",
         "new_tokens": min(50, length // 2) if length else 50,  # the stock GPT-2 fails beyond its positions
-        "metrics": {metric_label(name): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for name, v in metrics.items()},
+        "metrics": metrics,
         "metrics_step": metrics_step,
-        "has_nsp": "nsp_loss" in metrics,
-        "unigram": run.get("unigram_loss"),
-        "sources": {part: _describe_sources(counts) for part, counts in run.get("data", {}).items()},
+        "metric_label": metric_label,
         "recipe": yaml.safe_dump(run.get("recipe", {}), sort_keys=False, allow_unicode=True),
         "length": length,
-        "tokens_seen": tokens_seen,
-        "epochs": tokens_seen / tokens if tokens_seen else None,
         "pipeline": pipeline,
     }
 
@@ -149,16 +137,7 @@ def _eval_results(metrics, pipeline, run):
     ] or None
 
 
-def _describe_sources(counts):
-    if "held_out" in counts:
-        return f"held out: {counts['held_out']}"
-    return ", ".join(
-        f"[{source['name']}](https://huggingface.co/datasets/{source['name']})" if source["is_hub"] else source["name"]
-        for source in counts["sources"]
-    )
-
-
-def _usage(folder, head, name):
+def _usage(folder, name):
     """Return the values of the usage example: how to load the model, and which calls it supports."""
     template, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     has_tokenizer = any(Path(folder).glob("tokenizer*.json"))

@@ -17,6 +17,7 @@ import transformers
 from .. import __version__
 from ..models import lora
 from ..recipe import Recipe
+from .console import plural
 from .summary import precision
 
 
@@ -57,7 +58,7 @@ def launch_facts(run):
         device = torch.cuda.get_device_name(run.accelerator.device)
     elif device == "cpu":
         threads = torch.get_num_threads()
-        device = f"{platform.machine()} CPU ({threads} thread{'s' * (threads != 1)})"
+        device = f"CPU ({platform.machine()}, {plural(threads, 'thread')})"
     packages = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
     versions = {"python": platform.python_version(), "hf_myllm": __version__}
     return {

@@ -27,30 +27,27 @@ def make(run_dir):
         OSError: the file cannot be written.
     """
     run_dir = Path(run_dir)
-    run, lines, recipe = read_run(run_dir), read_metrics(run_dir), run_dir / "recipe.yaml"
-    evaluations = [line for line in lines if "train_loss" in line]
-    last = last_evaluation(run_dir)
-    metrics, unigram = validation_metrics(last), run.get("unigram_loss")
-    metrics_table = [("training loss", last.get("train_loss"))]
-    metrics_table += [(f"validation {metric_label(name)}", value) for name, value in metrics.items()]
-    metrics_table += [("unigram loss", unigram)]
-    data_columns, data = _data_table(run)
+    run, lines, last, recipe = (
+        read_run(run_dir),
+        read_metrics(run_dir),
+        last_evaluation(run_dir),
+        run_dir / "recipe.yaml",
+    )
+    metrics = validation_metrics(last)
     text = render_template(
         TEMPLATE,
         name=run_dir.resolve().name,
-        subtitle=" · ".join(str(run[key]) for key in ("class", "task") if run.get(key)),
+        run=run,
         summary=_summary(run, [line for line in lines if "learning_rate" in line], metrics),
         picture=_picture(run_dir),
-        samples=_samples(evaluations),
-        metrics=[row for row in metrics_table if row[1] is not None] if last else [],
-        metrics_step=last.get("step"),
-        unit=run.get("unit", "nats per token"),
-        has_bits_per_byte="bits_per_byte" in metrics,
-        has_unigram=unigram is not None,
-        data=data,
-        data_columns=data_columns,
-        launches=[_launch_row(launch) for launch in run.get("launches", [])],
-        recipe=_printable(recipe.read_text(encoding="utf-8")) if recipe.is_file() else "",
+        samples=_samples([line for line in lines if line.get("sample")]),
+        evaluation=last,
+        metrics=metrics,
+        metric_label=metric_label,
+        printable=_printable,
+        format_time=lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
+        count_names=list(dict.fromkeys(name for counts in run.get("data", {}).values() for name in counts)),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         run_dir=shlex.quote(str(run_dir)),
     )
     write_text_atomically(run_dir / "report.html", text)
@@ -88,32 +85,9 @@ def _picture(run_dir):
 
 
 def _samples(evaluations):
-    """Return at most 12 samples, evenly spaced from the first evaluation to the last."""
-    lines = [line for line in evaluations if line.get("sample")]
-    if len(lines) > _MAX_SAMPLES:
-        lines = [lines[round(i * (len(lines) - 1) / (_MAX_SAMPLES - 1))] for i in range(_MAX_SAMPLES)]
-    keys = ("step", "val_loss")
-    return [{key: line.get(key) for key in keys} | {"text": _printable(line["sample"])} for line in lines]
-
-
-def _data_table(run):
-    """Return the columns and the rows of the table of training and validation data."""
-    parts = run.get("data", {})
-    sources = ("\n".join(source["name"] for source in counts["sources"]) for counts in parts.values())
-    keys = dict.fromkeys(key for counts in parts.values() for key in counts if key != "sources")
-    rows = [(key.replace("_", " "), *(counts.get(key, "") for counts in parts.values())) for key in keys]
-    rows = [("sources", *sources), *rows] if parts else []
-    if run.get("labels"):
-        rows.append(("labels", ", ".join(map(printable, run["labels"]))))
-    return ("", *parts), rows
-
-
-def _launch_row(launch):
-    """Return where and when a launch of the run began."""
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(launch["time"]))
-    versions = ", ".join(f"{name} {version}" for name, version in launch["versions"].items())
-    hardware = f"{launch['processes']} x {launch['device']}, precision {launch['precision']}, {launch['system']}"
-    return launch["step"], when, hardware, versions
+    """Return at most 12 of the evaluations with a sample, evenly spaced from the first to the last."""
+    last, count = len(evaluations) - 1, min(len(evaluations), _MAX_SAMPLES)
+    return [evaluations[round(i * last / max(1, count - 1))] for i in range(count)]
 
 
 def _duration(seconds):
