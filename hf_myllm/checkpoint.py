@@ -88,8 +88,7 @@ def remove_old(run_dir, limit, keep=None):
                 _remove(path)
             except OSError as error:
                 raise CheckpointError(
-                    f"{path}: it cannot be removed: {error}; the newest checkpoint is complete, resume from it with "
-                    "--init_from resume"
+                    f"{path}: it cannot be removed: {error}; remove it, then use --init_from resume"
                 ) from None
 
 
@@ -106,7 +105,7 @@ def _write_optimizer(folder, tensors, rank, world_size, all_gather):
     def write_file():
         save_file(tensors, folder / name)
         flush(folder / name)
-        return name, _record(folder / name)
+        return name, [(folder / name).stat().st_size, _digest(folder / name)]
 
     _on_all_ranks(create_folder, all_gather)
     return dict(_on_all_ranks(write_file, all_gather))
@@ -133,7 +132,7 @@ def _write_marker(folder, step, records):
         name = str(path.relative_to(folder))
         if name not in records:
             flush(path)
-        files[name] = records.get(name) or _record(path)
+        files[name] = records.get(name) or [path.stat().st_size, _digest(path)]
     (folder / _MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in (folder / _MARKER, folder / "trainer_state", folder):
         flush(path)
@@ -265,10 +264,6 @@ def _read_marker(path):
     return json.loads((Path(path) / _MARKER).read_text())["files"]
 
 
-def _record(path):
-    return [path.stat().st_size, _digest(path)]
-
-
 def _digest(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -349,10 +344,7 @@ def publish_new(write_model, run_dir):
 
 
 def _publish_error(run_dir, error):
-    return CheckpointError(
-        f"{run_dir}: the model cannot be written: {error}; its checkpoints are complete, try again with "
-        "--init_from resume"
-    )
+    return CheckpointError(f"{run_dir}: the model cannot be written: {error}; try again with --init_from resume")
 
 
 def is_published(checkpoint, run_dir):

@@ -53,28 +53,26 @@ def load_tokenizer(folder):
 def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, top_p=1.0, seed=0):
     """Return the prompt and its continuation by the model of a run.
 
-    A masked language model fills in the prompt's mask tokens instead: the result is the prompt and, in a line for each
-    mask token, the likeliest tokens with their probabilities. To generate several texts, [`load`] the model once and
-    call [`generate_text`] or [`fill_mask`].
+    A masked language model fills in the prompt's mask tokens instead; see [`fill_mask`]. To generate several texts,
+    [`load`] the model once and call [`generate_text`].
 
     Args:
         run_dir: folder of a run, of one of its checkpoints or of any model.
-        prompt, max_new_tokens, temperature, top_k, top_p, seed: see [`generate_text`].
+        prompt: text; "" starts a new document.
+        max_new_tokens: limit; generation also stops at the model's last position.
+        temperature: below 0.001, decoding is greedy.
+        top_k: sample from the k likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens up to this total probability.
+        seed: of the sampling.
     Raises:
         InputError: the folder holds no model that generates text, or an argument is out of range.
     """
-    sampling = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    _check_limits(**sampling)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    _check_limits(max_new_tokens=max_new_tokens, **sampling)
     model, tokenizer = _load_generator(run_dir)
     if not model.can_generate():
         return fill_mask(model, tokenizer, prompt)
-    return generate_text(model, tokenizer, prompt, **sampling)
+    return generate_text(model, tokenizer, prompt, max_new_tokens, **sampling)
 
 
 def print_texts(run_dir, prompt, chat, num_samples, seed, **sampling):
@@ -128,14 +126,9 @@ def generate_text(
     """Return the prompt and its continuation; the global random state stays unchanged.
 
     Args:
-        prompt: text; "" starts a new document.
-        max_new_tokens: limit; generation also stops at the model's last position.
-        temperature: below 0.001, decoding is greedy.
-        top_k: sample from the k likeliest tokens; 0: from all.
-        top_p: sample from the likeliest tokens up to this total probability.
-        seed: of the sampling.
         streamer: receives the tokens as they are generated; see [`~transformers.TextStreamer`].
         is_chat: make the prompt a user's message by the tokenizer's chat template.
+        others: see [`generate`].
     Raises:
         InputError: the prompt leaves no position to generate at.
     """

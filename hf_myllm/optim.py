@@ -69,9 +69,6 @@ def hidden_matrices(model):
     return {parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 2}
 
 
-# ---- Muon
-
-
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with batched updates: matrices of one shape are orthogonalized together.
 
@@ -181,9 +178,6 @@ def step_if(optimizer, condition):
         del inner.found_inf
 
 
-# ---- state
-
-
 def optimizer_tensors(model, optimizer):
     """Return the optimizer's state, the rows of this rank, as {"<parameter name>/<state name>": tensor}."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -222,9 +216,6 @@ def load_optimizer_tensors(model, optimizer, tensors):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# ---- sharded tensors
-
-
 def to_local(tensor):
     """Return this rank's rows of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -239,9 +230,9 @@ def _local_rows(parameter):
     """Return (start, stop) of this rank's rows of a parameter; fully_shard divides rows as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return 0, None
-    num_rows = len(parameter)
-    rows_per_rank = math.ceil(num_rows / parameter.device_mesh.size())
-    start = min(num_rows, parameter.device_mesh.get_local_rank() * rows_per_rank)
+    mesh, num_rows = parameter.device_mesh, len(parameter)
+    rows_per_rank = math.ceil(num_rows / mesh.size())
+    start = min(num_rows, mesh.get_local_rank() * rows_per_rank)
     return start, min(num_rows, start + rows_per_rank)
 
 
