@@ -9,6 +9,9 @@ from conftest import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE_NAME = re.compile(
+    r"\b(?:hf_myllm|tests|benchmarks|recipes|accelerate_configs|examples)/[\w/]+(?:\.\w+)?(?![\w/<])"
+)
 TESTED_BLOCK = re.compile(r"<!-- test -->\n```python\n(.*?)```", re.S)
 EXAMPLES = [
     pytest.param(block, id=f"{page.stem}-{index}")
@@ -34,6 +37,12 @@ def test_links_exist(page):
         assert target.is_relative_to(ROOT.resolve())
         if anchor:
             assert anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_named_files_exist(page):
+    for name in FILE_NAME.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
 def test_the_readme_links_to_every_page():
