@@ -282,7 +282,9 @@ def explain_failures(accelerator, phase):
         elif accelerator.num_processes == 1:
             raise
         elif _is_peer_failure(error):
-            problem = "another rank exited without an error message; it was killed or ran out of memory"
+            problem = (
+                "another rank was killed or ran out of memory; --init_from resume continues from the newest checkpoint"
+            )
         else:
             traceback.print_exc()
             problem = first_line(error)[:300]

@@ -19,7 +19,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_home.name, ACCELERATE_USE_CPU="tr
 
 ASSETS = Path(os.environ.get("HF_MYLLM_ASSETS", ROOT.parent / "shared" / "assets"))
 LONGEST = (  # in this order
-    "test_processes",
+    "test_ranks",
     "test_train",
     "test_finetuning",
     "test_lora",

@@ -1,8 +1,60 @@
-"""Changes to the program that a test makes in a process of its own; see launching.py."""
+"""Changes that a test makes to the program in a process of its own; see launching.py. Nothing of pytest is imported."""
+
+import importlib
+import os
 
 
 def log_compilation():
-    """Log graph breaks and recompilations of torch.compile on stderr, as TORCH_LOGS does at the import of torch."""
+    """Log graph breaks and recompilations of torch.compile on stderr, as TORCH_LOGS does when torch is imported."""
     import torch
 
     torch._logging.set_logs(graph_breaks=True, recompiles=True)
+
+
+def shard_on_cpu():
+    """Make accelerate shard on a CPU, where it uses DDP otherwise.
+
+    torch's fully_shard works on a CPU with gloo; only accelerate's choice between DDP and FSDP asks for a GPU.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def init_and_shard(self, *arguments, fsdp_plugin=None, **options):
+        init(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = init_and_shard
+
+
+def fail_in_step_4():
+    """Raise an error on rank 1 in the fourth step."""
+    train = importlib.import_module("hf_myllm.train")
+    training_step = train.training_step
+
+    def failing_step(run, model, optimizer, step):
+        if step == 3 and os.environ["RANK"] == "1":
+            raise RuntimeError("the disk is gone")
+        return training_step(run, model, optimizer, step)
+
+    train.training_step = failing_step
+
+
+def fail_while_building():
+    """Raise an InputError on rank 1 while it reads the data."""
+    from hf_myllm import build
+    from hf_myllm.errors import InputError
+
+    build_run = build.build_run
+
+    def failing_build(*arguments, **options):
+        if os.environ["RANK"] == "1":
+            raise InputError("the file is not here: copy it")
+        return build_run(*arguments, **options)
+
+    build.build_run = failing_build

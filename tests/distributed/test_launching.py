@@ -1,4 +1,4 @@
-"""The files of accelerate_configs/: accelerate takes each of them, and those that a CPU can start are started."""
+"""accelerate_configs/: accelerate accepts each file, and those that work on a CPU start a run."""
 
 import os
 import signal
@@ -10,25 +10,25 @@ import time
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT
+from conftest import ROOT, assert_same_run, train
 from families import CASES
+from launching import accelerate_launch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 CONFIGS = ROOT / "accelerate_configs"
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_takes_it_and_means_what_it_says(path):
+def test_accelerate_reads_each_key_of_it(path):
     written = yaml.safe_load(path.read_text())
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "hf_myllm.train"])
-    understood, _, _ = _validate_launch_command(arguments)
+    parsed, _, _ = _validate_launch_command(arguments)
     for key in ("num_processes", "num_machines", "mixed_precision", "use_cpu"):
-        assert getattr(understood, key) == written[key], key
-    assert understood.multi_gpu == (written["distributed_type"] == "MULTI_GPU")
-    assert understood.use_fsdp == (written["distributed_type"] == "FSDP")
-    if understood.use_fsdp:
-        assert understood.fsdp_version == 2
+        assert getattr(parsed, key) == written[key], key
+    assert parsed.multi_gpu == (written["distributed_type"] == "MULTI_GPU")
+    assert parsed.use_fsdp == (written["distributed_type"] == "FSDP")
+    if parsed.use_fsdp:
+        assert parsed.fsdp_version == 2
     assert f"accelerate_configs/{path.name}" in path.read_text()[:1000]
 
 
@@ -36,45 +36,35 @@ def test_the_fsdp_configuration_names_the_layers_of_all_families():
     text = (CONFIGS / "fsdp2.yaml").read_text()
     for case in CASES.values():
         for model_class in case.family.tasks.values():
-            small = case.make_config()
-            layers = {
-                type(m).__name__ for m in model_class(small).modules() if isinstance(m, GradientCheckpointingLayer)
-            }
+            modules = model_class(case.make_config()).modules()
+            layers = {type(module).__name__ for module in modules if isinstance(module, GradientCheckpointingLayer)}
             assert len(layers) == 1
             assert layers.pop() in text
 
 
-def test_the_cpu_configuration_starts_two_processes(tiny):
-    launch = [
-        "accelerate",
-        "launch",
-        "--config_file",
-        str(CONFIGS / "cpu.yaml"),
-        "--main_process_port",
-        "0",
-        "-m",
-        "hf_myllm.train",
-    ]
-    result = subprocess.run(
-        [*launch, *tiny(max_steps=4)], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2 x cpu" in result.stdout
+def test_the_cpu_configuration_starts_two_ranks_that_train_what_one_process_does_with_dropout(tiny, tmp_path):
+    assert train(*tiny(save_model=tmp_path / "one")) == 0
+    options = f"--config_file {CONFIGS / 'cpu.yaml'} --main_process_port 0"
+    job = accelerate_launch(options, *tiny(save_model=tmp_path / "two"))
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert "2 x cpu" in out
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Slurm is Linux's")
-def test_the_slurm_script_saves_and_queues_again(tiny, tmp_path):
-    """With stand-ins for Slurm's commands: one machine of two processes."""
-    place, run = tmp_path / "bin", tmp_path / "run"
-    place.mkdir()
+def test_the_slurm_script_saves_and_requeues(tiny, tmp_path):
+    """One machine with two ranks, and scripts in place of Slurm's commands."""
+    bin_dir, run = tmp_path / "bin", tmp_path / "run"
+    bin_dir.mkdir()
     commands = {
         "srun": '[ "$1" = --overlap ] && shift; exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/queued',
         "pkill": f"{sys.executable} {tmp_path}/pkill.py",
     }
     for name, line in commands.items():
-        (place / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
-        (place / name).chmod(stat.S_IRWXU)
+        (bin_dir / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (bin_dir / name).chmod(stat.S_IRWXU)
     (tmp_path / "pkill.py").write_text(  # only this test's processes
         "import os, signal\n"
         "for pid in filter(str.isdigit, os.listdir('/proc')):\n"
@@ -86,7 +76,7 @@ def test_the_slurm_script_saves_and_queues_again(tiny, tmp_path):
         "        pass\n"
     )
     slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
-    environment = {**ENVIRONMENT, **slurm, "SLURM_JOB_NODELIST": "x", "PATH": f"{place}:{os.environ['PATH']}"}
+    environment = {**os.environ, **slurm, "SLURM_JOB_NODELIST": "x", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     flags = tiny(epochs=2000, save_freq=None)
     job = subprocess.Popen(
         ["bash", str(CONFIGS / "slurm.sh"), *flags, "--save_freq", "null"], env=environment, cwd=ROOT
@@ -99,5 +89,5 @@ def test_the_slurm_script_saves_and_queues_again(tiny, tmp_path):
     job.send_signal(signal.SIGUSR1)
     job.wait(timeout=120)
     assert (tmp_path / "queued").read_text() == "requeue 7\n"
-    (saved,) = run.glob("checkpoint-*")
-    assert (saved / "trainer_state" / "complete.json").exists()
+    (checkpoint,) = run.glob("checkpoint-*")
+    assert (checkpoint / "trainer_state" / "complete.json").exists()

@@ -1,0 +1,384 @@
+"""The same run on any number of ranks, and what happens when some of them get a signal, fail or are killed.
+
+The ranks are real processes on CPU (gloo): forked ones, or those of accelerate's launcher where it takes part.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_run, read_metrics, read_weights, train
+from launching import GLOO, accelerate_launch, run_ranks, start, start_ranks
+from patches import fail_in_step_4, fail_while_building, shard_on_cpu
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+# Dropout is drawn per micro-batch, so it depends on the number of ranks that share a global batch.
+NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+
+
+def wait_for(processes, condition, seconds=120):
+    """Wait for a state of the run while all its processes are alive."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def has_reached(run, step):
+    return lambda: any(logged >= step for logged in read_metrics(run, "step"))
+
+
+def is_saving(run):
+    return lambda: any(run.glob("checkpoint-*.partial"))
+
+
+def outputs(ranks, seconds=120):
+    """Wait for ranks to end; return their output on stdout and on stderr, and their exit codes."""
+    codes = [rank.wait(seconds) for rank in ranks]
+    out, err = map("".join, zip(*(rank.output() for rank in ranks), strict=True))
+    return out, err, codes
+
+
+# ---- any number of ranks
+
+
+@pytest.mark.parametrize("task", ["gpt", "mlm_nsp"])
+def test_any_number_of_ranks_trains_the_same_run(tiny, tiny_bert, tmp_path, task):
+    """A step has rows for one and a half micro-batches, and an epoch ends within a step."""
+    sizes = {"epochs": 1, "eval_freq": 10, "total_batch_size": 6, "batch_size": 4}
+    if task == "gpt":
+        flags = tiny(**sizes, **NO_DROPOUT)
+    else:
+        flags = tiny_bert(**sizes, task=task, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    assert train(*flags, "--save_model", tmp_path / "1") == 0
+    for count in (2, 3):
+        run = tmp_path / str(count)
+        result = run_ranks(count, *flags, "--save_model", run)
+        assert result.returncode == 0, result.stderr
+        assert f"{count} x cpu" in result.stdout
+        assert result.stdout.count("step 20: training loss") == 1
+        assert_same_run(run, tmp_path / "1")
+
+
+def test_two_machines_train_the_same_run(tiny, tmp_path):
+    flags = tiny(epochs=1, eval_freq=10, total_batch_size=6, batch_size=4, **NO_DROPOUT)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"{GLOO} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+    jobs = [
+        accelerate_launch(f"{options} --machine_rank {rank}", *flags, "--save_model", tmp_path / "two")
+        for rank in (0, 1)
+    ]
+    results = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], results
+    assert "2 x cpu" in results[0][0]
+    assert results[1][0] == ""  # only rank 0 prints
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_predictions_are_evaluated_once_and_the_best_checkpoint_is_the_same_on_two_ranks(tiny_bert, tmp_path):
+    for name, count in (("train", 90), ("val", 61)):
+        draw = random.Random(name)
+        sentences = [
+            [draw.choice(["anna", "rome", "the", "sees"]) for _ in range(draw.randint(1, 40))] for _ in range(count)
+        ]
+        labels = {"anna": "B-PER", "rome": "B-LOC"}
+        text = ["".join(f"{word} {labels.get(word, 'O')}\n" for word in words) for words in sentences]
+        (tmp_path / f"{name}.conll").write_text("\n".join(text))
+    flags = {"task": "token_classification", "train_file": tmp_path / "train.conll", "val_file": tmp_path / "val.conll"}
+    flags |= {"start_context": None, "eval_freq": 5, "metric_for_best": "f1", "patience": 3, "epochs": None}
+    flags |= {"learning_rate": 1e-2, "warmup_steps": 0, "lr_schedule": "constant", "max_steps": 200}
+    runs = tmp_path / "one", tmp_path / "two"
+    assert train(*tiny_bert(**flags, save_model=runs[0])) == 0
+    assert run_ranks(2, *tiny_bert(**flags, save_model=runs[1])).returncode == 0
+    assert_same_run(runs[1], runs[0], 1e-5)
+    for key in ("val_f1", "val_precision", "val_recall", "val_accuracy"):
+        assert read_metrics(runs[1], key) == read_metrics(runs[0], key), key
+    assert len(read_metrics(runs[0], "val_f1")) < 40  # patience ran out
+    kept = [sorted(path.name for path in run.glob("checkpoint-*")) for run in runs]
+    assert kept[0] == kept[1]
+
+
+def test_a_run_resumes_on_other_numbers_of_ranks(tiny, tmp_path):
+    """It starts on two ranks, whose global batch it keeps, and continues on three, on one, and on two again."""
+    assert train(*tiny(**NO_DROPOUT, save_model=tmp_path / "one")) == 0
+    run = tmp_path / "run"
+    flags = [*tiny(**NO_DROPOUT, save_model=run, total_batch_size=None, save_freq=None), "--save_freq", "null"]
+    flags += ["--init_from", "resume"]
+    for count, step in ((2, 8), (3, 19), (1, 30)):
+        ranks = start_ranks(count, *flags) if count > 1 else [start(*flags)]
+        wait_for(ranks, has_reached(run, step))
+        ranks[-1].send_signal(signal.SIGTERM)  # a signal to any rank stops all after the same step
+        _, err, codes = outputs(ranks)
+        assert codes == [128 + signal.SIGTERM] * count, err
+    result = run_ranks(2, *flags)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run, tmp_path / "one")
+
+
+# ---- kill and resume
+
+
+def ranks_of(run):
+    """Return the process ids of a run's ranks under the launcher, by rank."""
+    ranks = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes().split(b"\0")
+            variables = dict(v.split(b"=", 1) for v in (path / "environ").read_bytes().split(b"\0") if b"=" in v)
+        except OSError:
+            continue
+        if str(run).encode() in line and b"RANK" in variables:
+            ranks.append((int(variables[b"RANK"]), int(path.name)))
+    return [pid for _, pid in sorted(ranks)]
+
+
+def kill(run, job, victim, draw):
+    """Kill -9 one rank, all of them, or the launcher; the others must end by themselves."""
+    pids = ranks_of(run)
+    victims = {"one": draw.sample(pids, min(1, len(pids))), "all": pids, "launcher": [job.pid]}[victim]
+    for pid in victims:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.communicate(timeout=120)
+    for pid in pids:
+        end = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+            assert time.monotonic() < end, "a rank lives on after another was killed"
+            time.sleep(0.05)
+
+
+def launch_two_ranks(*flags):
+    return accelerate_launch(f"{GLOO} --num_processes 2", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_run_of_two_ranks_killed_in_any_way_ends_with_the_same_bytes(tiny, tmp_path):
+    flags, reference, run = tiny(eval_freq=5, save_freq=4, save_total_limit=3), tmp_path / "reference", tmp_path / "run"
+    assert run_ranks(2, *flags, "--save_model", reference).returncode == 0
+    resume = [*flags, "--save_model", run, "--init_from", "resume"]
+    job = launch_two_ranks(*resume)
+    wait_for([job], has_reached(run, 6))
+    kill(run, job, "launcher", random)
+    kills = 1
+    for victims, reached in (
+        ([1], is_saving(run)),
+        ([0], has_reached(run, 15)),
+        ([0, 1], lambda: any(step % 5 == 0 for step in read_metrics(run, "step")[-1:])),  # in or before an evaluation
+        ([1], has_reached(run, 30)),
+        ([0, 1], is_saving(run)),
+    ):
+        ranks = start_ranks(2, *resume)
+        while not reached() and all(rank.poll() is None for rank in ranks):
+            time.sleep(0.001)
+        if all(rank.poll() is None for rank in ranks):
+            kills += 1
+            for rank in victims:
+                ranks[rank].send_signal(signal.SIGKILL)
+        for rank in ranks:
+            rank.wait(60)  # a rank that was not killed must not wait for the other
+    assert kills >= 4
+    result = run_ranks(2, *resume)
+    assert result.returncode == 0, result.stderr
+    assert read_weights(run) == read_weights(reference)
+    for key in ("loss", "rows", "val_loss"):
+        assert read_metrics(run, key) == read_metrics(reference, key), key
+
+
+@pytest.mark.chaos
+def test_runs_killed_twenty_times_at_random_end_with_the_same_bytes(tiny, tiny_bert, tmp_path):
+    kills = []
+    for name, make_flags in (("gpt", tiny), ("bert", tiny_bert)):
+        flags, reference = make_flags(eval_freq=5, save_freq=4, save_total_limit=3, epochs=6), tmp_path / name
+        assert run_ranks(2, *flags, "--save_model", reference).returncode == 0
+        for seed in range(2):
+            run = tmp_path / f"{name}-{seed}"
+            kills += kill_and_resume(flags, run, 8, seed)
+            assert read_weights(run) == read_weights(reference)
+            assert read_metrics(run, "loss") == read_metrics(reference, "loss")
+    print(f"{len(kills)} kills:", {pair: kills.count(pair) for pair in sorted(set(kills))})
+    assert len(kills) >= 20
+
+
+def kill_and_resume(flags, run, count, seed):
+    """Kill a run of two ranks at random moments so many times, then let it end; return (victim, moment) of each."""
+    draw, kills, resume = random.Random(seed), [], [*flags, "--save_model", run, "--init_from", "resume"]
+    while len(kills) < count:
+        before = max(read_metrics(run, "step"), default=0)
+        job = launch_two_ranks(*resume)
+        victim, moment = draw.choice(["one", "all", "launcher"]), draw.choice(["step", "save", "evaluation", "start"])
+        reached = {
+            "step": has_reached(run, before + draw.randint(1, 6)),
+            "save": is_saving(run),
+            "evaluation": lambda: any(step % 5 == 0 for step in read_metrics(run, "step")[-1:]),
+            "start": lambda: len(ranks_of(run)) == 2,
+        }[moment]
+        while job.poll() is None and not reached():
+            time.sleep(0.001)
+        if job.poll() is not None:
+            break  # it ended before it could be killed
+        kill(run, job, victim, draw)
+        kills.append((victim, moment))
+    result = run_ranks(2, *resume)
+    assert result.returncode == 0, result.stderr
+    return kills
+
+
+# ---- signals and failures
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny, tmp_path, signum):
+    run = tmp_path / "run"
+    ranks = start_ranks(2, *tiny(epochs=1000, eval_freq=None, save_freq=None), "--save_freq", "null")
+    wait_for(ranks, has_reached(run, 5))
+    ranks[1].send_signal(signum)
+    out, _, codes = outputs(ranks)
+    assert codes == [128 + signum] * 2
+    assert "and saved; --init_from resume continues from there" in out
+    (saved,) = run.glob("checkpoint-*")
+    assert (saved / "trainer_state" / "complete.json").exists()
+
+
+def test_an_evaluation_that_a_signal_interrupts_is_done_after_the_resume(tiny, tmp_path):
+    np.random.default_rng(0).integers(0, 90, 500_000).astype(np.uint16).tofile(tmp_path / "ids.bin")
+    flags = {"train_file": tmp_path / "ids.bin", "tokenizer": None, "vocab_size": 90, "start_context": None}
+    flags = tiny(**flags, eval_freq=10, eval_iter=3, max_steps=20, val_fraction=0.001, save_freq=10)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    run = tmp_path / "run"
+    ranks = start_ranks(2, *flags, "--save_model", run, "--eval_iter", 2000)  # a long evaluation
+    wait_for(ranks, (run / "metrics.jsonl").exists)
+    time.sleep(1)  # in the evaluation before the first step
+    assert not read_metrics(run, "loss")
+    ranks[1].send_signal(signal.SIGTERM)
+    out, _, _ = outputs(ranks)
+    assert "stopped by a signal" in out, out
+    assert train(*flags, "--save_model", run, "--init_from", "resume") == 0
+    assert_same_run(run, tmp_path / "one")  # with all evaluations, that before the first step too
+    assert len(read_metrics(run, "val_loss")) == 3
+
+
+def test_when_one_rank_is_killed_the_others_end_and_print_why(tiny, tmp_path):
+    run = tmp_path / "run"
+    job = accelerate_launch(f"{GLOO} --num_processes 2", *tiny(epochs=100, save_freq=2), "--eval_freq", "null")
+    wait_for([job], has_reached(run, 3))
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "error: rank 0 of 2, in " in err
+    assert "--init_from resume continues from the newest checkpoint" in err
+
+
+def errors(text):
+    return [line for line in text.splitlines() if "error: " in line and "torch" not in line]
+
+
+def test_an_error_on_one_rank_names_it_and_ends_all(tiny):
+    _, err, codes = outputs(start_ranks(2, *tiny(eval_freq=None), patch=fail_in_step_4))
+    assert all(codes)
+    assert errors(err) == ["error: rank 1 of 2, in step 4: the disk is gone"]  # and not that rank 0 cannot reach it
+
+
+def test_a_mistake_that_only_one_rank_meets_is_printed_by_it(tiny):
+    _, err, codes = outputs(start_ranks(2, *tiny(), patch=fail_while_building))
+    assert all(codes)
+    assert errors(err) == ["error: the file is not here: copy it"]
+
+
+def test_a_mistake_is_printed_once(tiny):
+    result = run_ranks(2, *tiny(n_head=5))
+    assert result.returncode != 0
+    assert result.stderr.count("error: config of gpt: n_head (5) must divide n_embd (32)") == 1
+
+
+# ---- sharding
+
+
+def run_sharded(device, count, *flags, precision="no"):
+    """Run ranks with FSDP2, as accelerate_configs/fsdp2.yaml sets it."""
+    options = f"--config_file accelerate_configs/fsdp2.yaml --main_process_port 0 --mixed_precision {precision}"
+    if device == "cpu":
+        return run_ranks(count, *flags, options=options, patch=shard_on_cpu)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "False"}
+    job = accelerate_launch(f"{options} --num_processes {count}", *flags, env=environment)
+    out, err = job.communicate(timeout=300)
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
+    """FSDP2 gives the run of one process, in losses and in what stock transformers loads; resumed, it gives the same
+    bytes, and resumed by one process, the same run again. Activation checkpointing draws the same dropout again."""
+    count = 2 if device == "cpu" else torch.cuda.device_count()
+    dropout = {} if device == "cpu" else NO_DROPOUT
+    tolerance = 1e-6 if device == "cpu" else 1e-3
+    flags, run, one = tiny(max_steps=16, save_freq=8, eval_freq=8, **dropout), tmp_path / "sharded", tmp_path / "one"
+    assert train(*flags, "--save_model", one) == 0
+    result = run_sharded(device, count, *flags, "--save_model", run)
+    assert result.returncode == 0, result.stderr
+    assert f"{count} x {device}" in result.stdout
+    assert_same_run(run, one, tolerance)
+    assert read_metrics(run, "grad_norm") == pytest.approx(read_metrics(one, "grad_norm"), abs=tolerance)
+    model, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert not loading["missing_keys"] | loading["unexpected_keys"]
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    assert load_file(run / "model.safetensors").keys() == load_file(one / "model.safetensors").keys()
+    if count == 2:
+        state = run / "checkpoint-16" / "trainer_state"
+        parts = sorted(path.stat().st_size for path in state.glob("optimizer-0000*-of-00002.safetensors"))
+        assert parts[0] == pytest.approx(parts[1], rel=0.1)
+
+    resumed = tmp_path / "resumed"
+    copy_until_step_8(run, resumed)
+    result = run_sharded(device, count, *flags, "--save_model", resumed, "--init_from", "resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(resumed, run, tolerance)
+    if device == "cpu":
+        assert read_weights(resumed) == read_weights(run)
+    shutil.rmtree(resumed)
+    copy_until_step_8(run, resumed)
+    assert train(*flags, "--save_model", resumed, "--init_from", "resume") == 0
+    assert_same_run(resumed, one, tolerance)
+
+    # Muon steps on whole matrices; its bfloat16 amplifies differences of rounding.
+    flags, run, one = tiny(max_steps=8, optimizer="muon", **dropout), tmp_path / "muon", tmp_path / "muon-one"
+    assert train(*flags, "--save_model", one) == 0
+    assert run_sharded(device, count, *flags, "--save_model", run).returncode == 0
+    assert read_metrics(run, "loss") == pytest.approx(read_metrics(one, "loss"), abs=1e-3)
+
+    # A BERT in bfloat16, resumed from the checkpoint of one process in float32.
+    run = tmp_path / "bert"
+    flags = tiny_bert(max_steps=8, save_freq=4, eval_freq=4, optimizer="muon")
+    assert train(*flags, "--save_model", run) == 0
+    exact = read_metrics(run, "loss")
+    shutil.rmtree(run / "checkpoint-8")
+    (run / "model.safetensors").unlink()
+    result = run_sharded(device, count, *flags, "--save_model", run, "--init_from", "resume", precision="bf16")
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(run, "loss") == pytest.approx(exact, abs=0.05)
+    assert read_metrics(run, "loss")[4:] != exact[4:]
+    assert "the precision changed from no to bf16" in result.stdout
+    result = run_sharded(device, count, *flags, "--load_model", run, "--eval_only", "true", precision="bf16")
+    assert f"validation loss {read_metrics(run, 'val_loss')[-1]:.4f}" in result.stdout
+
+
+def copy_until_step_8(run, target):
+    """Copy a run as it was after step 8 of 16."""
+    shutil.copytree(run, target)
+    shutil.rmtree(target / "checkpoint-16")
+    (target / "model.safetensors").unlink()
