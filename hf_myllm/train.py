@@ -76,10 +76,10 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
     Raises:
         InputError: the recipe, the data, the model or the folder cannot be used. Nothing is written then.
     """
-    with open_run(recipe, train_data, eval_data) as run:
+    # The launcher sends SIGTERM to the other ranks when one has died: until they have drawn, they only collect it.
+    with open_run(recipe, train_data, eval_data) as run, signals_received() as run.signals:
         try:
-            with signals_received() as run.signals:
-                return fit(run, on_log, on_evaluate)
+            return fit(run, on_log, on_evaluate)
         except Exception:
             if run.lock is not None:  # rank 0, while training: show how the loss went until here
                 with suppress(Exception):

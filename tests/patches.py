@@ -35,14 +35,14 @@ def shard_on_cpu():
 def fail_in_step_4():
     """Raise an error on rank 1 in the fourth step."""
     train = importlib.import_module("hf_myllm.train")
-    training_step = train.training_step
+    set_learning_rate = train.set_learning_rate
 
-    def failing_step(run, model, optimizer, step):
+    def fail(run, optimizer, step):
         if step == 3 and os.environ["RANK"] == "1":
             raise RuntimeError("the disk is gone")
-        return training_step(run, model, optimizer, step)
+        return set_learning_rate(run, optimizer, step)
 
-    train.training_step = failing_step
+    train.set_learning_rate = fail
 
 
 def fail_while_building():

@@ -32,14 +32,12 @@ def test_accelerate_reads_each_key_of_it(path):
     assert f"accelerate_configs/{path.name}" in path.read_text()[:1000]
 
 
-def test_the_fsdp_configuration_names_the_layers_of_all_families():
-    text = (CONFIGS / "fsdp2.yaml").read_text()
+def test_each_family_has_one_class_of_layers_to_shard():
     for case in CASES.values():
         for model_class in case.family.tasks.values():
             modules = model_class(case.make_config()).modules()
-            layers = {type(module).__name__ for module in modules if isinstance(module, GradientCheckpointingLayer)}
+            layers = {type(module) for module in modules if isinstance(module, GradientCheckpointingLayer)}
             assert len(layers) == 1
-            assert layers.pop() in text
 
 
 def test_the_cpu_configuration_starts_two_ranks_that_train_what_one_process_does_with_dropout(tiny, tmp_path):
