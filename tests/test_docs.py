@@ -57,6 +57,12 @@ def test_pages_are_short(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= limit
 
 
+def test_the_architecture_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for path in [*(ROOT / "hf_myllm").glob("*.py"), *(ROOT / "hf_myllm" / "models").glob("*.py")]:
+        assert re.search(rf"\b{path.stem}\b", page), f"docs/architecture.md does not name {path.name}"
+
+
 def test_there_are_examples():
     assert len(EXAMPLES) >= 2
 
