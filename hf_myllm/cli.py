@@ -89,8 +89,13 @@ def _train(argv):
 
 def _evaluate(argv):
     """Evaluate the model of a run: `hf-myllm evaluate RUN [--val_file FILE] [--key value ...]`."""
+    usage = "usage: hf-myllm evaluate RUN [--val_file FILE] [--key value ...]"
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"{usage}\n\nEvaluate the model of a run on all rows of its validation data, or of another file.")
+        print("RUN is the folder of the run. Any key of its recipe may be overridden; see `hf-myllm train --help`.")
+        return 0
     if not argv or argv[0].startswith("-"):
-        raise RecipeError("usage: hf-myllm evaluate RUN [--val_file FILE] [--key value ...]; RUN is a run's folder")
+        raise RecipeError(f"{usage}; RUN is the folder of a run and comes first")
     run_dir, *flags = argv
     recipe = Path(run_dir) / "recipe.yaml"
     if not recipe.is_file():

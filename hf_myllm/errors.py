@@ -10,6 +10,9 @@ class InputError(Exception):
     `<key or file>: <problem>; <what to do>`.
     """
 
+    def __init__(self, message=""):
+        super().__init__(" ".join(str(message).splitlines()))
+
 
 class RecipeError(InputError):
     """A recipe or flag is invalid."""

@@ -21,9 +21,9 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_each_command_has_help(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert run_cli(name, "--help") == (2 if name == "evaluate" else 0)
+    assert run_cli(name, "--help") == 0
     shown = capsys.readouterr()
-    assert f"hf-myllm {name}" in shown.out + shown.err
+    assert f"hf-myllm {name}" in shown.out
 
 
 def test_the_help_of_train_is_wrapped_and_begins_with_the_most_used_keys(capsys, monkeypatch):
@@ -71,6 +71,7 @@ def test_evaluate_reads_the_recipe_of_a_run(tiny, tmp_path, stories, capsys):
     assert run_cli("evaluate") == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", ["train", "prepare", "predict", "generate", "plot", "page", "reference", "hub", "cli"])
 def test_python_m_works(name, monkeypatch, capsys):
     arguments = {"hub": ["push", "--help"]}.get(name, ["--help"])

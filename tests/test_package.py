@@ -14,7 +14,7 @@ def run(script):
 
 
 def test_importing_the_package_imports_no_large_library():
-    script = "import hf_myllm, hf_myllm.cli, sys; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    script = "from hf_myllm import cli, Recipe; import sys; print({'torch', 'transformers'} & set(sys.modules))"
     assert run(script).stdout == "set()\n"
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from transformers import PreTrainedConfig
 
 from ..errors import RecipeError
 from .fields import Section, UniqueKeys, convert, members
@@ -179,6 +178,8 @@ class Recipe(BaseModel):
 
 def config_types(config_class):
     """Return the names that `config` may set, with their types: the stock class's own names and their synonyms."""
+    from transformers import PreTrainedConfig  # slow to import, and a recipe from Python does not need it
+
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
     own = {field.name: field.type for field in dataclasses.fields(config_class) if field.name not in common}
     return own | {alias: own[name] for alias, name in config_class.attribute_map.items() if name in own}

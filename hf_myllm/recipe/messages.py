@@ -60,7 +60,7 @@ def unknown_key(name, where, section=None, more=()):
     """Return the error for a key that does not exist, or not in this section; `more` are further known names."""
     if name in SECTION_OF:
         instead = f", not in '{section}:'" if section else ""
-        return RecipeError(f"{where}: '{name}' belongs in the section '{SECTION_OF[name]}:'{instead}")
+        return RecipeError(f"{where}: '{name}' belongs in the section '{SECTION_OF[name]}:'{instead}; move it there")
     shown = f"unknown key '{name}'" + (f" in {section}" if section else "")
     if where == COMMAND_LINE:
         shown = f"unknown key --{name}"
@@ -107,6 +107,6 @@ def _requirement(path, code, value, hint, details):
         words, bound = LIMITS[code]
         return f"must be {words} {details[bound]:.12g}, not {value}"
     if code == "literal_error" and choices(hint):
-        return f"must be one of {', '.join(choices(hint))}, not '{value}'"
+        return f"must be one of {', '.join(choices(hint))}, not {value!r}"
     expected = next((EXPECTED[name] for name in path if name in EXPECTED), describe_type(hint))
     return f"must be {expected}, not {value!r}"
