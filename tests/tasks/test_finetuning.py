@@ -1,13 +1,13 @@
 """Fine-tuned models of each task agree with stock transformers."""
 
 import json
-import subprocess
-import sys
 
+import lm_eval
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, train
+from lm_eval.tasks import TaskManager
 from seqeval.metrics import f1_score
 from small_runs import (
     BERT,
@@ -198,22 +198,14 @@ def test_instructions_are_followed_and_lm_eval_agrees(tmp_path, gpt):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
         "doc_to_target: right\nmetric_list: [{metric: acc}]\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={tmp_path / 'run'}",
-        "--tasks",
-        "say",
-    ]
-    command += ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (results,) = (tmp_path / "out").rglob("results*.json")
-    assert json.loads(results.read_text())["results"]["say"]["acc,none"] == 1
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={tmp_path / 'run'}",
+        tasks=["say"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+    )
+    assert results["results"]["say"]["acc,none"] == 1
 
 
 def test_a_chat_template_from_a_file_is_saved_with_the_model(tmp_path, gpt):
