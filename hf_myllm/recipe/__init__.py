@@ -24,6 +24,7 @@ from .sections import (
     FIELDS,
     SECTION_OF,
     SECTIONS,
+    TASKS,
     Data,
     Evaluation,
     Hub,
@@ -79,7 +80,7 @@ class Recipe(BaseModel):
         flat = {name: values[section][name] for name, section in SECTION_OF.items()}
         for name, value in flat.items():
             details = FIELDS[name].json_schema_extra
-            is_of_task = self.task is None or self.task in details.get("tasks", [self.task])
+            is_of_task = self.task in details.get("tasks", [self.task]) or self.task not in TASKS
             needed = details.get("needs")
             if value is None or not is_of_task or (needed and flat[needed] in (None, False)):
                 del values[SECTION_OF[name]][name]

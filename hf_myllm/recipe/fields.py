@@ -18,20 +18,25 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
 
 
-def key(default, help, *, on_resume="refuse", tasks=None, needs=None, **limits):
-    """Declare a key of a recipe.
+def fixed(default, help, *, on_resume="refuse", tasks=None, needs=None, **limits):
+    """Declare a key whose value a resumed run must keep.
 
     Args:
         default: its default value.
         help: one or two sentences for `--help`, the docs and the JSON schema, with the unit.
-        on_resume: "refuse" if a resumed run must keep the value; "accept" if the value may change, or if something more
-            reliable is compared instead (the tokens in a file rather than its name).
+        on_resume: see [`changeable`].
         tasks: the tasks that use the key; None means all.
         needs: the key that must be set for this one to have an effect.
         limits: pydantic's `ge`, `gt`, `le` and `lt`.
     """
     extra = {"on_resume": on_resume} | ({"tasks": list(tasks)} if tasks else {}) | ({"needs": needs} if needs else {})
     return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+def changeable(default, help, **options):
+    """Declare a key whose value may differ in a resumed run, because it does not matter or because something more
+    reliable is compared: the tokens in a file rather than its name. See [`fixed`] for the arguments."""
+    return fixed(default, help, on_resume="accept", **options)
 
 
 def one_or_many(item, schema):

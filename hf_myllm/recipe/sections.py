@@ -6,7 +6,7 @@ from pydantic import Field, WithJsonSchema, model_validator
 from typing_extensions import TypedDict
 
 from ..errors import RecipeError
-from .fields import STRICT, Section, Texts, key, one_or_many
+from .fields import STRICT, Section, Texts, changeable, fixed, one_or_many
 
 MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
 TEXT_TASKS = ("causal", "mlm", "mlm_nsp")
@@ -16,6 +16,7 @@ Trackers = one_or_many(
     Literal["tensorboard", "wandb", "trackio"], {"type": "string", "enum": ["tensorboard", "wandb", "trackio"]}
 )
 LABELLED_TASKS = ("classification", "token_classification", "question_answering")
+TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction")  # those that keys name; all keys are shown for other tasks
 
 
 class TrainedTokenizer(TypedDict):
@@ -41,84 +42,74 @@ class Source(TypedDict, total=False):
 
 
 class Data(Section):
-    train_file: str | list[str] | None = key(
+    train_file: str | list[str] | None = changeable(
         None,
         "Training text: .txt files (or any text files, by a glob), .jsonl, .parquet, a folder of one of these, or a "
         ".bin file of token ids. {stdlib} stands for the folder of Python's standard library.",
-        on_resume="accept",
     )
-    val_file: str | list[str] | None = key(None, "Validation text, in the same formats.", on_resume="accept")
-    datasets: list[Source] | None = key(
+    val_file: str | list[str] | None = changeable(None, "Validation text, in the same formats.")
+    datasets: list[Source] | None = changeable(
         None,
         "Several weighted sources instead of train_file: a list of {train_file or dataset, weight}, optionally with "
         "dataset_config, dataset_split, dataset_revision, text_column and document. Weights are shares of the rows.",
         tasks=TEXT_TASKS,
-        on_resume="accept",
     )
-    dataset: str | None = key(None, "A Hugging Face Hub dataset, instead of train_file.", on_resume="accept")
-    dataset_config: str | None = key(None, "Configuration of the dataset.", needs="dataset", on_resume="accept")
-    dataset_split: str = key("train", "Training split of the dataset.", needs="dataset", on_resume="accept")
-    dataset_revision: str | None = key(
-        None, "Revision of the dataset: a branch, tag or commit.", needs="dataset", on_resume="accept"
+    dataset: str | None = changeable(None, "A Hugging Face Hub dataset, instead of train_file.")
+    dataset_config: str | None = changeable(None, "Configuration of the dataset.", needs="dataset")
+    dataset_split: str = changeable("train", "Training split of the dataset.", needs="dataset")
+    dataset_revision: str | None = changeable(
+        None, "Revision of the dataset: a branch, tag or commit.", needs="dataset"
     )
-    text_column: str | None = key(
+    text_column: str | None = changeable(
         None,
         "Column with the text in .jsonl, .parquet and Hub data, or with the words for token_classification. Default: "
         "text, or tokens.",
-        on_resume="accept",
     )
-    text_pair_column: str | None = key(
-        None, "Column with the second text of a pair.", tasks=("classification",), on_resume="accept"
-    )
-    label_column: str | list[str] = key(
+    text_pair_column: str | None = changeable(None, "Column with the second text of a pair.", tasks=("classification",))
+    label_column: str | list[str] = changeable(
         "label",
         "Column with the label, or with the labels of the words. A list of columns of 0 and 1 makes the task multi-"
         "label.",
         tasks=("classification", "token_classification"),
-        on_resume="accept",
     )
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = key(
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = fixed(
         None,
         "Meaning of the labels. Default: single-label, or multi-label if labels are lists.",
         tasks=("classification",),
     )
-    unanswerable: bool | None = key(
+    unanswerable: bool | None = changeable(
         None,
         "Whether questions may have no answer. Default: true if a training question has none.",
         tasks=("question_answering",),
-        on_resume="accept",
     )
-    max_answer_len: int = key(
-        30, "Longest predicted answer, in tokens.", ge=1, le=MANY, tasks=("question_answering",), on_resume="accept"
+    max_answer_len: int = changeable(
+        30, "Longest predicted answer, in tokens.", ge=1, le=MANY, tasks=("question_answering",)
     )
-    chat_template: str | None = key(
+    chat_template: str | None = fixed(
         None, "Jinja file with a chat template; replaces the tokenizer's own.", tasks=("instruction",)
     )
-    skip_bad_rows: bool = key(
+    skip_bad_rows: bool = changeable(
         False,
         "Skip and count invalid labelled examples instead of stopping at the first.",
         tasks=(*LABELLED_TASKS, "instruction"),
-        on_resume="accept",
     )
-    document: Literal["file", "line"] = key(
-        "file", "What a document is in a text file.", tasks=TEXT_TASKS, on_resume="accept"
-    )
-    val_fraction: float = key(
+    document: Literal["file", "line"] = changeable("file", "What a document is in a text file.", tasks=TEXT_TASKS)
+    val_fraction: float = fixed(
         0.05, "Fraction of the documents held out for validation when there is no val_file.", ge=0, lt=1
     )
-    bin_dtype: Literal["auto", "uint16", "uint32"] = key(
-        "auto", "Integer type of a .bin file.", tasks=TEXT_TASKS, on_resume="accept"
+    bin_dtype: Literal["auto", "uint16", "uint32"] = changeable(
+        "auto", "Integer type of a .bin file.", tasks=TEXT_TASKS
     )
-    tokenizer: str | TrainedTokenizer | None = key(
+    tokenizer: str | TrainedTokenizer | None = fixed(
         None,
         "A Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (bpe or unigram; "
         "wordpiece for BERT). Default: the tokenizer of the model in init_from.",
     )
-    add_tokens: Texts | None = key(
+    add_tokens: Texts | None = fixed(
         None, "Tokens to add to the tokenizer; the model of init_from gets an embedding for each."
     )
-    max_len: int | None = key(None, "Tokens per row. Default: the model's number of positions.", ge=1, le=MANY)
-    stride: int | None = key(
+    max_len: int | None = fixed(None, "Tokens per row. Default: the model's number of positions.", ge=1, le=MANY)
+    stride: int | None = fixed(
         None,
         "Tokens from the start of one training row to the start of the next. Default: a row's length. For "
         "question_answering: tokens between the rows of a long context; default: half of what fits.",
@@ -126,15 +117,15 @@ class Data(Section):
         le=MANY,
         tasks=("causal", "mlm", "question_answering"),
     )
-    streaming: bool = key(
+    streaming: bool = fixed(
         False,
         "Read the corpus window by window, for a corpus larger than the disk. Needs max_steps.",
         tasks=("causal", "mlm"),
     )
-    streaming_window: int = key(
+    streaming_window: int = fixed(
         100_000_000, "Tokens per window; rows are shuffled within a window.", ge=1, le=1 << 40, needs="streaming"
     )
-    packing: Literal["stream", "documents", "pad", "best_fit"] | None = key(
+    packing: Literal["stream", "documents", "pad", "best_fit"] | None = fixed(
         None,
         "How documents fill rows. stream: concatenated and cut at row ends. documents: the same, but tokens attend "
         "only within their document and positions restart. pad: one document per row, padded to the longest of the "
@@ -142,10 +133,10 @@ class Data(Section):
         "for instruction.",
         tasks=("causal", "mlm", "instruction"),
     )
-    mlm_probability: float = key(
+    mlm_probability: float = fixed(
         0.15, "Fraction of a row's tokens that masked language modeling predicts.", gt=0, lt=1, tasks=MLM_TASKS
     )
-    whole_word_masking: bool = key(False, "Mask all tokens of a word or none.", tasks=MLM_TASKS)
+    whole_word_masking: bool = fixed(False, "Mask all tokens of a word or none.", tasks=MLM_TASKS)
 
     @model_validator(mode="after")
     def _check_sources(self):
@@ -173,45 +164,42 @@ class Data(Section):
 
 
 class Training(Section):
-    epochs: float | None = key(None, "Passes over the training rows. Default: 1.", gt=0, le=MANY)
-    max_steps: int | None = key(None, "Optimizer steps, instead of epochs.", ge=1, le=1 << 40)
-    batch_size: int = key(8, "Rows per micro-batch on each rank.", ge=1, le=MANY, on_resume="accept")
-    total_batch_size: int | None = key(None, "Rows per optimizer step over all ranks.", ge=1, le=MANY)
-    gradient_accumulation_steps: int | None = key(
-        None, "Micro-batches per optimizer step, instead of total_batch_size.", ge=1, on_resume="accept"
+    epochs: float | None = fixed(None, "Passes over the training rows. Default: 1.", gt=0, le=MANY)
+    max_steps: int | None = fixed(None, "Optimizer steps, instead of epochs.", ge=1, le=1 << 40)
+    batch_size: int = changeable(8, "Rows per micro-batch on each rank.", ge=1, le=MANY)
+    total_batch_size: int | None = fixed(None, "Rows per optimizer step over all ranks.", ge=1, le=MANY)
+    gradient_accumulation_steps: int | None = changeable(
+        None, "Micro-batches per optimizer step, instead of total_batch_size.", ge=1
     )
-    optimizer: Literal["adamw", "muon"] = key(
+    optimizer: Literal["adamw", "muon"] = fixed(
         "adamw", "adamw, or muon: Muon for the weight matrices of the layers and AdamW for all other parameters."
     )
-    learning_rate: float = key(3e-4, "Peak learning rate.", gt=0)
-    min_lr: float = key(0.0, "Learning rate at the end of a linear, cosine or wsd schedule.", ge=0)
-    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = key(
+    learning_rate: float = fixed(3e-4, "Peak learning rate.", gt=0)
+    min_lr: float = fixed(0.0, "Learning rate at the end of a linear, cosine or wsd schedule.", ge=0)
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = fixed(
         "cosine", "Shape of the learning rate after the warmup; wsd is warmup, stable, decay."
     )
-    warmup_steps: int = key(0, "Steps of linear warmup to the peak learning rate.", ge=0)
-    decay_steps: int | None = key(None, "Steps of wsd's final decay. Default: a fifth of all steps.", ge=1)
-    weight_decay: float = key(0.1, "Weight decay, applied to matrices only.", ge=0)
-    beta1: float = key(0.9, "AdamW's first-moment decay.", ge=0, lt=1)
-    beta2: float = key(0.95, "AdamW's second-moment decay.", ge=0, lt=1)
-    epsilon: float = key(1e-8, "AdamW's epsilon.", gt=0)
-    grad_clip: float = key(1.0, "Maximum norm of the gradient; 0 disables clipping.", ge=0)
-    max_skipped_steps: int = key(
-        0,
-        "Consecutive steps that may be skipped because of a non-finite loss or gradient; 0 stops at the first.",
-        ge=0,
+    warmup_steps: int = fixed(0, "Steps of linear warmup to the peak learning rate.", ge=0)
+    decay_steps: int | None = fixed(None, "Steps of wsd's final decay. Default: a fifth of all steps.", ge=1)
+    weight_decay: float = fixed(0.1, "Weight decay, applied to matrices only.", ge=0)
+    beta1: float = fixed(0.9, "AdamW's first-moment decay.", ge=0, lt=1)
+    beta2: float = fixed(0.95, "AdamW's second-moment decay.", ge=0, lt=1)
+    epsilon: float = fixed(1e-8, "AdamW's epsilon.", gt=0)
+    grad_clip: float = fixed(1.0, "Maximum norm of the gradient; 0 disables clipping.", ge=0)
+    max_skipped_steps: int = fixed(
+        0, "Consecutive steps that may be skipped because of a non-finite loss or gradient; 0 stops at the first.", ge=0
     )
-    dtype: Literal["float32", "bfloat16"] = key(
+    dtype: Literal["float32", "bfloat16"] = fixed(
         "float32",
         "Data type of the weights, whatever init_from's file holds. bfloat16 halves the memory and loses small "
         "updates. For mixed precision use `accelerate launch --mixed_precision`.",
     )
-    gradient_checkpointing: bool = key(
+    gradient_checkpointing: bool = changeable(
         False,
         "Recompute each layer in the backward pass instead of storing its activations: less memory, a third more "
         "compute.",
-        on_resume="accept",
     )
-    compile: bool = key(False, "Compile the model with torch.compile.", on_resume="accept")
+    compile: bool = changeable(False, "Compile the model with torch.compile.")
 
     @model_validator(mode="after")
     def _check_learning_rate(self):
@@ -227,77 +215,64 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    eval_freq: int | None = key(None, "Steps between evaluations. Default: one at the end.", ge=1, on_resume="accept")
-    eval_iter: int | None = key(
+    eval_freq: int | None = changeable(None, "Steps between evaluations. Default: one at the end.", ge=1)
+    eval_iter: int | None = changeable(
         None,
         "Batches of total_batch_size rows per evaluation of the training and validation loss. Default: 20. The "
         "evaluation at the end reads all validation rows.",
         ge=1,
         le=MANY,
-        on_resume="accept",
     )
-    start_context: str | None = key(
+    start_context: str | None = changeable(
         None,
         'Prompt of the sample at each evaluation ("" starts from nothing), or text whose [MASK] is filled in. Default: '
         "no sample.",
         tasks=(*TEXT_TASKS, "instruction"),
-        on_resume="accept",
     )
-    max_new_tokens: int = key(
-        100, "Tokens of a sample.", ge=1, le=MANY, tasks=GENERATING_TASKS, needs="start_context", on_resume="accept"
+    max_new_tokens: int = changeable(
+        100, "Tokens of a sample.", ge=1, le=MANY, tasks=GENERATING_TASKS, needs="start_context"
     )
-    temperature: float = key(
+    temperature: float = changeable(
         0.8,
         "Temperature of a sample; 0 is greedy decoding.",
         ge=0,
         le=100,
         tasks=GENERATING_TASKS,
         needs="start_context",
-        on_resume="accept",
     )
-    top_k: int = key(
+    top_k: int = changeable(
         50,
         "Sample from the k most likely tokens; 0 samples from all.",
         ge=0,
         tasks=GENERATING_TASKS,
         needs="start_context",
-        on_resume="accept",
     )
-    metrics: Texts | None = key(
-        None,
-        "Additional metrics of the `evaluate` library, by name or path.",
-        tasks=LABELLED_TASKS,
-        on_resume="accept",
+    metrics: Texts | None = changeable(
+        None, "Additional metrics of the `evaluate` library, by name or path.", tasks=LABELLED_TASKS
     )
-    metric_for_best: str | None = key(
+    metric_for_best: str | None = changeable(
         None,
         "Validation metric that selects the best checkpoint, such as val_loss or val_f1. Every evaluation then reads "
         "all validation rows. Needs eval_freq.",
-        on_resume="accept",
     )
-    greater_is_better: bool | None = key(
+    greater_is_better: bool | None = changeable(
         None,
         "Whether a greater metric_for_best is better. Default: false for losses, perplexities, bits and errors, else "
         "true.",
         needs="metric_for_best",
-        on_resume="accept",
     )
-    patience: int | None = key(
+    patience: int | None = changeable(
         None,
         "Early stopping: evaluations without a better metric_for_best before training stops.",
         ge=1,
         needs="metric_for_best",
-        on_resume="accept",
     )
-    final_model: Literal["best", "last"] | None = key(
+    final_model: Literal["best", "last"] | None = changeable(
         None,
         "Model in the run's folder at the end. Default: best if there is a metric_for_best, else last.",
         needs="metric_for_best",
-        on_resume="accept",
     )
-    eval_only: bool = key(
-        False, "Evaluate on all validation rows, print the result and write nothing.", on_resume="accept"
-    )
+    eval_only: bool = changeable(False, "Evaluate on all validation rows, print the result and write nothing.")
 
     @model_validator(mode="after")
     def _check_best(self):
@@ -315,17 +290,16 @@ class Evaluation(Section):
 
 
 class Lora(Section):
-    r: int | None = key(None, "Rank of the LoRA matrices; the model's own weights are frozen. Default: no LoRA.", ge=1)
-    lora_alpha: int | None = key(None, "LoRA's scale is lora_alpha / r. Default: 2 * r.", ge=1, needs="r")
-    lora_dropout: float = key(0.0, "Dropout in front of the LoRA matrices.", ge=0, lt=1, needs="r")
-    target_modules: Texts | None = key(
+    r: int | None = fixed(
+        None, "Rank of the LoRA matrices; the model's own weights are frozen. Default: no LoRA.", ge=1
+    )
+    lora_alpha: int | None = fixed(None, "LoRA's scale is lora_alpha / r. Default: 2 * r.", ge=1, needs="r")
+    lora_dropout: float = fixed(0.0, "Dropout in front of the LoRA matrices.", ge=0, lt=1, needs="r")
+    target_modules: Texts | None = fixed(
         None, "Modules that get LoRA matrices, or all-linear. Default: peft's choice for the family.", needs="r"
     )
-    merge_lora: bool = key(
-        False,
-        "Merge LoRA into the model at the end, so that the run's folder holds a full model.",
-        needs="r",
-        on_resume="accept",
+    merge_lora: bool = changeable(
+        False, "Merge LoRA into the model at the end, so that the run's folder holds a full model.", needs="r"
     )
 
     @model_validator(mode="after")
@@ -337,58 +311,44 @@ class Lora(Section):
 
 
 class Run(Section):
-    save_model: str = key("out", "The run's folder.", on_resume="accept")
-    init_from: str = key(
+    save_model: str = changeable("out", "The run's folder.")
+    init_from: str = changeable(
         "scratch",
         "scratch; resume: continue the run in save_model from its newest checkpoint, or start it if there is none; or "
         "a folder or Hub id of a model of this family to start from.",
-        on_resume="accept",
     )
-    dry_run: bool = key(
-        False, "Show what the run would do (sizes, counts, memory, a first batch) and exit.", on_resume="accept"
-    )
-    resume: bool = key(False, "The same as --init_from resume.", on_resume="accept")
-    allow_changed: bool = key(False, "Resume even if the recipe or the data changed.", on_resume="accept")
-    save_freq: int | None = key(500, "Steps between checkpoints; null saves only at the end.", ge=1, on_resume="accept")
-    save_total_limit: int = key(2, "Number of newest checkpoints to keep.", ge=1, on_resume="accept")
-    log_freq: int = key(1, "Steps between lines of metrics.jsonl.", ge=1, on_resume="accept")
-    log_level: Literal["debug", "info", "warning", "error"] = key(
+    dry_run: bool = changeable(False, "Show what the run would do (sizes, counts, memory, a first batch) and exit.")
+    resume: bool = changeable(False, "The same as --init_from resume.")
+    allow_changed: bool = changeable(False, "Resume even if the recipe or the data changed.")
+    save_freq: int | None = changeable(500, "Steps between checkpoints; null saves only at the end.", ge=1)
+    save_total_limit: int = changeable(2, "Number of newest checkpoints to keep.", ge=1)
+    log_freq: int = changeable(1, "Steps between lines of metrics.jsonl.", ge=1)
+    log_level: Literal["debug", "info", "warning", "error"] = changeable(
         "info",
         "Messages in the terminal. info: progress. warning: only warnings and errors. error: only errors. debug: also "
         "the libraries' messages.",
-        on_resume="accept",
     )
-    log_with: Trackers | None = key(
-        None, "Trackers that receive the metrics; each needs its package.", on_resume="accept"
-    )
-    project_name: str = key("hf_myllm", "Project in the trackers.", needs="log_with", on_resume="accept")
-    profile: int | None = key(
+    log_with: Trackers | None = changeable(None, "Trackers that receive the metrics; each needs its package.")
+    project_name: str = changeable("hf_myllm", "Project in the trackers.", needs="log_with")
+    profile: int | None = changeable(
         None,
         "Steps to record with torch.profiler, after the first ones: a trace and a summary of time by operation.",
         ge=1,
         le=1000,
-        on_resume="accept",
     )
-    seed: int = key(1337, "Seed of the initial weights, the order of rows and dropout.", ge=0, le=1 << 62)
+    seed: int = fixed(1337, "Seed of the initial weights, the order of rows and dropout.", ge=0, le=1 << 62)
 
 
 class Hub(Section):
-    push_to_hub: str | None = key(
+    push_to_hub: str | None = changeable(
         None,
         "Hugging Face Hub repository, as user/name. Each checkpoint's model is uploaded during training, the last with "
         "a model card.",
-        on_resume="accept",
     )
-    hub_private_repo: bool = key(False, "Create the repository as private.", needs="push_to_hub", on_resume="accept")
-    hub_revision: str | None = key(
-        None, "Branch of the repository. Default: main.", needs="push_to_hub", on_resume="accept"
-    )
-    language: str | None = key(
-        None, "Language of the text for the model card, as a Hub code: en, de.", on_resume="accept"
-    )
-    license: str | None = key(
-        None, "Licence of the model for the model card, as a Hub code: mit, apache-2.0.", on_resume="accept"
-    )
+    hub_private_repo: bool = changeable(False, "Create the repository as private.", needs="push_to_hub")
+    hub_revision: str | None = changeable(None, "Branch of the repository. Default: main.", needs="push_to_hub")
+    language: str | None = changeable(None, "Language of the text for the model card, as a Hub code: en, de.")
+    license: str | None = changeable(None, "Licence of the model for the model card, as a Hub code: mit, apache-2.0.")
 
 
 SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "lora": Lora, "run": Run, "hub": Hub}
