@@ -80,8 +80,8 @@ def silence_libraries(log_level="info"):
 def process_settings(log_level="info"):
     """Set log levels, threads and environment variables for a run, and restore them afterwards.
 
-    Also restores the random state of torch, and the state of accelerate if this is its first use in the process. So a
-    run can be started twice in one process, from a notebook or a thread.
+    Also restores the random state of torch and the state of accelerate. So a run can be started twice in one process,
+    from a notebook, a thread, or beside an Accelerator of the caller.
 
     Yields:
         whether this is the first use of accelerate in the process.
@@ -92,6 +92,7 @@ def process_settings(log_level="info"):
     shows_transformers_bars = transformers.utils.logging.is_progress_bar_enabled()
     environment, num_threads = dict(os.environ), torch.get_num_threads()
     is_first_use = not PartialState._shared_state
+    gradient_state = dict(GradientState._shared_state)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         try:
@@ -111,7 +112,8 @@ def process_settings(log_level="info"):
             torch.set_num_threads(num_threads)
             if is_first_use:
                 AcceleratorState._reset_state(reset_partial_state=True)
-                GradientState._reset_state()
+            GradientState._shared_state.clear()
+            GradientState._shared_state.update(gradient_state)
 
 
 def _set_num_threads():
@@ -242,7 +244,8 @@ def any_rank(accelerator, condition):
 
 def end_training(accelerator, owns_process_group=True):
     """Close the trackers, and destroy the process group if this run created it."""
-    gc.collect()  # a sharded model refers to the process group, which must go before the interpreter exits
+    if accelerator.num_processes > 1:
+        gc.collect()  # a sharded model refers to the process group, which must go before the interpreter exits
     with redirect_stdout(None):
         for tracker in accelerator.trackers:
             try:
