@@ -16,6 +16,7 @@ from hub_server import STAGES, TOKEN, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from hf_myllm import cli
 from hf_myllm.errors import HubError
 from hf_myllm.hub import push as hub
 from hf_myllm.hub import stock_check
@@ -37,6 +38,17 @@ def environment(address, home, **more):
     return kept | {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)} | more
 
 
+@pytest.fixture
+def logged_in(monkeypatch, server, tmp_path):
+    """The server, for a run in this process and the processes that it starts to push."""
+    state, address = server
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name, value in environment(address, tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return state
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, stories):
     """A finished run on files in a folder whose name must not be published."""
@@ -46,10 +58,6 @@ def run(tmp_path_factory, stories):
     words += ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--max_steps", 20, "--eval_freq", 10, "--eval_iter", 1]
     assert train(*words, "--save_freq", 10, "--license", "mit", "--save_model", folder / "run") == 0
     return folder / "run"
-
-
-def push(run, address, home, *more, **environ):
-    return run_command("push", run, NAME, *more, module="hf_myllm.hub", env=environment(address, home, **environ))
 
 
 @pytest.fixture
@@ -71,7 +79,8 @@ def fake_hub(monkeypatch, server, tmp_path):
 
 def test_others_can_load_what_is_pushed(run, server, tmp_path):
     state, address = server
-    result = push(run, address, tmp_path / "one", "--private")
+    arguments = "push", run, NAME, "--private"
+    result = run_command(*arguments, module="hf_myllm.hub", env=environment(address, tmp_path / "one"))
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(rf"pushed: {address}/{NAME}/commit/\w+\n", result.stdout)
     assert result.stderr == ""
@@ -101,9 +110,9 @@ def test_others_can_load_what_is_pushed(run, server, tmp_path):
     assert loaded.stdout.startswith("Once upon a time")
 
 
-def test_from_pretrained_gives_the_same_bytes_back(run, server, tmp_path):
+def test_from_pretrained_gives_the_same_bytes_back(run, server, fake_hub, tmp_path):
     _, address = server
-    assert push(run / "checkpoint-10", address, tmp_path / "one", "--revision", "half-way").returncode == 0
+    hub.push(run / "checkpoint-10", NAME, revision="half-way")
     script = (
         "import sys; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
         "name, out = sys.argv[1:]\n"
@@ -302,17 +311,20 @@ def test_the_card_of_a_classifier(tiny_bert, tmp_path):
 # ---- what is not pushed
 
 
-def test_a_model_that_stock_transformers_cannot_load_is_not_pushed(run, server, tmp_path):
-    state, address = server
+def test_a_model_that_stock_transformers_cannot_load_is_not_pushed(run, fake_hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "check", stock_check.check)
     other = tmp_path / "other"
     shutil.copytree(run, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
-    result = push(other, address, tmp_path)
-    assert result.returncode == 2
-    assert "error: " in result.stderr
-    assert "Traceback" not in result.stderr
-    assert state.repos == {}
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["push", other, NAME])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "stock transformers cannot load it: the file has no transformer.h.1" in err
+    assert "Traceback" not in err
+    assert fake_hub.repos == {}
 
 
 @pytest.mark.parametrize("harm", ["tokenizer", "more tokens", "weights", "code"])
@@ -446,26 +458,21 @@ def test_a_push_gives_up_after_some_attempts(fake_hub, run):
 # ---- while training goes on
 
 
-def test_a_run_pushes_its_checkpoints_and_its_model(tiny, tmp_path, server):
-    state, address = server
-    words = [*tiny(max_steps=200, eval_freq=None, save_freq=50), "--push_to_hub", NAME]
-    result = run_command(*words, env=environment(address, tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
-    assert f"pushed      {tmp_path}/run to {NAME}" in result.stdout
-    commits = [summary for _, summary in state.repos[NAME]["commits"]]
+def test_a_run_pushes_its_checkpoints_and_its_model(tiny, tmp_path, logged_in, capsys):
+    assert train(*tiny(max_steps=200, eval_freq=None, save_freq=50), "--push_to_hub", NAME) == 0
+    assert f"pushed      {tmp_path}/run to {NAME}" in capsys.readouterr().out
+    commits = [summary for _, summary in logged_in.repos[NAME]["commits"]]
     assert commits[-1] == "Model of run"
     assert all(re.fullmatch(r"Model of run after step (50|100|150)", summary) for summary in commits[:-1])
-    assert state.files(NAME)["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert logged_in.files(NAME)["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert not list((tmp_path / "run").glob("*.partial"))
     assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 
 
-def test_a_refused_push_is_reported_at_the_end_of_the_run(tiny, tmp_path, server):
-    state, address = server
-    state.failures["create"] = [403] * 50
-    result = run_command(*tiny(max_steps=20), "--push_to_hub", NAME, env=environment(address, tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
-    last = result.stderr.strip()
+def test_a_refused_push_is_reported_at_the_end_of_the_run(tiny, tmp_path, logged_in, capsys):
+    logged_in.failures["create"] = [403] * 50
+    assert train(*tiny(max_steps=20), "--push_to_hub", NAME) == 0
+    last = capsys.readouterr().err.strip()
     assert re.match(rf"not pushed  {NAME}: the push failed: .*403", last)
     assert last.endswith(f"push later with hf-myllm push {tmp_path}/run {NAME}")
     assert (tmp_path / "run" / "model.safetensors").exists()
