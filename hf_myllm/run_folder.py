@@ -205,9 +205,10 @@ def publish_model(run, state):
         the published model; None if it is sharded (FSDP2).
     """
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
-    chosen = share_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
+    chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
-    if chosen is not None and checkpoint.step_of(chosen) != state.step and not accelerator.is_fsdp2:
+    is_other = chosen is not None and checkpoint.step_of(chosen) != state.step
+    if is_other and not accelerator.is_fsdp2 and chosen.exists():  # another machine may not see rank 0's disk
         load_weights(model, chosen)
     merges = chosen is not None and lora.is_added(model) and run.recipe.lora.merge_lora
     if merges:
@@ -324,15 +325,16 @@ def share_checkpoint(path, run_dir, accelerator):
     Raises:
         RankError: a rank does not see it.
     """
+    path = _broadcast_checkpoint(path, run_dir, accelerator)
+    if path is not None and not path.exists():
+        rank = rank_name(accelerator)
+        raise RankError(f"{rank} does not see {path}; {run_dir} must be on a disk that all ranks share")
+    return path
+
+
+def _broadcast_checkpoint(path, run_dir, accelerator):
     if accelerator.num_processes == 1:
         return path
     step = -1 if path is None else checkpoint.step_of(path)
     step = int(broadcast(torch.tensor(step, device=accelerator.device)))
-    if step < 0:
-        return None
-    path = Path(run_dir) / f"checkpoint-{step}"
-    if not path.exists():
-        raise RankError(
-            f"{rank_name(accelerator)} does not see {path}; {run_dir} must be on a disk that all ranks share"
-        )
-    return path
+    return None if step < 0 else Path(run_dir) / f"checkpoint-{step}"
