@@ -49,6 +49,7 @@ def test_aliases_and_ways_to_write_a_flag():
     assert recipe.config == {"n_layer": 3, "n_embd": 96}
     assert recipe.training.warmup_steps == 1000
     assert read("--train_file", "a.txt", "b.txt").data.train_file == ["a.txt", "b.txt"]
+    assert read("--train_file", "a", "--start_context", "- a list").evaluation.start_context == "- a list"
     assert read("--train_file", "a", "--save_freq", "null").run.save_freq is None
 
 
@@ -280,6 +281,7 @@ def test_a_file_that_is_no_recipe(text, message, tmp_path):
         (["--load_model", ""], "'init_from' is empty"),
         (["--init_from", "a", "--load_model", "b"], "'init_from' and 'load_model' are the same key"),
         (["--n_head", "3.5"], "'n_head' must be a whole number"),
+        (["--learning_rate", "-1e-4"], "'learning_rate' must be more than 0, not -0.0001"),
     ],
 )
 def test_wrong_flags_are_refused(argv, message):

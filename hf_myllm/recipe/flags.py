@@ -30,7 +30,12 @@ def parse(argv, families, prog="hf-myllm train"):
     flags = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        flags.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if name[:2] == "--" else argument)
+        if name.startswith("--"):
+            flags.append("--" + name[2:].replace("-", "_") + equals + value)
+        elif name.startswith("-") and flags and flags[-1].startswith("--") and "=" not in flags[-1]:
+            flags[-1] += f"={argument}"  # argparse would take the value "-1e-4" for a flag
+        else:
+            flags.append(argument)
     values, rest = build_parser(families, prog).parse_known_args(flags)
     if rest and rest[0].startswith("--"):
         name = rest[0][2:].partition("=")[0]
