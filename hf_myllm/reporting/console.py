@@ -100,13 +100,16 @@ class Reporter:
         if details and len(line) + len(details) + 3 <= COLUMNS:
             line, details = f"{line} ({details})", ""
         self.info(line)
-        for more in textwrap.wrap(details, COLUMNS, initial_indent=" " * 12, subsequent_indent=" " * 12):
+        for more in indent(details):
             self.info(more)
 
     def show_sample(self, sample):
         """Print text that the model generated, wrapped to the terminal's width, each line marked with a bar."""
         width = max(8, shutil.get_terminal_size().columns - 5) if self.is_terminal else 1 << 30
-        for line in sample.splitlines():
+        lines = sample.splitlines()
+        # several empty lines are shown as one
+        lines = [line for line, before in zip(lines, ["-", *lines], strict=False) if line.strip() or before.strip()]
+        for line in lines:
             for piece in _wrap(printable(line), width):
                 self.info(f"  | {piece}".rstrip())
 
@@ -206,6 +209,11 @@ def describe_loss(task, metrics):
     """Return the loss of an evaluation, with the task's other metrics in parentheses."""
     details = task.describe_metrics(metrics)
     return format_loss(metrics["loss"]) + (f" ({details})" if details else "")
+
+
+def indent(text):
+    """Return a text as lines of at most 80 columns, below the column of labels."""
+    return textwrap.wrap(text, COLUMNS, initial_indent=" " * 12, subsequent_indent=" " * 12)
 
 
 def plural(count, noun):

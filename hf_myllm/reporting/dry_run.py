@@ -86,12 +86,11 @@ def _show_data(run, about):
             f"{part:<12}{estimate}{total:,} tokens = {total - dropped:,} {verb} + {dropped:,} dropped; "
             f"{estimate}{plural(round(len(rows) * scale), 'row')}{' that overlap' if overlaps else ''}"
         )
-    if stats.get("bytes"):
-        documents, tokens = stats["documents"], stats["tokens"]
-        print(
-            f"            {about}{documents * run.scale:,.0f} documents of {tokens / max(1, documents):,.0f} tokens; "
-            f"{stats['bytes'] / tokens:.2f} bytes per token"
-        )
+        if part == "training" and stats.get("bytes"):
+            documents, tokens = stats["documents"], stats["tokens"]
+            length, num_bytes = tokens / max(1, documents), stats["bytes"] / tokens
+            print(f"            {about}{documents * run.scale:,.0f} documents of {length:,.0f} tokens", end="; ")
+            print(f"{num_bytes:.2f} bytes per token")
     for line in run.mixture():
         print(f"            {line}")
 
@@ -142,7 +141,8 @@ def _estimate_memory(run):
 
 
 def _size(num_bytes):
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= u or n == "kB")
+    return f"{num_bytes / unit:.{1 if name == 'GB' else 0}f} {name}"
 
 
 def _show_first_batch(run):

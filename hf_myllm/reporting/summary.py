@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..evaluation import unigram_loss
 from ..models import lora
-from .console import describe_loss, plural
+from .console import describe_loss, format_loss, indent, plural
 
 _INDENT = " " * 12  # lines have a label of 12 columns; continuation lines have none
 
@@ -110,8 +110,10 @@ def print_result(run, reporter, step, metrics, unigram):
         if not run.task.has_predictions:
             targets = f"{metrics['tokens']:,} {run.task.target_name}"
         compared = "" if unigram is None else f"; the unigram loss is {unigram['loss']:.4f}"
-        reporter.info(f"done        validation loss {describe_loss(run.task, metrics)}")
-        reporter.info(f"{_INDENT}in {run.task.unit}, over all {targets}{compared}")
+        details = run.task.describe_metrics(metrics)
+        reporter.info(f"done        validation loss {format_loss(metrics['loss'])} {run.task.unit}")
+        for line in indent(f"{details + ', ' if details else ''}over all {targets}{compared}"):
+            reporter.info(line)
     if (Path(run_dir) / "report.html").is_file():
         reporter.info(f"report      {run_dir}/report.html")
     name, prompt = shlex.quote(str(run_dir)), recipe.evaluation.start_context

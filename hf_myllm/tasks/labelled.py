@@ -231,5 +231,5 @@ class LabelNames:
             shares = counts / counts.sum()
             order = np.argsort(-shares, kind="stable")
             listed = ", ".join(f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order[:8])
-            lines.append(f"labels of the {name}: {listed}" + f" and {len(order) - 8} more" * (len(order) > 8))
+            lines.append(f"{name} labels: {listed}" + f" and {len(order) - 8} more" * (len(order) > 8))
         return lines + super().summary_lines(train_rows, val_rows, stats)
