@@ -235,8 +235,8 @@ def _report(args):
 
     run_dir = Path(args.run_dir)
     try:
-        plots.make(run_dir)
-        html.make(run_dir)
+        plots.write_plot(run_dir)
+        html.write_report(run_dir)
     except OSError as error:
         raise InputError(f"{run_dir}/report.html: it cannot be written: {error}") from None
     print(run_dir / "report.html")

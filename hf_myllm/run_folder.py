@@ -291,7 +291,7 @@ def _is_published(run, state):
 
 def write_reports(run_dir, warn):
     """Write loss.png, report.html and README.md. A failure is a warning: the model is already saved."""
-    for name, write in (("loss.png", plots.make), ("report.html", html.make), ("README.md", write_card)):
+    for name, write in (("loss.png", plots.write_plot), ("report.html", html.write_report), ("README.md", write_card)):
         try:
             write(run_dir)
         except Exception as error:

@@ -83,7 +83,7 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
         except Exception:
             if run.lock is not None:  # rank 0, while training: show how the loss went until here
                 with suppress(Exception):
-                    plots.make(run.recipe.run.save_model)
+                    plots.write_plot(run.recipe.run.save_model)
             raise
 
 

@@ -1,7 +1,7 @@
-"""A small stand-in for the Hugging Face Hub, for the real `huggingface_hub` to talk to: repositories, branches,
+"""A fake server of the Hugging Face Hub for the real `huggingface_hub` client: repositories, branches,
 commits, LFS uploads and downloads, all in memory; and failures at any stage.
 
-Its successor Xet has a protocol of its own, which this does not speak: HF_HUB_DISABLE_XET=1.
+The Xet protocol is not implemented; set HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_" + "t" * 34  # no real one
+TOKEN = "hf_" + "t" * 34  # not a real token
 STAGES = {  # the first that a request fits
     "create": r"POST /api/repos/create",
     "validate": r"POST /api/validate-yaml",
@@ -29,9 +29,10 @@ STAGES = {  # the first that a request fits
 
 
 class Hub:
-    """What the server knows: `repos[name]["branches"][branch]` maps a path to its bytes.
+    """The state of the server. `repos[name]["branches"][branch]` maps a path to its bytes.
 
-    `failures[stage]` is a list of what the next requests of a stage meet: a status, or "drop": the connection ends.
+    `failures[stage]` lists what happens to the next requests of a stage: an HTTP status, or "drop" to close the
+    connection.
     """
 
     def __init__(self):
@@ -75,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
                 return
-            self.answer(failure, {"error": f"told to fail at {stage}"})
+            self.answer(failure, {"error": f"configured to fail at {stage}"})
             return
         if stage != "upload" and self.command != "HEAD" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid username or password."})
@@ -93,12 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(404, {"error": f"this server does not know {path}"})
 
     def do_create(self, path, body):
-        asked = json.loads(body)
-        name = f"{asked['organization']}/{asked['name']}"
+        request = json.loads(body)
+        name = f"{request['organization']}/{request['name']}"
         if name in self.hub.repos:
             self.answer(409, {"error": "You already created this model repo", "url": f"{self.root}/{name}"})
             return
-        private = asked.get("private") or asked.get("visibility") == "private"
+        private = request.get("private") or request.get("visibility") == "private"
         self.hub.repos[name] = {"private": bool(private), "branches": {"main": {}}, "commits": []}
         self.answer(200, {"url": f"{self.root}/{name}", "name": name, "id": name})
 
@@ -110,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"errors": [], "warnings": []})
 
     def _repo(self, path):
-        found = re.match(r"/api/models/([^/]+/[^/]+)/?([^/]*)/?(.*)", path)
-        return (found[1], self.hub.repos.get(found[1]), found[3]) if found else (None, None, "")
+        match = re.match(r"/api/models/([^/]+/[^/]+)/?([^/]*)/?(.*)", path)
+        return (match[1], self.hub.repos.get(match[1]), match[3]) if match else (None, None, "")
 
     def do_branch(self, path, body):
         _, repo, branch = self._repo(path)
@@ -122,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def do_preupload(self, path, body):
-        said = [
+        files = [
             {
                 "path": file["path"],
                 "shouldIgnore": False,
@@ -130,13 +131,13 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for file in json.loads(body)["files"]
         ]
-        self.answer(200, {"files": said})
+        self.answer(200, {"files": files})
 
     def do_batch(self, path, body):
         objects = []
-        for one in json.loads(body)["objects"]:
-            action = {"upload": {"href": f"{self.root}/lfs/{one['oid']}?signature=secret"}}
-            objects.append(one | ({} if one["oid"] in self.hub.objects else {"actions": action}))
+        for blob in json.loads(body)["objects"]:
+            action = {"upload": {"href": f"{self.root}/lfs/{blob['oid']}?signature=secret"}}
+            objects.append(blob | ({} if blob["oid"] in self.hub.objects else {"actions": action}))
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def do_upload(self, path, body):
@@ -194,23 +195,23 @@ class _Handler(BaseHTTPRequestHandler):
         return hashlib.sha1(f"{branch} {made}".encode()).hexdigest()
 
     def do_download(self, path, body):
-        found = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        repo = self.hub.repos.get(found[1])
+        match = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        repo = self.hub.repos.get(match[1])
         branches = {} if repo is None else repo["branches"]
         # a branch, or the commit that it stands at
-        branch = next((one for one in branches if found[2] in (one, self._commit_of(repo, one))), None)
-        if branch is None or found[3] not in branches[branch]:
+        branch = next((name for name in branches if match[2] in (name, self._commit_of(repo, name))), None)
+        if branch is None or match[3] not in branches[branch]:
             code = "EntryNotFound" if branch else "RevisionNotFound" if repo else "RepoNotFound"
             self.answer(404, {"error": "not found"}, X_Error_Code=code)
             return
-        data = branches[branch][found[3]]
+        data = branches[branch][match[3]]
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         self.answer(200, data, ETag=etag, X_Repo_Commit=self._commit_of(repo, branch))
 
 
 @contextmanager
 def serve():
-    """A Hub and its address, while the context lasts."""
+    """Yield the state and the address of a running server."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True

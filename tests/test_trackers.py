@@ -1,4 +1,4 @@
-"""Trackers: each is started for real, and what it has written is read back by its own means."""
+"""Experiment trackers: each is started for real, and its files are read back."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from hf_myllm.reporting.metrics_log import read_metrics, read_run
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, stories):
-    """The folder of a run that was stopped after step 10 and went on to 20, tracked by all; and where trackio wrote."""
+    """A folder with a run to step 10 that was resumed to step 20, tracked by all trackers, and with Trackio's files."""
     folder = tmp_path_factory.mktemp("tracked")
     flags = {
         "train_file": stories,
@@ -28,14 +28,14 @@ def tracked(tmp_path_factory, stories):
         "save_model": folder / "run",
         "project_name": "stories",
     }
-    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    words += ["--log_with", "tensorboard", "wandb", "trackio", "--lr_schedule", "constant"]
-    places = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+    arguments = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    arguments += ["--log_with", "tensorboard", "wandb", "trackio", "--lr_schedule", "constant"]
+    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
     for more in (("--max_steps", 10), ("--max_steps", 20, "--resume", "--allow_changed")):
-        result = run_command(*words, *more, env=os.environ | places)
+        result = run_command(*arguments, *more, env=os.environ | environment)
         assert result.returncode == 0, result.stderr
         assert "tracked     by tensorboard, wandb, trackio, as " in result.stdout
-        assert result.stderr == ""  # they do not introduce themselves
+        assert result.stderr == ""  # no introductions
         assert "Trackio" not in result.stdout
     return folder
 
@@ -49,13 +49,13 @@ def test_tensorboard_has_one_curve(tracked):
 
     events = EventAccumulator(str(tracked / "run" / "tensorboard" / "stories")).Reload()
     assert {"loss", "learning_rate", "val_loss", "train_loss"} <= set(events.Tags()["scalars"])
-    found = {event.step: event.value for event in events.Scalars("loss")}
-    assert found == pytest.approx(losses(tracked / "run"))
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert logged == pytest.approx(losses(tracked / "run"))
     assert [event.step for event in events.Scalars("val_loss")] == [0, 10, 20]
 
 
 def records_of_wandb(path):
-    """The records of a .wandb file: LevelDB's log format, of protocol buffers."""
+    """Yield the records of a .wandb file: protocol buffers in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, whole = path.read_bytes(), 7, b""
@@ -73,7 +73,7 @@ def records_of_wandb(path):
 
 
 def test_wandb_has_one_run_under_one_id(tracked):
-    found, ids = {}, []
+    logged, ids = {}, []
     for path in sorted((tracked / "run" / "wandb").glob("offline-run-*/*.wandb")):
         for record in records_of_wandb(path):
             if record.WhichOneof("record_type") == "run":
@@ -81,8 +81,8 @@ def test_wandb_has_one_run_under_one_id(tracked):
             elif record.WhichOneof("record_type") == "history":
                 line = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 if "loss" in line:
-                    found[line["_step"]] = line["loss"]
-    assert found == losses(tracked / "run")
+                    logged[line["_step"]] = line["loss"]
+    assert logged == losses(tracked / "run")
     assert set(ids) == {(read_run(tracked / "run")["id"], "stories", "run")}
     assert len(ids) >= 2  # of each launch
 

@@ -19,7 +19,7 @@ _MAX_SAMPLES = 12
 _SUMMARY_METRICS = ("accuracy", "f1", "exact_match", "pearson", "matthews")
 
 
-def make(run_dir):
+def write_report(run_dir):
     """Write RUN/report.html.
 
     Raises:

@@ -84,7 +84,7 @@ def _to_float(value):
     return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
 
 
-def make(run_dir):
+def write_plot(run_dir):
     """Draw RUN/loss.png."""
     draw([read(run_dir)], [Path(run_dir) / "loss.png"])
 

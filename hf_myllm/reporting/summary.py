@@ -109,7 +109,7 @@ def print_result(run, reporter, step, metrics, unigram):
         targets = plural(len(run.val_rows), "row")
         if not run.task.has_predictions:
             targets = f"{metrics['tokens']:,} {run.task.target_name}"
-        compared = "" if unigram is None else f"; the unigram loss is {unigram['loss']:.4f}"
+        compared = "" if unigram is None else f"; unigram loss {unigram['loss']:.4f}"
         details = run.task.describe_metrics(metrics)
         reporter.info(f"done        validation loss {format_loss(metrics['loss'])} {run.task.unit}")
         for line in indent(f"{details + ', ' if details else ''}over all {targets}{compared}"):

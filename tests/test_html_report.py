@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import run_cli, train
 
-from hf_myllm.reporting import html as report
+from hf_myllm.reporting import html as html_report
 
 pytestmark = pytest.mark.usefixtures("pictures")
 
@@ -48,7 +48,7 @@ def test_the_report_is_complete_and_self_contained(run):
 
 def test_samples_are_escaped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train_loss": 1.0, "sample": "<script>alert(1)</script>"}\n')
-    report.make(tmp_path)
+    html_report.write_report(tmp_path)
     assert "&lt;script&gt;alert(1)" in (tmp_path / "report.html").read_text()
 
 

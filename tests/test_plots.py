@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import run_cli, train
 
-from hf_myllm.reporting import plots as plot
+from hf_myllm.reporting import plots
 
 pytestmark = pytest.mark.usefixtures("pictures")
 
@@ -29,13 +29,13 @@ def write(folder, steps=100, log_freq=1, every=50, **about):
 @pytest.mark.parametrize("lines", [[{"step": 1, "loss": 3.0, "learning_rate": 1.0}], [{"step": 0, "train_loss": 3.0}]])
 def test_a_single_point_can_be_plotted(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot.make(tmp_path)
+    plots.write_plot(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_axes_count_tokens_and_training_time(tmp_path):
-    run = plot.read(write(tmp_path / "run", log_freq=5))
+    run = plots.read(write(tmp_path / "run", log_freq=5))
     assert run.axes["step"][-1] == 100
     assert run.axes["tokens"][-1] == 6400  # steps between the lines count too
     assert run.axes["time"][-1] == 50
@@ -47,16 +47,16 @@ def test_a_resumed_run_has_one_line(tiny, tmp_path):
     assert train(*tiny(save_model=whole)) == 0
     assert train(*tiny(save_model=parts, max_steps=25)) == 0
     assert train(*tiny(save_model=parts), "--resume", "--allow_changed") == 0
-    one, two = plot.read(whole), plot.read(parts)
-    assert two.axes["step"].tolist() == one.axes["step"].tolist()
-    assert two.axes["tokens"].tolist() == one.axes["tokens"].tolist()
-    assert (np.diff(two.axes["time"]) > 0).all()  # without the time between the two launches
+    at_once, resumed = plots.read(whole), plots.read(parts)
+    assert resumed.axes["step"].tolist() == at_once.axes["step"].tolist()
+    assert resumed.axes["tokens"].tolist() == at_once.axes["tokens"].tolist()
+    assert (np.diff(resumed.axes["time"]) > 0).all()  # without the time between the two launches
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     wall = [line["time"] for line in lines if "time" in line]
-    assert two.axes["time"][-1] < wall[-1] - wall[0] + 1
+    assert resumed.axes["time"][-1] < wall[-1] - wall[0] + 1
 
 
-@pytest.mark.parametrize("by", plot.AXES)
+@pytest.mark.parametrize("by", plots.AXES)
 def test_several_runs_share_the_axes(tmp_path, monkeypatch, capsys, by):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "first", steps=60)
@@ -91,7 +91,7 @@ def test_thinning_keeps_peaks(tmp_path):
     x = np.arange(100_000)
     y = np.zeros(100_000)
     y[54_321] = 7.0
-    thin_x, thin_y = plot._thin(x, y)
+    thin_x, thin_y = plots._thin(x, y)
     assert len(thin_x) <= 4002
     assert thin_y.max() == 7.0
     assert (np.diff(thin_x) > 0).all()
