@@ -8,12 +8,14 @@ subprocess where a terminal is, or an environment variable that is read by an im
 
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from functools import cache
 from pathlib import Path
@@ -52,6 +54,43 @@ def accelerate_launch(options, *arguments, **popen_options):
     line = ["accelerate", "launch", *shlex.split(options), "-m", "hf_myllm.train", *map(str, arguments)]
     popen_options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | popen_options
     return subprocess.Popen(line, **popen_options)
+
+
+def ranks_of(run):
+    """Return the process ids of the ranks that a launcher started for a run, by rank."""
+    ranks = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes().split(b"\0")
+            variables = dict(v.split(b"=", 1) for v in (path / "environ").read_bytes().split(b"\0") if b"=" in v)
+        except OSError:
+            continue
+        if str(run).encode() in line and b"RANK" in variables:
+            ranks.append((int(variables[b"RANK"]), int(path.name)))
+    return [pid for _, pid in sorted(ranks)]
+
+
+# ---- the state of a run
+
+
+def has_reached(run, step):
+    """Return a function that returns whether a run has logged a step, or a later one."""
+    path = Path(run) / "metrics.jsonl"
+
+    def reached():
+        text = path.read_text(errors="ignore") if path.exists() else ""
+        return any(int(logged) >= step for logged in re.findall(r'"step": (\d+),', text))
+
+    return reached
+
+
+def wait_for(processes, condition, seconds=120):
+    """Wait for a state of a run; fail if one of its processes ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert time.monotonic() < end, "the run did not reach the state"
+        time.sleep(0.005)
 
 
 # ---- forked processes

@@ -1,4 +1,4 @@
-"""Preparing ahead of a launch."""
+"""`hf-myllm prepare` trains the tokenizer and tokenizes the data ahead of a launch."""
 
 import pytest
 from conftest import run_command, train
@@ -6,16 +6,16 @@ from conftest import run_command, train
 from hf_myllm.data import corpus, tokenizer
 
 
-@pytest.mark.parametrize("kind", ["gpt", "bert"])
-def test_what_is_prepared_ahead_is_not_prepared_again(tiny, tiny_bert, capsys, monkeypatch, kind):
-    flags = tiny(max_steps=2) if kind == "gpt" else tiny_bert(max_steps=2, task="mlm_nsp")
-    flags += ["--text_column", kind]  # what no other test has prepared
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_prepared_data_are_not_prepared_again(tiny, tiny_bert, capsys, monkeypatch, family):
+    flags = tiny(max_steps=2) if family == "gpt" else tiny_bert(max_steps=2, task="mlm_nsp")
+    flags += ["--text_column", family]  # no other test uses this cache entry
     result = run_command(*flags, module="hf_myllm.prepare")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tokens are prepared") == 2
 
     def forbid(*arguments):
-        raise AssertionError("it was prepared again")
+        raise AssertionError("the data were prepared again")
 
     monkeypatch.setattr(corpus, "_tokenize", forbid)
     monkeypatch.setitem(tokenizer.TRAINERS, "bpe", forbid)
@@ -26,7 +26,7 @@ def test_what_is_prepared_ahead_is_not_prepared_again(tiny, tiny_bert, capsys, m
         assert f"{line.split()[1]} tokens" in out
 
 
-def test_a_mistake_is_one_line_there_too(tiny, tmp_path):
+def test_a_mistake_is_one_line(tiny, tmp_path):
     (tmp_path / "ids.bin").write_bytes(b"\1\0" * 500)
     result = run_command("--model", "bert", "--train_file", tmp_path / "ids.bin", module="hf_myllm.prepare")
     assert result.returncode == 2

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, read_metrics, read_weights, run_command, train
-from launching import accelerate_launch, start
+from launching import accelerate_launch, has_reached, start, wait_for
 from patches import log_compilation
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -125,22 +125,6 @@ def test_the_recipe_in_the_run_folder_repeats_the_run(finished, tmp_path):
     assert read_metrics(tmp_path / "again", "loss") == read_metrics(run, "loss")
 
 
-def wait_until(process, condition, seconds=120):
-    """Wait for a state of the run's folder; return whether the process reached it before it ended."""
-    end = time.monotonic() + seconds
-    while process.poll() is None:
-        if condition():
-            return True
-        assert time.monotonic() < end, "the run did not reach the state"
-        time.sleep(0.002)
-    return False
-
-
-def has_logged(run, step):
-    path = run / "metrics.jsonl"
-    return path.exists() and f'"step": {step},' in path.read_text(errors="ignore")
-
-
 def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(finished, tmp_path):
     """With dropout, and epochs of 138 rows that end within steps of 8."""
     reference, _, recipe = finished
@@ -148,16 +132,18 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(finishe
     resume = [recipe, "--save_model", run, "--init_from", "resume"]
     moments = [
         lambda: (run / "recipe.yaml").exists(),  # before the first step
-        lambda: has_logged(run, 7),  # before the first checkpoint
+        has_reached(run, 7),  # before the first checkpoint
         lambda: any(run.glob("checkpoint-*.partial")),  # inside a save
-        lambda: has_logged(run, 33),
+        has_reached(run, 33),
         lambda: (run / "checkpoint-50").exists(),
         lambda: (run / "checkpoint-52").exists(),  # before the model is published
     ]
     kills = 0
     for moment in moments:
         process = start(*resume)
-        if wait_until(process, moment):
+        while process.poll() is None and not moment():
+            time.sleep(0.002)
+        if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait(60)
@@ -191,7 +177,7 @@ def test_the_run_saves_and_ends_when_its_launcher_gets_sigterm(finished, tmp_pat
     arguments = [recipe, "--save_model", run, "--save_freq", "null", "--epochs", 1000]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     launcher = accelerate_launch("", *arguments, **quiet, start_new_session=True)
-    assert wait_until(launcher, lambda: has_logged(run, 5))
+    wait_for([launcher], has_reached(run, 5))
     kill(launcher.pid, signal.SIGTERM)
     launcher.wait()
     end = time.monotonic() + 30
@@ -212,7 +198,7 @@ def test_a_signal_saves_and_ends_the_run(finished, tmp_path, signum):
     run = tmp_path / "run"
     arguments = [recipe, "--save_model", run, "--save_freq", "null"]
     process = start(*arguments)
-    assert wait_until(process, lambda: has_logged(run, 5))
+    wait_for([process], has_reached(run, 5))
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
@@ -299,17 +285,17 @@ def test_another_tokenizer_sets_the_end_of_text_token(finished, tiny, tmp_path, 
 def test_the_flags_of_single_file_trainers_work_on_bin_files(assets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / "gpt2")
     text = (assets / "corpora" / "tinyshakespeare.txt").read_text()
-    ids = np.array(tokenizer(text[:20000])["input_ids"], dtype=np.uint16)
-    ids[:2000].tofile(tmp_path / "train.bin")
-    ids[2000:4000].tofile(tmp_path / "val.bin")
+    ids = np.array(tokenizer(text[:4000])["input_ids"], dtype=np.uint16)
+    ids[:500].tofile(tmp_path / "train.bin")
+    ids[500:1000].tofile(tmp_path / "val.bin")
     flags = (
         f"--model gpt --train_file {tmp_path}/train.bin --val_file {tmp_path}/val.bin --epochs 1 --learning_rate 1e-4 "
-        f"--batch_size 8 --max_len 64 --stride 32 --eval_freq 20 --eval_iter 1 --tokenizer {assets}/tokenizers/gpt2 "
+        f"--batch_size 4 --max_len 32 --stride 16 --eval_freq 20 --eval_iter 1 --tokenizer {assets}/tokenizers/gpt2 "
         f"--save_model {tmp_path}/out --n_layer 1 --n_head 2 --n_embd 16 --max_new_tokens 5"
     )
     assert train(*flags.split(), "--start_context", "") == 0
     lines = read_metrics(tmp_path / "out")
-    assert len(read_metrics(tmp_path / "out", "loss")) == 8  # 61 rows, 32 tokens apart, 8 per step
+    assert len(read_metrics(tmp_path / "out", "loss")) == 8  # 30 rows, 16 tokens apart, 4 per step
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([15496]) == "Hello"
 
