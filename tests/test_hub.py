@@ -287,6 +287,26 @@ def test_the_card_of_a_model_that_was_not_trained_here(run, tmp_path):
         assert phrase not in card.replace("written by hf_myllm", "")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "line"),
+    [
+        ("GPT2LMHeadModel", 'print(model("Once upon a time", max_new_tokens=16)[0]["generated_text"])'),
+        ("BertForMaskedLM", 'print(model("Once upon a [MASK].")[0]["token_str"])'),
+        ("BertForTokenClassification", 'model = pipeline("token-classification", model="user/a-model")'),
+        ("BertForQuestionAnswering", 'model = AutoModelForQuestionAnswering.from_pretrained("user/a-model")'),
+    ],
+)
+def test_the_usage_example_is_valid_python(tmp_path, architecture, line):
+    config = {"architectures": [architecture], "model_type": "bert", "max_position_embeddings": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    code = re.search(r"```python\n(.*?)```", make_card(tmp_path, NAME), re.S)[1]
+    compile(code, "card", "exec")
+    assert line in code.splitlines()
+    assert len(code.splitlines()) <= 4
+
+
 def test_an_edited_card_is_kept(fake_hub, run, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(run, mine)
