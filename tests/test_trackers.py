@@ -96,10 +96,10 @@ def test_trackio_has_one_run(tracked):
     assert {step: values["loss"] for _, step, values in lines if "loss" in values} == losses(tracked / "run")
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
+def test_a_missing_tracker_package_is_reported_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hf_myllm.distributed.importlib.util.find_spec", lambda name: None)
     assert train(*tiny(), "--log_with", "wandb") == 2
-    assert "error: log_with wandb needs its package: pip install wandb" in capsys.readouterr().err
+    assert "error: log_with: wandb needs its package; pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
