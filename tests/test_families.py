@@ -6,31 +6,17 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, command, run_command, train
+from conftest import read_metrics, read_weights, run_command, train
 from families import CASES
+from launching import start, wait_for
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 PRETRAINING_TASKS = ["mlm", "mlm_nsp"]
-
-
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run):
-    return [line["loss"] for line in metrics(run) if "loss" in line]
-
-
-def weights(run):
-    return (Path(run) / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("task", PRETRAINING_TASKS)
@@ -38,9 +24,9 @@ def test_bert_learns_and_stock_classes_load_it(tiny_bert, tmp_path, capsys, task
     assert train(*tiny_bert(task=task, epochs=8)) == 0
     out, run = capsys.readouterr().out, tmp_path / "run"
     assert "Anna [MASK] the cat." in out  # the text, and below it the predictions
-    assert out.count("| [MASK]  ") == len([line for line in metrics(run) if "val_loss" in line])
+    assert out.count("| [MASK]  ") == len([line for line in read_metrics(run) if "val_loss" in line])
     assert "fill in     hf-myllm generate" in out
-    evaluations = [line for line in metrics(run) if "val_loss" in line]
+    evaluations = [line for line in read_metrics(run) if "val_loss" in line]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
     assert evaluations[-1]["val_bits_per_byte"] is None  # masked tokens are no complete text
     assert ("val_nsp_accuracy" in evaluations[-1]) == (task == "mlm_nsp")
@@ -69,17 +55,13 @@ def test_bert_killed_and_resumed_writes_the_same_bytes(tiny_bert, tmp_path, task
     flags = tiny_bert(task=task, save_freq=7)
     reference, run = tmp_path / "reference", tmp_path / "killed"
     assert train(*flags, "--save_model", reference) == 0
-    process = subprocess.Popen(command(*flags, "--save_model", run), cwd=ROOT, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not (run / "checkpoint-14").exists():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    process = start(*flags, "--save_model", run)
+    wait_for([process], (run / "checkpoint-14").exists)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert train(*flags, "--save_model", run, "--init_from", "resume") == 0
-    assert weights(run) == weights(reference)
-    assert losses(run) == losses(reference)
+    assert read_weights(run) == read_weights(reference)
+    assert read_metrics(run, "loss") == read_metrics(reference, "loss")
 
 
 @pytest.mark.parametrize("task", PRETRAINING_TASKS)
@@ -88,8 +70,10 @@ def test_the_loss_of_bert_does_not_depend_on_micro_batches(tiny_bert, tmp_path, 
     for name, size in (("whole", 8), ("halves", 4), ("uneven", 3)):
         assert train(*tiny_bert(**fixed, batch_size=size, save_model=tmp_path / name)) == 0
     for name in ("halves", "uneven"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5), name
-        last = [metrics(tmp_path / folder)[-1]["val_loss"] for folder in (name, "whole")]
+        assert read_metrics(tmp_path / name, "loss") == pytest.approx(
+            read_metrics(tmp_path / "whole", "loss"), abs=1e-5
+        ), name
+        last = [read_metrics(tmp_path / folder)[-1]["val_loss"] for folder in (name, "whole")]
         assert last[0] == pytest.approx(last[1], abs=1e-5)
 
 
@@ -99,7 +83,9 @@ def test_compiled_bert_has_the_same_losses(tiny_bert, tmp_path):
     assert train(*tiny_bert(**fixed, save_model=tmp_path / "eager")) == 0
     result = run_command(*tiny_bert(**fixed, save_model=tmp_path / "compiled"), "--compile")
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    assert read_metrics(tmp_path / "compiled", "loss") == pytest.approx(
+        read_metrics(tmp_path / "eager", "loss"), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -108,13 +94,13 @@ def test_isolated_documents_train_and_differ_from_a_stream(tiny_family, tmp_path
     for isolation in ("documents", "stream"):
         run = tmp_path / isolation
         assert train(*flags, "--packing", isolation, "--epochs", 2, "--save_model", run) == 0
-        assert losses(run)[-1] < losses(run)[0]
+        assert read_metrics(run, "loss")[-1] < read_metrics(run, "loss")[0]
         tokenizer = AutoTokenizer.from_pretrained(run)
         CASES[family].assert_trained(run)
         # AutoTokenizer selects its own class for some model types; it must split text as in training.
         trained = json.loads((run / "tokenizer.json").read_text())
         assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == trained["pre_tokenizer"]
-    assert losses(tmp_path / "documents") != losses(tmp_path / "stream")
+    assert read_metrics(tmp_path / "documents", "loss") != read_metrics(tmp_path / "stream", "loss")
 
 
 def test_a_pickle_trains_the_same_model_as_a_bin(tmp_path):
@@ -127,8 +113,8 @@ def test_a_pickle_trains_the_same_model_as_a_bin(tmp_path):
     for extension in ("bin", "pkl"):
         files = ["--train_file", tmp_path / f"ids.{extension}", "--val_file", tmp_path / "val.pkl"]
         assert train(*flags, *files, "--save_model", tmp_path / extension) == 0
-    assert weights(tmp_path / "bin") == weights(tmp_path / "pkl")
-    assert metrics(tmp_path / "pkl")[-1]["val_loss"] == metrics(tmp_path / "bin")[-1]["val_loss"]
+    assert read_weights(tmp_path / "bin") == read_weights(tmp_path / "pkl")
+    assert read_metrics(tmp_path / "pkl")[-1]["val_loss"] == read_metrics(tmp_path / "bin")[-1]["val_loss"]
 
 
 class Command:
@@ -189,7 +175,7 @@ def test_training_starts_from_stock_weights_and_adds_tokens(tiny, stock_models, 
     assert stock.get_input_embeddings().weight.shape[0] == stock.get_output_embeddings().weight.shape[0] == size + 2
     # The same recipe gives the same weights; a resume loads the extended vocabulary.
     assert train(*flags, "--add_tokens", "[<user>, <bot>]", "--save_model", tmp_path / "again") == 0
-    assert weights(run) == weights(tmp_path / "again")
+    assert read_weights(run) == read_weights(tmp_path / "again")
     flags = [*flags, "--add_tokens", "<user>", "<bot>", "--init_from", "resume", "--max_steps", 4, "--allow_changed"]
     assert train(*flags) == 0
     assert AutoConfig.from_pretrained(run).vocab_size == size + 2
@@ -215,7 +201,7 @@ def test_a_step_without_targets_is_valid(tiny_bert, tmp_path):
         train_file=tmp_path / "empty.txt", val_fraction=0.1, batch_size=1, total_batch_size=1, max_steps=20
     )
     assert train(*flags) == 0
-    assert 0.0 in losses(tmp_path / "run")
+    assert 0.0 in read_metrics(tmp_path / "run", "loss")
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -229,7 +215,7 @@ def test_bf16_weights_train_and_resume_exactly(tiny_family, tmp_path, family):
         path.unlink()
     (tmp_path / "cut" / "checkpoint-8").rename(tmp_path / "gone")
     assert train(*flags, "--save_model", tmp_path / "cut", "--init_from", "resume") == 0  # from step 4
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert read_weights(tmp_path / "cut") == read_weights(tmp_path / "whole")
 
 
 def test_a_resumed_run_cannot_add_tokens(tiny, stock_models, tmp_path, capsys):
@@ -311,7 +297,7 @@ def test_whole_documents_train_and_resume(tiny_family, tmp_path, family, packing
     flags = tiny_family(family)(packing=packing, max_steps=24, save_freq=10, document="line")
     run = tmp_path / "run"
     assert train(*flags) == 0
-    assert losses(run)[-1] < losses(run)[0]
+    assert read_metrics(run, "loss")[-1] < read_metrics(run, "loss")[0]
     reference = (run / "model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoint-24")
     (run / "model.safetensors").unlink()
