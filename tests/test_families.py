@@ -103,6 +103,7 @@ def test_isolated_documents_train_and_differ_from_a_stream(tiny_family, tmp_path
     assert read_metrics(tmp_path / "documents", "loss") != read_metrics(tmp_path / "stream", "loss")
 
 
+@pytest.mark.filterwarnings("error:TypedStorage")
 def test_a_pickle_trains_the_same_model_as_a_bin(tmp_path):
     ids = np.random.default_rng(0).integers(0, 90, 3000)
     ids.astype(np.uint16).tofile(tmp_path / "ids.bin")

@@ -83,9 +83,13 @@ def _load_from_bytes(content):
 
 
 def _rebuild_tensor(storage, offset, size, stride, *rest):
-    if not isinstance(storage, torch.storage.TypedStorage) or math.prod(size) > len(storage):
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise _RefusedError("a tensor without numbers")
+    untyped = storage._untyped_storage  # the public methods of TypedStorage warn that it is deprecated
+    count = untyped.nbytes() // storage.dtype.itemsize
+    if math.prod(size) > count:
         raise _RefusedError("a tensor with more numbers than it has")
-    flat = torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), 0, (len(storage),))
+    flat = torch.empty(0, dtype=storage.dtype).set_(untyped, 0, (count,))
     return _Array(torch.as_strided(flat, tuple(size), tuple(stride), offset).numpy())  # raises beyond the storage
 
 
