@@ -43,16 +43,17 @@ def draw(command, lines):
     width = round(max(map(len, [command, *lines])) * CHARACTER_WIDTH + 2 * MARGIN)
     rows = [f'<tspan fill="#7ee787">$ </tspan>{html.escape(command)}']
     for line in lines:
-        label = re.match(r"[a-z]+( [a-z]+)?(?= {2,}\S)", line)
+        label = re.match(r"step(?= +\d+:)|[a-z]+( [a-z]+)?(?= {2,}\S)", line)
         head = f'<tspan fill="#79c0ff">{label[0]}</tspan>' if label else ""
-        rows.append(head + html.escape(line[label.end() if label else 0 :]))
+        rest = html.escape(line[label.end() if label else 0 :])
+        rows.append(head + rest.replace(" ", "&#160;"))  # browsers collapse other spaces
     texts = [f'<text x="{MARGIN}" y="{MARGIN + (i + 1) * LINE_HEIGHT - 5}">{row}</text>' for i, row in enumerate(rows)]
     height = LINE_HEIGHT * len(rows) + 2 * MARGIN
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
         f'<rect width="{width}" height="{height}" rx="8" fill="#0d1117"/>\n'
-        '<g fill="#e6edf3" font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="13" '
-        'style="white-space: pre">\n' + "\n".join(texts) + "\n</g>\n</svg>"
+        '<g fill="#e6edf3" font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="13">'
+        "\n" + "\n".join(texts) + "\n</g>\n</svg>"
     )
 
 
