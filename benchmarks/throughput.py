@@ -17,7 +17,7 @@ Peers:
     stock-eager, Trainer-eager   the same, not compiled when --compile is given
 
 The peers run in turn, several times, each in its own process, on the same rows of random tokens, with clipping at 1.0
-and fused AdamW. Steps are timed after a warm-up.
+and fused AdamW. Steps are timed after a warmup.
 """
 
 import argparse

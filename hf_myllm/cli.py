@@ -155,13 +155,21 @@ def _recipes(args):
 
 def _reference_arguments(parser):
     parser.add_argument("form", choices=("markdown", "schema"), help="a page, or a JSON schema")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: print)")
 
 
 def _reference(args):
+    from .files import write_text_atomically
     from .models import FAMILIES
     from .recipe.reference import render
 
-    print(render(args.form, FAMILIES))
+    text = render(args.form, FAMILIES)
+    if not args.output:
+        return print(text)
+    try:
+        write_text_atomically(args.output, text + "\n")
+    except OSError as error:
+        raise InputError(f"{args.output}: cannot be written: {error.strerror}; give another --output") from None
 
 
 # ---- commands that take the folder of a run
@@ -287,7 +295,7 @@ COMMANDS = {
     "report": Command("Write a run's report.html and loss.png", _report, _report_arguments),
     "push": Command("Push a run's model with its card to the Hugging Face Hub", _push, _push_arguments),
     "recipes": Command("List the recipes that ship", _recipes, lambda parser: None),
-    "reference": Command("Print the reference of a recipe's keys", _reference, _reference_arguments),
+    "reference": Command("Print or write the reference of a recipe's keys", _reference, _reference_arguments),
 }
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_steps=0, decay_steps=None):
-    """Return the learning rate of a step: a linear warm-up to `peak`, then a decay to `floor`.
+    """Return the learning rate of a step: a linear warmup to `peak`, then a decay to `floor`.
 
-    To add a schedule, add a branch here and its name to the choices of `lr_schedule` in the recipe.
+    To add a schedule, add a branch here and its name to the choices of `lr_schedule` in recipe/sections.py; then
+    generate the reference again (CONTRIBUTING.md).
 
     Args:
         step: from 0 to total_steps - 1.
         schedule: "constant" stays at `peak`; "linear" and "cosine" (Loshchilov and Hutter 2017) decay from the end of
-            the warm-up to the end of the run; "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at `peak` and
+            the warmup to the end of the run; "wsd" (warmup, stable, decay; Hu et al. 2024) stays at `peak` and
             decays linearly over the last `decay_steps`.
         decay_steps: default: a fifth of the run.
     """

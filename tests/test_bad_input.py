@@ -138,7 +138,7 @@ CASES = {
     "an invalid config.json": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
     "a model that does not fit into memory": ({"vocab_size": 10**14}, "of this config cannot be made"),
     "save_model is a file": ({"save_model": "PLACE/a_file"}, "a_file is a file"),
-    "warm-up longer than the run": ({"warmup_steps": 10000}, "warmup_steps: 10000 is above the run's 52 steps"),
+    "warmup longer than the run": ({"warmup_steps": 10000}, "warmup_steps: 10000 is above the run's 52 steps"),
     "eval_only without a model": ({"eval_only": "true"}, "eval_only needs a trained model"),
     "no recipe": ("PLACE/nope.yaml", "nope.yaml does not exist"),
     "broken recipe": ("PLACE/broken.yaml", "broken.yaml: line 2: not valid YAML"),

@@ -9,6 +9,7 @@ import transformers
 import yaml
 from conftest import ROOT
 
+from hf_myllm.cli import main
 from hf_myllm.models import FAMILIES
 from hf_myllm.recipe import Recipe
 from hf_myllm.recipe.reference import markdown, render, schema
@@ -21,6 +22,17 @@ PINNED = re.search(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text
 @pytest.mark.parametrize(("form", "file"), [("markdown", "recipes.md"), ("schema", "recipe.schema.json")])
 def test_the_docs_are_current(form, file):
     assert (ROOT / "docs" / file).read_text() == render(form, FAMILIES) + "\n"
+
+
+def test_the_reference_is_printed_or_written(tmp_path, capsys):
+    file = tmp_path / "recipes.md"
+    for arguments, code in (([], 0), (["--output", file], 0), (["--output", tmp_path / "none" / "recipes.md"], 2)):
+        with pytest.raises(SystemExit) as exit:
+            main(["reference", "markdown", *arguments])
+        assert exit.value.code == code
+    shown = capsys.readouterr()
+    assert shown.out == file.read_text() == markdown(FAMILIES) + "\n"
+    assert "recipes.md: cannot be written: No such file or directory; give another --output" in shown.err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -25,7 +25,8 @@ def fixed(default, help, *, on_resume="refuse", tasks=None, needs=None, **limits
         default: its default value.
         help: one or two sentences for `--help`, the docs and the JSON schema, with the unit.
         on_resume: see [`changeable`].
-        tasks: the tasks that use the key; None means all.
+        tasks: the tasks for which the dry run shows the key; None means all. It refuses nothing; `Task.unused_keys`
+            does.
         needs: the key that must be set for this one to have an effect.
         limits: pydantic's `ge`, `gt`, `le` and `lt`.
     """

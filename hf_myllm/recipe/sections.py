@@ -16,7 +16,7 @@ Trackers = one_or_many(
     Literal["tensorboard", "wandb", "trackio"], {"type": "string", "enum": ["tensorboard", "wandb", "trackio"]}
 )
 LABELLED_TASKS = ("classification", "token_classification", "question_answering")
-TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction")  # those that keys name; all keys are shown for other tasks
+TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction")  # for tasks that are not here the dry run shows all keys
 
 
 class TrainedTokenizer(TypedDict):
@@ -175,7 +175,7 @@ class Training(Section):
         "adamw", "adamw, or muon: Muon for the weight matrices of the layers and AdamW for all other parameters."
     )
     learning_rate: float = fixed(3e-4, "Peak learning rate.", gt=0)
-    min_lr: float = fixed(0.0, "Learning rate at the end of a linear, cosine or wsd schedule.", ge=0)
+    min_lr: float = fixed(0.0, "Learning rate at the end of the schedule; constant ignores it.", ge=0)
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = fixed(
         "cosine", "Shape of the learning rate after the warmup; wsd is warmup, stable, decay."
     )

@@ -28,12 +28,12 @@ _CATEGORIES = {  # the first whose pattern matches
 
 
 class Profiler:
-    """Records some steps of a run after a warm-up, on rank 0.
+    """Records some steps of a run after a warmup, on rank 0.
 
     Args:
         run_dir: the run's folder.
         steps: how many steps to record; None records nothing.
-        total_steps: of the run. The warm-up is shorter if the run is.
+        total_steps: of the run. The warmup is shorter if the run is.
     """
 
     def __init__(self, run_dir, steps, total_steps):
