@@ -127,6 +127,11 @@ def _set_num_threads():
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def train_command(num_processes):
+    """Return the start of a command that trains on one rank, or on as many as the launcher's settings give."""
+    return "hf-myllm train" if num_processes == 1 else "accelerate launch -m hf_myllm.train"
+
+
 def exit_with_parent(parent, signum=signal.SIGKILL):
     """On Linux, make the kernel send a signal to this process when its parent exits. Return False if it has exited."""
     with suppress(OSError, AttributeError):

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .data import tokenizer as tokenizers
-from .distributed import any_rank, is_rank_zero, rank_name
+from .distributed import any_rank, is_rank_zero, rank_name, train_command
 from .errors import CheckpointError, InputError, RankError, first_line
 from .files import write_text_atomically
 from .hub import BackgroundUploads, write_card
@@ -126,7 +126,7 @@ def write_recipe(run):
             if run.start_step == 0 or run.recipe.run.allow_changed:
                 recipe, path = copy.deepcopy(run.recipe), run_dir / "recipe.yaml"
                 recipe.run.resume = recipe.run.allow_changed = False
-                command = f"accelerate launch -m hf_myllm.train {path} --save_model ANOTHER_FOLDER"
+                command = f"{train_command(run.accelerator.num_processes)} {path} --save_model ANOTHER_FOLDER"
                 write_text_atomically(path, f"# to repeat this run: {command}\n{recipe.to_yaml()}")
         except OSError as error:
             raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None

@@ -33,7 +33,7 @@ def test_its_counts_are_those_of_the_run(tiny, tmp_path, capsys, packing):
     wte, wpe, layers, each, norm = parts
     assert numbers(line_of(shown, "model"))[0] == wte + wpe + layers * each + norm
     assert "head is tied to the embeddings" in shown
-    assert f"next        accelerate launch -m hf_myllm.train {flags[0]}" in shown
+    assert f"next        hf-myllm train {flags[0]}" in shown
     assert "--dry_run" not in line_of(shown, "next")
     assert f"packing: {'stream' if packing == 'overlapping' else packing}" in shown
 

@@ -357,7 +357,7 @@ def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
     assert train(*flags, "--init_from", "resume") == 0
     assert (run / "model.safetensors").read_bytes() == reference
     assert train(str(run / "recipe.yaml"), "--save_model", str(tmp_path / "other"), "--dry_run") == 0
-    assert "next        accelerate launch -m hf_myllm.train" in capsys.readouterr().out
+    assert "next        hf-myllm train" in capsys.readouterr().out
     assert not (tmp_path / "other").exists()
     assert train(*flags, "--packing", "pad", "--save_model", str(tmp_path / "other")) == 2
     assert "streaming cannot be combined with packing" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..data.sampler import micro_batches
+from ..distributed import train_command
 from ..models import lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
@@ -38,8 +39,8 @@ def show(run, arguments):
     print(f"memory      {_estimate_memory(run)}")
     if run.tokenizer is not None:
         _show_first_batch(run)
-    command = ["accelerate", "launch", "-m", "hf_myllm.train", *_without_dry_run(arguments)]
-    print(f"\nnext        {shlex.join(command)}")
+    command = train_command(run.accelerator.num_processes)
+    print(f"\nnext        {command} {shlex.join(_without_dry_run(arguments))}")
 
 
 def _without_dry_run(arguments):

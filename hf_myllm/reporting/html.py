@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..distributed import train_command
 from ..errors import printable
 from ..files import render_template, write_text_atomically
 from . import plots
@@ -49,6 +50,7 @@ def write_report(run_dir):
         count_names=list(dict.fromkeys(name for counts in run.get("data", {}).values() for name in counts)),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         run_dir=shlex.quote(str(run_dir)),
+        train_command=train_command(run.get("launches", [{}])[-1].get("processes", 1)),
     )
     write_text_atomically(run_dir / "report.html", text)
 

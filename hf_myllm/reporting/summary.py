@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from ..distributed import train_command
 from ..evaluation import unigram_loss
 from ..models import lora
 from .console import describe_loss, format_loss, indent, plural
@@ -123,5 +124,5 @@ def print_result(run, reporter, step, metrics, unigram):
     longer = f"--max_steps {2 * run.total_steps} --resume --allow_changed"
     if step < run.total_steps:
         longer = f"--patience {2 * recipe.evaluation.patience} --resume"
-    reporter.info(f"continue    accelerate launch -m hf_myllm.train {name}/recipe.yaml {longer}")
+    reporter.info(f"continue    {train_command(run.accelerator.num_processes)} {name}/recipe.yaml {longer}")
     reporter.info(f"load        {lora.how_to_load(run_dir)}")

@@ -78,9 +78,7 @@ class Classification(LabelNames, PredictionTask):
             return dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
 
     def tokenize(self, examples):
-        encodings = self.backend(truncate=True).encode_batch([text for text, _ in examples])
-        self.backend()
-        return encodings
+        return self.encode_truncated([text for text, _ in examples])
 
     def example_rows(self, example, encoding):
         ids = encoding.ids or end_of_document(self.tokenizer)[:1]  # a text without tokens

@@ -1,4 +1,8 @@
-"""What the tasks on labelled examples share: reading and checking records, batches with labels, named labels."""
+"""What the tasks on labelled examples share: reading and checking records, batches with labels, named labels.
+
+A *record* is an item of the data as it was read, a dict of columns. An *example* is a checked record, in the form that the
+task chooses. A *row* is one training sequence; a long example may become several rows.
+"""
 
 import datasets
 import numpy as np
@@ -11,24 +15,26 @@ from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import printable
 from .base import IGNORE_INDEX, Task, padded_width, require_tokens, to_tensors
 from .labelled_rows import load_rows
-from .labels import CLASSIFICATION, BadRowError, LabelCollector, Labels
+from .labels import CLASSIFICATION, REGRESSION, BadRowError, LabelCollector, Labels
 
 
 class LabelledTask(Task):
-    """Base class of the tasks that read labelled examples. A subclass also provides
+    """Base class of the tasks that read labelled examples. A subclass must provide
 
-    texts(record, where)            the texts of a record of the data, checked
-    parse(record, where)            the record as an example, checked
+    texts(record, where)            the texts of a record, checked; a tokenizer is trained on them
+    parse(record, where)            the example of a record, checked
     tokenize(examples)              one encoding for each example
     example_rows(example, encoding) the rows of an example, dicts of LabelledRows' columns; whether it was cut
+
+    It may override `read`, `record`, `split_key`, `update_stats`, `summary_lines` and the attributes below.
     """
 
     is_labelled = True
     pads_rows = True
     reads_labels = True  # False for predictions
-    label_feature = datasets.Value("int64")
-    record_features = None  # of what `record` keeps of each training example; None: nothing
-    default_text_column = "text"
+    label_feature = datasets.Value("int64")  # type of a row's `labels`
+    record_features = None  # columns of what `record` keeps of each training example; None: nothing is kept
+    default_text_column = "text"  # `text_column` if the recipe does not set it
     cut_message = "make several rows"  # what happens to examples that are longer than a row
 
     def __init__(self, tokenizer=None, seed=0, **settings):
@@ -69,7 +75,10 @@ class LabelledTask(Task):
         """Return what may not stand on both sides when a part is held out; None: the example itself."""
 
     def record(self, example):
-        """Return what to keep of an example beside its rows, for metrics or to show it with its predictions."""
+        """Return a dict to keep of an example beside its rows, for metrics or to show it with its predictions.
+
+        It is kept for predictions (`reads_labels` is False), and in training if `record_features` is set.
+        """
 
     def update_stats(self, stats, example):
         """Add an example to the statistics of the data."""
@@ -97,6 +106,12 @@ class LabelledTask(Task):
             raise BadRowError(f"{where} has no column {column!r}, but {', '.join(map(repr, record))}{hint}")
         return record[column]
 
+    def encode_truncated(self, texts):
+        """Return the encodings of texts or of pairs of texts, cut to max_len."""
+        encodings = self.backend(truncate=True).encode_batch(texts)
+        self.backend()  # the tokenizer is saved without truncation
+        return encodings
+
     def backend(self, truncate=False):
         """Return the tokenizer's Rust backend without padding; it truncates to max_len if asked."""
         backend = self.tokenizer.backend_tokenizer
@@ -109,21 +124,37 @@ class LabelledTask(Task):
 
 
 class PredictionTask(LabelledTask):
-    """Base class of the labelled tasks whose model has a head for them. A subclass also provides
+    """Base class of the labelled tasks whose model has a head for them. A subclass must provide
 
-    loss_sum(outputs, labels, mask)            the loss, summed over all targets
+    texts, parse, tokenize, example_rows       see [`LabelledTask`]
+    loss_sum(outputs, labels, mask)            the loss, summed over all targets; `forward` divides it by their number
     predictions(outputs, rows, indices)        what the model predicts of some rows, one array each
     metric_inputs(rows, indices, predictions)  predictions and references in the form that metrics take
     compute_metrics(predictions, references)   a dict of metrics
     describe_predictions(rows, predictions)    a dict for each example, for people and JSON Lines
+    describe_target(batch, index)              the target of one row in a few words, for the dry run
+    record(example)                            what `describe_predictions` finds in `rows.records`
+    labels                                     its [`Labels`], fixed, or from the data by [`LabelNames`]
+
+    It may override
+
+    label_feature, record_features             the types of a row's `labels` and of the records
+    unit                                       the unit of the loss, if not that below
+    is_pair                                    whether a row is two texts
+    batch_labels(rows, indices, width)         the labels of a batch, if not one label or list of labels for each row
+    read, split_key, update_stats, summary_lines, cut_message, default_text_column
     """
 
     packings = ("stream",)
     unused_keys = ("stride", "streaming", "datasets", "start_context")
     has_predictions = True
     is_pair = False  # whether a row is two texts
-    unit = "nats per label"
     length_group_steps = 8  # fewer than for text: where the length predicts the label, batches would hold one label
+
+    @property
+    def unit(self):
+        is_regression = self.labels is not None and self.labels.problem_type == REGRESSION
+        return "squared error per text" if is_regression else "nats per label"
 
     @property
     def num_special_tokens(self):

@@ -72,6 +72,8 @@ def test_it_learns_and_stock_transformers_agrees(tmp_path, family, label_type):
         assert metrics["val_mse"] == pytest.approx(((predicted - expected) ** 2).mean(), rel=1e-4)
         assert metrics["val_loss"] == pytest.approx(metrics["val_mse"], rel=1e-4)
         assert metrics["val_pearson"] > 0.9
+        for page in ("README.md", "report.html"):
+            assert "The loss is the mean squared error per text." in (run / page).read_text()
         return
     if label_type == "multi":
         names = [model.config.id2label[index] for index in range(2)]

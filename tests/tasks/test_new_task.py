@@ -42,7 +42,7 @@ def test_a_new_task_trains_saves_and_predicts(word_count, tmp_path, capsys):
     metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert metrics["val_mean_error"] < 1
     assert f"mean_error {metrics['val_mean_error']:.4f}" in out
-    assert json.loads((run / "run.json").read_text())["unit"] == "nats per label"
+    assert json.loads((run / "run.json").read_text())["unit"] == "squared error per text"
 
     # the saved model is a stock one, and predicts the same
     model, tokenizer = (
@@ -59,6 +59,9 @@ def test_a_new_task_trains_saves_and_predicts(word_count, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == texts
     assert [line["words"] for line in lines] == pytest.approx(counts, abs=1e-4)
+
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    assert predict_file(run, str(tmp_path / "empty.jsonl"), tmp_path / "predictions.jsonl") == (1, [])
 
     # a run that is resumed ends with the same bytes
     weights = (run / "model.safetensors").read_bytes()

@@ -2,7 +2,10 @@
 
 import datasets
 import numpy as np
+import torch
 
+from hf_myllm.data.tokenizer import end_of_document
+from hf_myllm.tasks.base import IGNORE_INDEX
 from hf_myllm.tasks.labelled import PredictionTask
 from hf_myllm.tasks.labels import REGRESSION, Labels
 
@@ -22,19 +25,18 @@ class WordCount(PredictionTask):
 
     def record(self, example):
         if not self.reads_labels:
-            return {"text": example[0]}
+            return {self.text_column: example[0]}
 
     def tokenize(self, examples):
-        encodings = self.backend(truncate=True).encode_batch([text for text, _ in examples])
-        self.backend()
-        return encodings
+        return self.encode_truncated([text for text, _ in examples])
 
     def example_rows(self, example, encoding):
-        row = {"input_ids": encoding.ids, "second_text": len(encoding.ids), "labels": example[1]}
-        return [row], bool(encoding.overflowing)
+        ids = encoding.ids or end_of_document(self.tokenizer)[:1]  # an empty text
+        return [{"input_ids": ids, "second_text": len(ids), "labels": example[1]}], bool(encoding.overflowing)
 
     def loss_sum(self, outputs, labels, mask):
-        return ((outputs.logits[:, 0].float() - labels) ** 2)[labels >= 0].sum()
+        losses = (outputs.logits[:, 0].float() - labels) ** 2
+        return torch.where(labels != IGNORE_INDEX, losses, 0).sum()
 
     def predictions(self, outputs, rows, indices):
         return list(outputs.logits[: len(indices), 0].float().cpu().numpy())
