@@ -1,7 +1,7 @@
 """What the tasks on labelled examples share: reading and checking records, batches with labels, named labels.
 
-A *record* is an item of the data as it was read, a dict of columns. An *example* is a checked record, in the form that the
-task chooses. A *row* is one training sequence; a long example may become several rows.
+A *record* is an item of the data as it was read, a dict of columns. An *example* is a checked record, in the form that
+the task chooses. A *row* is one training sequence; a long example may become several rows.
 """
 
 import datasets
