@@ -187,7 +187,7 @@ def _trainer_state(run, state):
         "skipped": state.skipped_steps,
     }
     if run.recipe.data.streaming:
-        content["stream"] = run.train_rows.windows.recent_places()
+        content["stream"] = run.train_rows.windows.recent_positions()
     if accelerator.scaler is not None:  # the loss scale of fp16 is learned too
         content["scaler"] = accelerator.scaler.state_dict()
     return content

@@ -348,7 +348,7 @@ def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
     (tmp_path / "val.txt").write_text("Anna sees the cat. A king finds my friend. " * 9)
     run = tmp_path / "run"
     assert train(*flags) == 0
-    assert "800 tokens at a time, 25 rows" in capsys.readouterr().out
+    assert "25 rows of 32 tokens per window of 800 tokens" in capsys.readouterr().out
     reference = (run / "model.safetensors").read_bytes()
     rows = [json.loads(line)["rows"] for line in (run / "metrics.jsonl").open() if '"rows"' in line]
     assert len(set(rows)) == 30
@@ -365,4 +365,4 @@ def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
     assert (
         train(*flags, "--streaming_window", "900", "--max_steps", 40, "--init_from", "resume", "--allow_changed") == 2
     )
-    assert "streaming_window was 800, and cannot be another" in capsys.readouterr().err
+    assert "streaming_window: 800 when the run started, 900 now; give 800" in capsys.readouterr().err
