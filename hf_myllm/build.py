@@ -6,7 +6,7 @@ tokenizer and tokenizes the text into the cache.
 
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,9 +93,7 @@ class Run:
             yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * rows_read / rows:.2f} times"
 
     def close(self):
-        """Release the lock, and stop uploads and the thread that tokenizes ahead."""
-        if self.recipe.data.streaming and self.train_rows is not None:
-            self.train_rows.windows.close()
+        """Release the lock and stop uploads."""
         if self.uploads is not None:
             self.uploads.stop()
         if self.lock is not None:
@@ -128,23 +126,32 @@ def open_run(recipe, train_data=None, eval_data=None):
                 check_target(recipe.hub.push_to_hub)
         resume_from = run_folder.find_checkpoint(recipe)
         accelerator = create_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
-        try:
-            with explain_failures(accelerator, lambda: run.phase if run else "its preparation"):
-                resume_from = run_folder.share_checkpoint(resume_from, recipe.run.save_model, accelerator)
-                run = build_run(recipe, accelerator, resume_from, train_data, eval_data)
-                run.snapshot = snapshot
-                yield run
-                if accelerator.is_fsdp2:
-                    run.model = None
-                end_training(accelerator, owns_process_group)
-        finally:
-            if run is not None:
-                run.close()
+        with ExitStack() as cleanup:
+            try:
+                with explain_failures(accelerator, lambda: run.phase if run else "its preparation"):
+                    resume_from = run_folder.share_checkpoint(resume_from, recipe.run.save_model, accelerator)
+                    run = build_run(recipe, accelerator, resume_from, cleanup, train_data, eval_data)
+                    cleanup.callback(run.close)
+                    run.snapshot = snapshot
+                    yield run
+                    if accelerator.is_fsdp2:
+                        run.model = None
+                    end_training(accelerator, owns_process_group)
+            except BaseException:
+                if accelerator.num_processes == 1:  # of several ranks, a failed one just exits
+                    end_training(accelerator, owns_process_group)
+                raise
 
 
-def build_run(recipe, accelerator, resume_from, train_data=None, eval_data=None):
-    """Return the [`Run`] of a recipe, in which sizes that were left open are filled in."""
+def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_data=None):
+    """Return the [`Run`] of a recipe, in which sizes that were left open are filled in.
+
+    Args:
+        cleanup: an ExitStack, which closes the stream of a streaming run, also if building it fails.
+    """
     section, eval_only = recipe.run, recipe.evaluation.eval_only
+    if recipe.lora.r and accelerator.is_fsdp2:
+        raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
     for name in recipe.evaluation.metrics or []:
         load_metric(name)
     found = find_sources(recipe, train_data, eval_data)
@@ -163,6 +170,8 @@ def build_run(recipe, accelerator, resume_from, train_data=None, eval_data=None)
     check_tokenizer(recipe, config, tokenizer, task)
 
     train_part, val_part, stats = load_data(recipe, found, tokenizer, task, state, accelerator.is_local_main_process)
+    if recipe.data.streaming and not eval_only:
+        cleanup.callback(train_part.close)
     for part, name in ((train_part, found.name), (val_part, found.val_name)):
         check_token_ids(part.tokens if task.is_labelled and part else part, config.vocab_size, name)
     model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
@@ -208,11 +217,9 @@ def check_tokenizer(recipe, config, tokenizer, task):
 
 def adapt_model(recipe, accelerator, model, task):
     """Set gradient checkpointing, the dtype between layers, and the attention kernel for separate documents."""
-    if recipe.lora.r and accelerator.is_fsdp2:
-        raise InputError("r: LoRA does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
     # The model's own checkpointing draws the same dropout when it recomputes a layer; accelerate's does not.
-    checkpoints = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
-    if recipe.training.gradient_checkpointing or checkpoints:
+    fsdp_checkpoints_activations = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
+    if recipe.training.gradient_checkpointing or fsdp_checkpoints_activations:
         # transformers renamed the method in 5.23
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
@@ -335,7 +342,7 @@ def check_resumable(run):
     """Raise InputError if the data have changed since the checkpoint, or the checkpoint is beyond the last step."""
     previous = run.resume_state["data"]
     changed = [name for name, value in run.data_fingerprints().items() if previous.get(name) != value]
-    if changed and not run.recipe.run.allow_changed:
+    if changed and not (run.recipe.run.allow_changed or run.recipe.run.dry_run):  # a dry run may read a part only
         raise InputError(
             f"{run.resume_from}: the {' and the '.join(changed)} has other tokens now; give the data of the run, or "
             "--allow_changed to continue with these"

@@ -204,6 +204,12 @@ def find_model(run_dir):
     return folder
 
 
+def find_run_dir(path):
+    """Return the folder of a run: the path, or its parent if it is one of the run's checkpoints."""
+    path = Path(path)
+    return path.parent if step_of(path) >= 0 and not (path / "recipe.yaml").is_file() else path
+
+
 def find_corruption(path):
     """Return what is wrong with a checkpoint, in a few words, or None if every file is as it was written."""
     try:

@@ -97,13 +97,13 @@ def _evaluate(argv):
     if not argv or argv[0].startswith("-"):
         raise RecipeError(f"{usage}; RUN is the folder of a run and comes first")
     run_dir, *flags = argv
-    recipe = Path(run_dir) / "recipe.yaml"
+    from .checkpoint import find_model, find_run_dir
+
+    recipe = find_run_dir(run_dir) / "recipe.yaml"
     if not recipe.is_file():
         raise RecipeError(f"{recipe} does not exist; give the folder of a run")
-    from .checkpoint import find_model
-
-    model = ["--init_from", str(find_model(run_dir))]
-    return _train([str(recipe), "--save_model", run_dir, *model, "--eval_only", *flags])
+    folders = ["--save_model", str(recipe.parent), "--init_from", str(find_model(run_dir))]
+    return _train([str(recipe), *folders, "--eval_only", *flags])
 
 
 def _prepare(argv):

@@ -207,10 +207,13 @@ def publish_model(run, state):
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
     chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
-    is_other = chosen is not None and checkpoint.step_of(chosen) != state.step
-    if is_other and not accelerator.is_fsdp2 and chosen.exists():  # another machine may not see rank 0's disk
-        load_weights(model, chosen)
-    merges = chosen is not None and lora.is_added(model) and run.recipe.lora.merge_lora
+    merges = lora.is_added(model) and run.recipe.lora.merge_lora
+    is_last = chosen is not None and checkpoint.step_of(chosen) == state.step
+    stays_merged = chosen is None and merges
+    source = chosen or run_dir
+    # another machine may not see the disk of rank 0
+    if not (is_last or stays_merged or accelerator.is_fsdp2) and source.exists():
+        load_weights(model, source)
     if merges:
         model = model.merge_and_unload()
 
@@ -228,7 +231,7 @@ def publish_model(run, state):
 
 
 def _choose_checkpoint(run, state):
-    """Return the checkpoint to publish, on rank 0; None if the root already holds the best, which is gone elsewhere."""
+    """Return the checkpoint to publish, on rank 0; None if the best is damaged and the model at the root stays."""
     recipe, run_dir = run.recipe, Path(run.recipe.run.save_model)
     last = run_dir / f"checkpoint-{state.step}"
     if not run.accelerator.is_main_process:
@@ -272,8 +275,8 @@ def is_complete(run, state):
     if is_main:
         if not (run_dir / "report.html").exists():
             write_reports(run_dir, lambda line: print(line, file=sys.stderr))
-        key = "max_steps or epochs" if state.step == run.total_steps else "patience"
-        print(f"{run_dir} is finished, after {state.step} steps; raise {key} to train longer")
+        keys = "max_steps or epochs with --allow_changed" if state.step == run.total_steps else "patience"
+        print(f"{run_dir} is finished, after {state.step} steps; raise {keys} to train longer")
     return True
 
 

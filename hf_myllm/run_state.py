@@ -75,7 +75,7 @@ class RunState:
             self.stop_requested = True
 
     def record_step(self, step, loss, grad_norm, stop_requested):
-        """Count a step that was skipped because its loss or gradient was not finite, or reset that count.
+        """Note the result of a step: a request to stop, and whether the step was skipped because it was not finite.
 
         Raises:
             InputError: more consecutive steps were skipped than `max_skipped_steps`.

@@ -17,13 +17,14 @@ import torch
 
 from . import run_folder
 from .build import open_run, prepare_training
-from .checkpoint import find_model
+from .checkpoint import find_model, find_run_dir
 from .data import sampler
 from .distributed import (
     AsyncHostCopy,
     signals_received,
     to_device,
 )
+from .errors import RecipeError
 from .evaluation import evaluate_all, evaluate_run
 from .optim import learning_rate, step_if, to_full
 from .recipe import Recipe
@@ -74,9 +75,12 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
         a [`RunResult`].
 
     Raises:
-        InputError: the recipe, the data, the model or the folder cannot be used. Nothing is written then.
+        InputError: the recipe, the data, the model or the folder cannot be used. Mistakes in the recipe and the data
+            are found before anything is written; a failure while training keeps the checkpoints.
     """
-    # The launcher sends SIGTERM to the other ranks when one has died: until they have drawn, they only collect it.
+    if recipe.evaluation.eval_only or recipe.run.dry_run:
+        raise RecipeError("eval_only and dry_run do not train; call evaluate(), or use the command line for a dry run")
+    # When one rank dies, the launcher sends the others SIGTERM. Collect it until the curves are drawn.
     with open_run(recipe, train_data, eval_data) as run, signals_received() as run.signals:
         try:
             return fit(run, on_log, on_evaluate)
@@ -107,8 +111,7 @@ def fit(run, on_log=None, on_evaluate=None):
     while not state.must_stop:
         in_flight.append(training_step(run, model, optimizer, state.step))
         state.advance()
-        for result in collect(in_flight, wait_for_all=state.needs_all_results, device=run.accelerator.device):
-            log_step(run, state, result)
+        log_steps(run, state, in_flight)
         run.reporter.pause()  # evaluations and saves do not count as training time
         profiler.step(run.reporter)
         if state.evaluation_due:
@@ -152,7 +155,7 @@ def training_step(run, model, optimizer, step):
     counts = Counter()
     for batch in batches:
         counts.update(run.task.count_targets(batch))
-    # One reduction: all ranks divide by the same counts, and all stop at the same step.
+    # Sum everything in one all-reduce, so that all ranks divide by the same counts and stop at the same step.
     tokens = sum(run.task.count_tokens(batch) for batch in batches)
     digest = sum(sampler.rows_digest(rows) for _, rows in shares)
     sums = torch.tensor([*counts.values(), tokens, digest, bool(run.signals)])
@@ -198,23 +201,20 @@ def set_learning_rate(run, optimizer, step):
     return rate
 
 
-def collect(in_flight, wait_for_all, device):
-    """Remove and return the oldest steps in flight, all of them or so many that the device stays busy with the rest."""
-    limit = 0 if wait_for_all else MAX_STEPS_IN_FLIGHT.get(device.type, 0)
-    return [in_flight.pop(0) for _ in range(len(in_flight) - limit)]
-
-
-def log_step(run, state, result):
-    """Log a step once its numbers have arrived.
+def log_steps(run, state, in_flight):
+    """Log the oldest steps in flight: so many that the device stays busy with the rest, or all before a stop or a save.
 
     Raises:
         InputError: too many consecutive steps were not finite.
     """
-    (loss, grad_norm), (tokens, digest, ranks_stopping) = result.numbers.read()
-    state.record_step(result.step, loss, grad_norm, bool(ranks_stopping))
-    is_last = result.step == run.total_steps
-    write = state.skipped_steps > 0 or is_last or result.step % run.recipe.run.log_freq == 0
-    run.reporter.log_step(result.step, loss, result.learning_rate, tokens, grad_norm, digest, write=write)
+    limit = MAX_STEPS_IN_FLIGHT.get(run.accelerator.device.type, 0)
+    while in_flight and (len(in_flight) > limit or state.needs_all_results):  # a result may bring a request to stop
+        result = in_flight.pop(0)
+        (loss, grad_norm), (tokens, digest, ranks_stopping) = result.numbers.read()
+        state.record_step(result.step, loss, grad_norm, bool(ranks_stopping))
+        is_last = result.step == run.total_steps
+        write = state.skipped_steps > 0 or is_last or result.step % run.recipe.run.log_freq == 0
+        run.reporter.log_step(result.step, loss, result.learning_rate, tokens, grad_norm, digest, write=write)
 
 
 def finish(run, model, state, unigram):
@@ -255,7 +255,7 @@ def evaluate(run_dir, eval_data=None, **overrides):
     """Evaluate the model of a run's folder on all validation rows; of a run without one, its newest checkpoint.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the folder of a run, or of one of its checkpoints.
         eval_data: data in place of the run's own validation data; see [`train`].
         overrides: keys of the recipe with other values, such as `batch_size=32`.
 
@@ -265,8 +265,9 @@ def evaluate(run_dir, eval_data=None, **overrides):
     Raises:
         InputError: the folder holds no model, or there is nothing to evaluate on.
     """
-    model_dir, recipe_path = str(find_model(run_dir)), Path(run_dir) / "recipe.yaml"
-    recipe = Recipe.load(recipe_path, save_model=str(run_dir), init_from=model_dir, eval_only=True, **overrides)
+    model_dir, run_dir = str(find_model(run_dir)), find_run_dir(run_dir)
+    keys = {"save_model": str(run_dir), "init_from": model_dir, "eval_only": True} | overrides
+    recipe = Recipe.load(run_dir / "recipe.yaml", **keys)
     with open_run(recipe, eval_data=eval_data) as run:
         return evaluate_all(run)
 

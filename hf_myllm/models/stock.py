@@ -93,7 +93,7 @@ class StockConfigMixin:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types contains '{layer_type}'; choose from {', '.join(LAYER_TYPES)}")
             if layer_type == "sliding_attention" and self.sliding_window is None:
-                raise ValueError("layer_types contains 'sliding_attention'; set sliding_window too")
+                raise ValueError("layer_types contains 'sliding_attention'; set sliding_window and use_sliding_window")
 
 
 class StockPreTrainedModel(PreTrainedModel):
