@@ -112,7 +112,7 @@ CASES = {
             {"pad_token_id": 3, "rms_norm_eps": 1e-5, "hidden_act": "gelu"},
             *ROPE_VARIANTS,
         ],
-        # AutoTokenizer loads a Llama tokenizer with a pre-tokenizer of its own unless it is a unigram model.
+        # a real Llama's is a unigram model too
         tokenizer="{train: unigram, vocab_size: 300}",
     ),
     "qwen3": FamilyCase(
