@@ -4,7 +4,6 @@ Nothing is written but the cache. `hf-myllm prepare RECIPE` does the slow part a
 tokenizer and tokenizes the text into the cache.
 """
 
-import copy
 import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from .distributed import (
     shard_model,
     silence_libraries,
 )
-from .errors import InputError
+from .errors import CheckpointError, InputError, RecipeError
 from .evaluation import load_metric
 from .hub import check_target
 from .models import FAMILIES, loading
@@ -114,7 +113,7 @@ def open_run(recipe, train_data=None, eval_data=None):
     Raises:
         InputError: the recipe, the data, the model or the folder cannot be used.
     """
-    recipe, run = copy.deepcopy(recipe).check_family(FAMILIES), None
+    recipe, run = Recipe.model_validate(recipe.to_dict()).check_family(FAMILIES), None  # a copy, checked as it is now
     recipe.check_task(TASKS[recipe.task])
     if train_data is None and not (recipe.evaluation.eval_only and eval_data is not None):
         recipe.check_sources()
@@ -193,7 +192,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     if train_part is not None:
         task.update_generation_config(model, stats["train"])
     if recipe.evaluation.metric_for_best and run.val_rows is None:
-        raise InputError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
+        raise RecipeError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
     if tokenizer is not None and task.has_bits_per_byte:
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not eval_only:
@@ -276,7 +275,7 @@ def resolve_sizes(recipe, config, task, accelerator, state):
     positions = config.max_position_embeddings
     data.max_len = data.max_len or positions
     if data.max_len > positions:
-        raise InputError(f"max_len {data.max_len} is more than the {positions} positions of the model")
+        raise RecipeError(f"max_len {data.max_len} is more than the {positions} positions of the model")
     task.configure(config, data.max_len)
     if task.has_stride and not data.streaming:
         data.stride = data.stride or data.max_len - task.num_special_tokens
@@ -339,33 +338,33 @@ def mixture(run):
 
 
 def check_resumable(run):
-    """Raise InputError if the data have changed since the checkpoint, or the checkpoint is beyond the last step."""
+    """Raise CheckpointError if the data have changed since the checkpoint, or it is beyond the last step."""
     previous = run.resume_state["data"]
     changed = [name for name, value in run.data_fingerprints().items() if previous.get(name) != value]
     if changed and not (run.recipe.run.allow_changed or run.recipe.run.dry_run):  # a dry run may read a part only
-        raise InputError(
-            f"{run.resume_from}: the {' and the '.join(changed)} has other tokens now; give the data of the run, or "
+        raise CheckpointError(
+            f"{run.resume_from}: other tokens in the {' and the '.join(changed)} now; give the data of the run, or "
             "--allow_changed to continue with these"
         )
     if run.start_step > run.total_steps:
-        raise InputError(
+        raise CheckpointError(
             f"{run.resume_from} is beyond the {run.total_steps} steps of this recipe; raise max_steps or epochs"
         )
 
 
 def check_same_recipe(recipe, state, resume_from):
-    """Raise InputError if the checkpoint is of another recipe: a resumed run would be neither of the two."""
+    """Raise CheckpointError if the checkpoint is of another recipe: a resumed run would be neither of the two."""
     now = recipe.identity()
     defaults = {key: field.default for key, field in FIELDS.items() if key in now}  # of keys added later
     then = defaults | state["recipe"]
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
     if lora_changes := [change for key, change in zip(keys, changed, strict=True) if key in LORA_KEYS]:
-        raise InputError(f"{resume_from}: LoRA has other settings there: {'; '.join(lora_changes)}; give the same")
+        raise CheckpointError(f"{resume_from}: LoRA has other settings there: {'; '.join(lora_changes)}; give the same")
     if "tokenizer" in keys:
-        raise InputError(f"{resume_from}: trained with another tokenizer, {then['tokenizer']!r}; give that one")
+        raise CheckpointError(f"{resume_from}: trained with another tokenizer, {then['tokenizer']!r}; give that one")
     if changed and not recipe.run.allow_changed:
-        raise InputError(
+        raise CheckpointError(
             f"{resume_from} belongs to another recipe: {'; '.join(changed)}; give the same, or --allow_changed to "
             "continue with the new, or --save_model FOLDER for a new run"
         )

@@ -145,7 +145,8 @@ def _find_tokenizer(recipe, found, pretrained, keep):
         try:
             return tokenizers.load(str(pretrained), family.config.model_type)
         except InputError:  # the model was trained on token ids without one
-            pass
+            if isinstance(data.tokenizer, dict) and any(s.format not in sources.TOKEN_ID_FORMATS for s in found.all):
+                raise  # a tokenizer trained on other text has other ids
     if isinstance(data.tokenizer, str):
         try:
             return tokenizers.load(data.tokenizer)

@@ -4,6 +4,7 @@ Exit codes: 0; 2 for a user's mistake, with one line on stderr; 128 + N after si
 pipe).
 """
 
+import difflib
 import os
 import signal
 import sys
@@ -37,6 +38,10 @@ def _dispatch(arguments):
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "--version") or name.startswith("--print-completion"):
         return build_parser(with_flags=name.startswith("--print-completion")).parse_args(arguments[:2] or [name])
+    if name not in COMMANDS and not name.startswith("-") and not Path(name).exists():
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.75)
+        if near:
+            raise RecipeError(f"there is no command or recipe '{name}'; did you mean '{near[0]}'?")
     if name not in COMMANDS:  # `hf-myllm RECIPE --key value` trains
         name, arguments = "train", ["train", *arguments]
     command = COMMANDS[name]

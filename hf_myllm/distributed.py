@@ -58,6 +58,8 @@ _PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
+_RUN_LOCK = threading.RLock()  # held while a run is open: runs share torch's random state and accelerate's state
+
 # ---- the process
 
 
@@ -76,6 +78,16 @@ def silence_libraries(log_level="info"):
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # from peft's calls
 
 
+def check_no_other_run():
+    """Raise InputError if another thread of this process has a run open."""
+    if not _RUN_LOCK.acquire(blocking=False):
+        raise InputError(
+            "another thread of this process has a run open, and both would use the random state of torch; wait for its "
+            "end, or start another process"
+        )
+    _RUN_LOCK.release()
+
+
 @contextmanager
 def process_settings(log_level="info"):
     """Set log levels, threads and environment variables for a run, and restore them afterwards.
@@ -85,7 +97,11 @@ def process_settings(log_level="info"):
 
     Yields:
         whether this is the first use of accelerate in the process.
+
+    Raises:
+        InputError: another thread has a run open.
     """
+    check_no_other_run()
     verbosity = transformers.utils.logging.get_verbosity()
     hub_verbosity = huggingface_hub.utils.logging.get_verbosity()
     datasets_verbosity, hides_bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
@@ -94,7 +110,7 @@ def process_settings(log_level="info"):
     is_first_use = not PartialState._shared_state
     gradient_state = dict(GradientState._shared_state)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+    with _RUN_LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices):
         try:
             silence_libraries(log_level)
             _set_num_threads()

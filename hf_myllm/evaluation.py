@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from .data.sampler import derive_seed, micro_batches
 from .distributed import any_rank, shard_model, to_device
-from .errors import InputError, first_line
+from .errors import InputError, RecipeError, first_line
 from .tasks.base import language_metrics
 
 
@@ -167,7 +167,7 @@ def evaluate_run(run, model, step, is_final=False):
     metric = section.metric_for_best
     if val_metrics and metric and metric not in line:
         known = ", ".join(name for name in line if name.startswith("val_"))
-        raise InputError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
+        raise RecipeError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
     details = run.task.describe_metrics(val_metrics) if val_metrics else ""
     run.reporter.show_evaluation(step, train_metrics, val_metrics, details)
     generates = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # sharded weights need all ranks

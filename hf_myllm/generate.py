@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
 from . import checkpoint
+from .distributed import check_no_other_run
 from .errors import InputError, ModelError
 from .models import loading, lora
 
@@ -67,6 +68,9 @@ def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, 
     Raises:
         InputError: the folder holds no model that generates text, or an argument is out of range.
     """
+    check_no_other_run()
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt: expected text, got {type(prompt).__name__}; give a string")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     _check_limits(max_new_tokens=max_new_tokens, **sampling)
     model, tokenizer = _load_generator(run_dir)
@@ -98,6 +102,8 @@ def print_texts(run_dir, prompt, chat, num_samples, seed, **sampling):
 def _check_limits(**options):
     for name, value in options.items():
         low, high = _LIMITS[name]
+        if not isinstance(value, (int, float)):
+            raise InputError(f"{name}: expected a number, got {value!r}; give one or leave it out")
         if not low <= value <= high:
             limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
             raise InputError(f"{name}: {value} is out of range; give a number {limit}")

@@ -185,6 +185,7 @@ def _trainer_state(run, state):
         "recipe": run.recipe.identity(),
         "data": run.data_fingerprints(),
         "skipped": state.skipped_steps,
+        "best_since": state.best_since,
     }
     if run.recipe.data.streaming:
         content["stream"] = run.train_rows.windows.recent_positions()

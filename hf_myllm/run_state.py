@@ -19,6 +19,7 @@ class RunState:
     Attributes:
         step: optimizer steps done.
         last_step: the step at which training ends: `run.total_steps`, or earlier with early stopping.
+        best_since: the first step whose evaluation is considered for the best.
         skipped_steps: consecutive steps that were left out because their loss or gradient was not finite.
         stop_requested: whether a rank received a signal.
         val_metrics: metrics of the last evaluation of all validation rows, if it was at `step`; else None.
@@ -27,6 +28,7 @@ class RunState:
     def __init__(self, run):
         self.run, self.step = run, run.start_step
         self.skipped_steps = run.resume_state["skipped"] if run.resume_state else 0
+        self.best_since = self._find_best_since()
         self.stop_requested, self.is_best, self.val_metrics = False, False, None
         out_of_patience = run.resume_from is not None and self._is_out_of_patience()
         self.last_step = self.step if out_of_patience else run.total_steps
@@ -122,9 +124,16 @@ class RunState:
         section = self.run.recipe.evaluation
         if not section.metric_for_best:
             return None, None, 0
-        return best_evaluation(
-            self.run.recipe.run.save_model, section.metric_for_best, self.step, section.greater_is_better
-        )
+        options = section.metric_for_best, self.step, section.greater_is_better, self.best_since
+        return best_evaluation(self.run.recipe.run.save_model, *options)
+
+    def _find_best_since(self):
+        """Return the first step whose evaluation counts: metrics of other validation data cannot be compared."""
+        state, name = self.run.resume_state, "validation data"
+        if not state:
+            return 1
+        is_same = state["data"].get(name) == self.run.data_fingerprints().get(name)
+        return state.get("best_since", 1) if is_same else self.step + 1
 
     def best_step(self):
         return self.best()[0]

@@ -46,7 +46,7 @@ class RunResult:
     Attributes:
         model: the model as published in `run_dir`; None after a signal, and if it is sharded (FSDP2).
         tokenizer: None if the data are token ids and no tokenizer was given.
-        metrics: of the last evaluation of the validation rows, as val_<name>; {} without validation data.
+        metrics: of the validation rows by `model`, as val_<name>; {} without validation data.
         run_dir: the run's folder, from which `from_pretrained` loads the published model.
         step: optimizer steps done.
         stop_signal: number of the signal that interrupted the run, or None.
@@ -78,6 +78,11 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
         InputError: the recipe, the data, the model or the folder cannot be used. Mistakes in the recipe and the data
             are found before anything is written; a failure while training keeps the checkpoints.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe: expected a Recipe, got {type(recipe).__name__}; use Recipe.load(...)")
+    for name, callback in (("on_log", on_log), ("on_evaluate", on_evaluate)):
+        if callback is not None and not callable(callback):
+            raise RecipeError(f"{name}: expected a function, got {type(callback).__name__}; give one that takes a dict")
     if recipe.evaluation.eval_only or recipe.run.dry_run:
         raise RecipeError("eval_only and dry_run do not train; call evaluate(), or use the command line for a dry run")
     # When one rank dies, the launcher sends the others SIGTERM. Collect it until the curves are drawn.
@@ -245,8 +250,10 @@ def result_of(run, state, model):
     if state.was_interrupted:  # the same on all ranks, so that their exit codes agree
         received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
         stop_signal = int(run.accelerator.gather(received).max())
-    run_dir = Path(run.recipe.run.save_model)
-    evaluations = [line for line in read_metrics(run_dir) if "train_loss" in line and line["step"] <= state.step]
+    run_dir, step = Path(run.recipe.run.save_model), state.step
+    if run.recipe.evaluation.final_model == "best" and not state.was_interrupted:
+        step = state.best_step() or step
+    evaluations = [line for line in read_metrics(run_dir) if "train_loss" in line and line["step"] <= step]
     metrics = {name: value for name, value in evaluations[-1].items() if name.startswith("val_")} if evaluations else {}
     return RunResult(model, run.tokenizer, metrics, run_dir, state.step, stop_signal)
 
@@ -257,7 +264,7 @@ def evaluate(run_dir, eval_data=None, **overrides):
     Args:
         run_dir: the folder of a run, or of one of its checkpoints.
         eval_data: data in place of the run's own validation data; see [`train`].
-        overrides: keys of the recipe with other values, such as `batch_size=32`.
+        overrides: keys of the recipe with other values, such as `batch_size=32`; those of training have no effect.
 
     Returns:
         a dict of metrics: `loss` (nats per token or label) and those of the task.

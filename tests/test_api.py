@@ -333,3 +333,72 @@ def test_a_finished_run_returns_its_result_again(finished):
     assert (result.step, lines) == (6, [])
     assert result.metrics == reference.metrics
     assert torch.equal(next(result.model.parameters()), next(reference.model.parameters()))
+
+
+# ---- mistakes that would give a wrong result
+
+
+def test_a_second_run_in_another_thread_is_refused(finished, tmp_path):
+    errors = []
+
+    def interfere(entry):
+        for call in (lambda: hf_myllm.train(make_recipe(tmp_path / "b"), TEXTS), lambda: hf_myllm.generate("a", "b")):
+            thread = threading.Thread(target=lambda call=call: errors.append(catch(call)))
+            thread.start()
+            thread.join()
+
+    hf_myllm.train(make_recipe(tmp_path / "a"), TEXTS, eval_data=EVAL_TEXTS, on_evaluate=interfere)
+    assert errors
+    assert all("another thread of this process has a run open" in str(error) for error in errors)
+    assert not (tmp_path / "b").exists()
+    assert read_weights(tmp_path / "a") == read_weights(finished[0].run_dir)
+
+
+def catch(call):
+    try:
+        call()
+    except InputError as error:
+        return error
+
+
+def test_names_of_files_are_not_taken_for_texts(tmp_path):
+    paths = [tmp_path / f"{index}.txt" for index in range(12)]
+    for path, text in zip(paths, TEXTS, strict=True):
+        path.write_text(text)
+    with pytest.raises(DataError, match="its strings are names of files"):
+        hf_myllm.train(make_recipe(tmp_path / "run"), list(map(str, paths)))
+    assert hf_myllm.train(make_recipe(tmp_path / "run", max_steps=1), paths).step == 1
+
+
+def test_a_run_without_its_tokenizer_is_not_evaluated_with_another(tmp_path):
+    hf_myllm.train(make_recipe(tmp_path / "run", max_steps=1), TEXTS)
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        hf_myllm.evaluate(tmp_path / "run", eval_data=EVAL_TEXTS)
+
+
+def test_evaluations_of_other_validation_data_do_not_choose_the_best_checkpoint(tmp_path):
+    values = make_recipe(tmp_path / "run", learning_rate=5e-2).to_dict()
+    values["evaluation"] |= {"eval_freq": 1, "metric_for_best": "val_loss", "final_model": None}
+    recipe = Recipe(**values)
+
+    def stop(entry):
+        if entry["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    hf_myllm.train(recipe, TEXTS, eval_data=TEXTS, on_evaluate=stop)
+    recipe.run.resume = recipe.run.allow_changed = True
+    result = hf_myllm.train(recipe, TEXTS, eval_data=["unrelated 0123456789 " * 8] * 8)
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "run") if "val_loss" in line}
+    assert min(losses[step] for step in (1, 2, 3)) < min(losses[step] for step in (5, 6))
+    assert result.metrics["val_loss"] == min(losses[step] for step in (5, 6))
+    published = json.loads((tmp_path / "run" / "run.json").read_text())["published_step"]
+    assert losses[published] == result.metrics["val_loss"]
+
+
+@pytest.mark.parametrize("options", [{"on_log": "print"}, {"recipe": "quickstart"}])
+def test_arguments_of_another_type_are_refused(tmp_path, options):
+    options = {"recipe": make_recipe(tmp_path / "run")} | options
+    with pytest.raises(RecipeError, match="expected a"):
+        hf_myllm.train(train_data=TEXTS, **options)
+    assert not (tmp_path / "run").exists()

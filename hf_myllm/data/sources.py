@@ -137,7 +137,8 @@ def in_memory_source(data, name, text_column="text", document="file"):
     """Return the source for `train_data` or `eval_data` of the Python API.
 
     Args:
-        data: a list of strings, each a document; a `datasets.Dataset`; or a path, glob or folder as in a recipe.
+        data: a list of strings, each a document; a `datasets.Dataset`; a list of `Path`s; or a path, glob or folder as
+            in a recipe.
         name: how messages refer to the data, such as "train_data".
         text_column, document: see [`Source`].
     Raises:
@@ -145,6 +146,8 @@ def in_memory_source(data, name, text_column="text", document="file"):
     """
     if isinstance(data, (str, os.PathLike)):
         return file_source(os.fspath(data), text_column, document)
+    if isinstance(data, (list, tuple)) and data and all(isinstance(path, os.PathLike) for path in data):
+        return file_source([os.fspath(path) for path in data], text_column, document)
     if not isinstance(data, (list, tuple, datasets.Dataset)):
         expected = "a list of strings, a datasets.Dataset or a path"
         raise DataError(f"{name}: expected {expected}, got {type(data).__name__}; convert it first")
@@ -160,6 +163,8 @@ def in_memory_source(data, name, text_column="text", document="file"):
                 raise DataError(f"{name} row {index}: expected a string, got {type(text).__name__}; convert it first")
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        if all(len(text) < 4096 and os.path.isfile(text) for text in data):
+            raise DataError(f"{name}: its strings are names of files; give their texts, or a list of pathlib.Path")
         fingerprint = digest.hexdigest()
     return Source("memory", name, (), text_column, "row", data=data, fingerprint=fingerprint)
 

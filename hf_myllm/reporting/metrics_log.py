@@ -76,12 +76,12 @@ def metric_label(name):
     return "predicted tokens" if name == "tokens" else name.replace("_", " ")
 
 
-def best_evaluation(run_dir, metric, last_step, greater_is_better=None):
+def best_evaluation(run_dir, metric, last_step, greater_is_better=None, first_step=1):
     """Find the best evaluation of a run.
 
     Args:
         metric: a key of metrics.jsonl.
-        last_step: the last step to consider. An evaluation before the first step does not count.
+        first_step, last_step: the steps to consider. An evaluation before the first step does not count.
         greater_is_better: None derives it from the name: False for losses, perplexities and error rates.
     Returns:
         (step, value, number of evaluations since); step and value are None if no evaluation has a value.
@@ -91,7 +91,7 @@ def best_evaluation(run_dir, metric, last_step, greater_is_better=None):
         greater_is_better = not re.search(lower, metric)
     best, since = None, 0
     for line in read_metrics(run_dir):
-        if "train_loss" in line and metric in line and 0 < line["step"] <= last_step:
+        if "train_loss" in line and metric in line and first_step <= line["step"] <= last_step:
             value, since = line[metric], since + 1
             if value is not None and (best is None or (value > best[1] if greater_is_better else value < best[1])):
                 best, since = (line["step"], value), 0
