@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint, run_folder, tasks
-from .build_data import check_token_ids, find_sources, find_tokenizer, load_data
+from .build_data import find_sources, find_tokenizer, load_rows
 from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
@@ -153,44 +153,43 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
     for name in recipe.evaluation.metrics or []:
         load_metric(name)
-    found = find_sources(recipe, train_data, eval_data)
+    data_sources = find_sources(recipe, train_data, eval_data)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
     stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
     is_trained = resume_from is not None or eval_only
-    tokenizer = find_tokenizer(recipe, found, pretrained, is_trained)
-    task = build_task(recipe, found, tokenizer, stored_config, is_trained)
+    tokenizer = find_tokenizer(recipe, data_sources, pretrained, is_trained)
+    task = build_task(recipe, data_sources, tokenizer, stored_config, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
-    state = checkpoint.load_trainer_state(resume_from) if resume_from else None
-    resolve_sizes(recipe, config, task, accelerator, state)
-    if state is not None and not eval_only:
-        check_same_recipe(recipe, state, resume_from)
+    trainer_state = checkpoint.load_trainer_state(resume_from) if resume_from else None
+    resolve_sizes(recipe, config, task, accelerator, trainer_state)
+    if trainer_state is not None and not eval_only:
+        check_same_recipe(recipe, trainer_state, resume_from)
     if pretrained:
         loading.check_settings(recipe.config, stored_config, pretrained, is_trained)
     check_tokenizer(recipe, config, tokenizer, task)
 
-    train_part, val_part, stats = load_data(recipe, found, tokenizer, task, state, accelerator.is_local_main_process)
-    if recipe.data.streaming and not eval_only:
-        cleanup.callback(train_part.close)
-    for part, name in ((train_part, found.name), (val_part, found.val_name)):
-        check_token_ids(part.tokens if task.is_labelled and part else part, config.vocab_size, name)
+    show_progress = accelerator.is_local_main_process
+    train_rows, val_rows, stats = load_rows(
+        recipe, data_sources, tokenizer, task, trainer_state, config.vocab_size, cleanup, show_progress
+    )
     model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
     adapt_model(recipe, accelerator, model, task)
-    run = Run(
-        recipe,
-        accelerator,
-        found,
-        tokenizer,
-        task,
-        None if train_part is None else task.make_rows(train_part, found.name, recipe.data.stride),
-        None if val_part is None else task.make_rows(val_part, found.val_name),  # without overlap: each token once
-        model,
-        newly_initialized,
-        resume_from,
-        state,
-        stats,
-    )
-    if train_part is not None:
+    if train_rows is not None:
         task.update_generation_config(model, stats["train"])
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        sources=data_sources,
+        tokenizer=tokenizer,
+        task=task,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        model=model,
+        newly_initialized=newly_initialized,
+        resume_from=resume_from,
+        resume_state=trainer_state,
+        data_stats=stats,
+    )
     if recipe.evaluation.metric_for_best and run.val_rows is None:
         raise RecipeError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
     if tokenizer is not None and task.has_bits_per_byte:
@@ -227,9 +226,9 @@ def adapt_model(recipe, accelerator, model, task):
         loading.use_flex_attention(model, accelerator.device.type)
 
 
-def build_task(recipe, given, tokenizer, stored_config, is_trained):
+def build_task(recipe, data_sources, tokenizer, stored_config, is_trained):
     """Return the recipe's task, with the labels that the model was trained for, or those of the training data."""
-    source = given.training[0] if given.training else None
+    source = data_sources.training[0] if data_sources.training else None
     return tasks.build(recipe.task, tokenizer, vars(recipe.data), recipe.run.seed, source, stored_config, is_trained)
 
 
@@ -269,7 +268,7 @@ def build_model(recipe, config, pretrained, stored_config, is_trained, task):
     )
 
 
-def resolve_sizes(recipe, config, task, accelerator, state):
+def resolve_sizes(recipe, config, task, accelerator, trainer_state):
     """Fill in the sizes that follow from others."""
     data, training = recipe.data, recipe.training
     positions = config.max_position_embeddings
@@ -283,9 +282,9 @@ def resolve_sizes(recipe, config, task, accelerator, state):
         micro = training.gradient_accumulation_steps or 1
         training.total_batch_size = training.batch_size * micro * accelerator.num_processes
         asked = training.gradient_accumulation_steps is not None
-        if state is not None and not (asked and state["num_processes"] == accelerator.num_processes):
+        if trainer_state is not None and not (asked and trainer_state["num_processes"] == accelerator.num_processes):
             # on another number of processes, the step stays what it was
-            training.total_batch_size = state["recipe"]["total_batch_size"]
+            training.total_batch_size = trainer_state["recipe"]["total_batch_size"]
     training.gradient_accumulation_steps = None
     if training.epochs is None and training.max_steps is None:
         training.epochs = 1.0
@@ -352,11 +351,11 @@ def check_resumable(run):
         )
 
 
-def check_same_recipe(recipe, state, resume_from):
+def check_same_recipe(recipe, trainer_state, resume_from):
     """Raise CheckpointError if the checkpoint is of another recipe: a resumed run would be neither of the two."""
     now = recipe.identity()
     defaults = {key: field.default for key, field in FIELDS.items() if key in now}  # of keys added later
-    then = defaults | state["recipe"]
+    then = defaults | trainer_state["recipe"]
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
     if lora_changes := [change for key, change in zip(keys, changed, strict=True) if key in LORA_KEYS]:
@@ -384,7 +383,7 @@ def prepare_training(run):
     Returns:
         (model, optimizer), prepared by accelerate.
     """
-    section, accelerator, state = run.recipe.training, run.accelerator, run.resume_state
+    section, accelerator, trainer_state = run.recipe.training, run.accelerator, run.resume_state
     if accelerator.is_fsdp2:  # before the optimizer, which then holds this rank's shard only
         shard_model(accelerator, run.model, section.compile)
     optimizer = build_optimizer(
@@ -399,9 +398,9 @@ def prepare_training(run):
         model, optimizer = run.model, accelerator.prepare_optimizer(optimizer)
     else:
         model, optimizer = accelerator.prepare(run.model, optimizer)
-    if state is None:
+    if trainer_state is None:
         return model, optimizer
-    previous = state["recipe"].get("optimizer", "adamw")
+    previous = trainer_state["recipe"].get("optimizer", "adamw")
     if previous == section.optimizer:
         files = checkpoint.OptimizerFiles(run.resume_from)
         try:
@@ -412,14 +411,14 @@ def prepare_training(run):
         run.resume_warnings.append(
             f"{'':<12}the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
         )
-    precision = state.get("mixed_precision", accelerator.mixed_precision)
+    precision = trainer_state.get("mixed_precision", accelerator.mixed_precision)
     if precision != accelerator.mixed_precision:
         run.resume_warnings.append(
             f"{'':<12}the precision changed from {precision} to {accelerator.mixed_precision}; the result differs from "
             "an uninterrupted run"
         )
-    if accelerator.scaler is not None and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.scaler is not None and "scaler" in trainer_state:
+        accelerator.scaler.load_state_dict(trainer_state["scaler"])
     return model, optimizer
 
 
@@ -428,16 +427,17 @@ def prepare_data(recipe):
     recipe.check_task(TASKS[recipe.task])
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
-    given = find_sources(recipe)
+    data_sources = find_sources(recipe)
     stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
-    tokenizer = find_tokenizer(recipe, given, pretrained, False)
-    task = build_task(recipe, given, tokenizer, stored_config, False)
+    tokenizer = find_tokenizer(recipe, data_sources, pretrained, False)
+    task = build_task(recipe, data_sources, tokenizer, stored_config, False)
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or config.max_position_embeddings
     task.configure(config, data.max_len)
     if data.streaming:
-        given.training = []  # which is prepared as it is read
-    loaded, unit = task.load(given.training, given.validation, True), "rows" if task.is_labelled else "tokens"
+        data_sources.training = []  # a stream is tokenized while it is read
+    loaded = task.load(data_sources.training, data_sources.validation, True)
+    unit = "rows" if task.is_labelled else "tokens"
     for name, part in zip(("training", "validation"), loaded, strict=False):
         if part is not None:
             task.make_rows(part, f"the {name} data", data.stride)

@@ -71,26 +71,42 @@ def first_part(source):
     return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
 
 
-def load_data(recipe, found, tokenizer, task, state, show_progress):
-    """Tokenize the data or open it in the cache. Return training data, validation data and their statistics."""
-    if recipe.data.streaming and not recipe.evaluation.eval_only:
-        loaded = open_stream(recipe, found, tokenizer, state, show_progress)
+def load_rows(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, cleanup, show_progress):
+    """Tokenize the data, or open it in the cache.
+
+    Args:
+        trainer_state: of the checkpoint that the run resumes from, or None.
+        vocab_size: of the model; the token ids are checked against it.
+        cleanup: an ExitStack, which closes the stream of a streaming run.
+    Returns:
+        training rows, validation rows (each None without data) and the statistics of the data.
+    """
+    data, train_rows, val_rows = recipe.data, None, None
+    if data.streaming and not recipe.evaluation.eval_only:
+        training, validation, stats = open_stream(recipe, data_sources, tokenizer, trainer_state, show_progress)
+        cleanup.callback(training.close)
     else:
-        loaded = task.load(found.training, found.validation, show_progress)
+        training, validation, stats = task.load(data_sources.training, data_sources.validation, show_progress)
     for name, value in task.resolved_settings.items():
-        setattr(recipe.data, name, value)
-    return loaded
+        setattr(data, name, value)
+    for part, name in ((training, data_sources.name), (validation, data_sources.val_name)):
+        check_token_ids(part.tokens if task.is_labelled and part else part, vocab_size, name)
+    if training is not None:
+        train_rows = task.make_rows(training, data_sources.name, data.stride)
+    if validation is not None:
+        val_rows = task.make_rows(validation, data_sources.val_name)  # without overlap: each token counts once
+    return train_rows, val_rows, stats
 
 
-def open_stream(recipe, found, tokenizer, state, is_maker):
-    """Return what [`load_data`] does, of a corpus that is tokenized a window at a time."""
-    data, (source,), validation = recipe.data, found.training, None
-    positions = state.get("stream") if state else None
+def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
+    """Return what `task.load` does, of a corpus that is tokenized a window at a time."""
+    data, (source,), validation = recipe.data, data_sources.training, None
+    positions = trainer_state.get("stream") if trainer_state else None
     if source.format in sources.TOKEN_ID_FORMATS:
         raise DataError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
-    if found.validation:
-        validation, _, _ = corpus.load_tokens(found.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
-    if positions and (previous := state["recipe"].get("streaming_window")) != data.streaming_window:
+    if data_sources.validation:
+        validation, _, _ = corpus.load_tokens(data_sources.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    if positions and (previous := trainer_state["recipe"].get("streaming_window")) != data.streaming_window:
         raise DataError(
             f"streaming_window: {previous} when the run started, {data.streaming_window} now; give {previous}, because "
             "the positions in a checkpoint are those of its windows"
@@ -116,17 +132,17 @@ def check_token_ids(tokens, vocab_size, name):
 # ---- the tokenizer
 
 
-def find_tokenizer(recipe, found, pretrained, keep):
+def find_tokenizer(recipe, data_sources, pretrained, keep):
     """Return the tokenizer of a recipe with its `add_tokens`: loaded, trained, or that of the pretrained model.
 
     Args:
-        found: the [`Sources`], on which a tokenizer may be trained.
+        data_sources: the [`Sources`], on which a tokenizer may be trained.
         pretrained: folder or Hub id of the model that the run starts from, or None.
         keep: whether the model's own tokenizer takes precedence: when training continues or is evaluated.
     Returns:
         None for token ids without a tokenizer.
     """
-    tokenizer, new_tokens = _find_tokenizer(recipe, found, pretrained, keep), recipe.data.add_tokens or []
+    tokenizer, new_tokens = _find_tokenizer(recipe, data_sources, pretrained, keep), recipe.data.add_tokens or []
     if new_tokens and tokenizer is None:
         raise ModelError("add_tokens: there is no tokenizer to add them to; give --tokenizer")
     if new_tokens and not keep:
@@ -139,26 +155,28 @@ def find_tokenizer(recipe, found, pretrained, keep):
     return tokenizer
 
 
-def _find_tokenizer(recipe, found, pretrained, keep):
+def _find_tokenizer(recipe, data_sources, pretrained, keep):
     data, family = recipe.data, FAMILIES[recipe.model]
     if keep:
         try:
             return tokenizers.load(str(pretrained), family.config.model_type)
         except InputError:  # the model was trained on token ids without one
-            if isinstance(data.tokenizer, dict) and any(s.format not in sources.TOKEN_ID_FORMATS for s in found.all):
+            if isinstance(data.tokenizer, dict) and any(
+                s.format not in sources.TOKEN_ID_FORMATS for s in data_sources.all
+            ):
                 raise  # a tokenizer trained on other text has other ids
     if isinstance(data.tokenizer, str):
         try:
             return tokenizers.load(data.tokenizer)
         except InputError as error:
-            if not any(source.format == "hub" for source in found.training):
+            if not any(source.format == "hub" for source in data_sources.training):
                 raise
             raise ModelError(f"{error}; without the Hub, give --train_file FILE in place of the dataset") from None
     if isinstance(data.tokenizer, dict):
-        return _train_tokenizer(recipe, found.training or [found.validation])
+        return _train_tokenizer(recipe, data_sources.training or [data_sources.validation])
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), family.config.model_type)
-    if any(source.format not in sources.TOKEN_ID_FORMATS for source in found.all):
+    if any(source.format not in sources.TOKEN_ID_FORMATS for source in data_sources.all):
         trained = f"{{train: {family.tokenizer}, vocab_size: 8192}}"
         raise ModelError(f"tokenizer: text needs one; give --tokenizer a folder, a Hub id, or '{trained}'")
     return None
