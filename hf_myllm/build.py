@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint, run_folder, tasks
-from .build_data import find_sources, find_tokenizer, load_rows
+from .build_data import find_sources, find_tokenizer, load_data, make_rows
 from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
@@ -169,11 +169,12 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     check_tokenizer(recipe, config, tokenizer, task)
 
     show_progress = accelerator.is_local_main_process
-    train_rows, val_rows, stats = load_rows(
+    training, validation, stats = load_data(
         recipe, data_sources, tokenizer, task, trainer_state, config.vocab_size, cleanup, show_progress
     )
     model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
     adapt_model(recipe, accelerator, model, task)
+    train_rows, val_rows = make_rows(recipe, data_sources, task, training, validation)
     if train_rows is not None:
         task.update_generation_config(model, stats["train"])
     run = Run(

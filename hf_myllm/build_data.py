@@ -71,7 +71,7 @@ def first_part(source):
     return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
 
 
-def load_rows(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, cleanup, show_progress):
+def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, cleanup, show_progress):
     """Tokenize the data, or open it in the cache.
 
     Args:
@@ -79,9 +79,9 @@ def load_rows(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
         vocab_size: of the model; the token ids are checked against it.
         cleanup: an ExitStack, which closes the stream of a streaming run.
     Returns:
-        training rows, validation rows (each None without data) and the statistics of the data.
+        training data, validation data (each None if there is none) and their statistics.
     """
-    data, train_rows, val_rows = recipe.data, None, None
+    data = recipe.data
     if data.streaming and not recipe.evaluation.eval_only:
         training, validation, stats = open_stream(recipe, data_sources, tokenizer, trainer_state, show_progress)
         cleanup.callback(training.close)
@@ -91,11 +91,17 @@ def load_rows(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
         setattr(data, name, value)
     for part, name in ((training, data_sources.name), (validation, data_sources.val_name)):
         check_token_ids(part.tokens if task.is_labelled and part else part, vocab_size, name)
+    return training, validation, stats
+
+
+def make_rows(recipe, data_sources, task, training, validation):
+    """Return the training and the validation rows of the data that [`load_data`] returned; None without data."""
+    train_rows = val_rows = None
     if training is not None:
-        train_rows = task.make_rows(training, data_sources.name, data.stride)
+        train_rows = task.make_rows(training, data_sources.name, recipe.data.stride)
     if validation is not None:
         val_rows = task.make_rows(validation, data_sources.val_name)  # without overlap: each token counts once
-    return train_rows, val_rows, stats
+    return train_rows, val_rows
 
 
 def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
