@@ -205,9 +205,9 @@ def find_model(run_dir):
 
 
 def find_run_dir(path):
-    """Return the folder of a run: the path, or its parent if it is one of the run's checkpoints."""
+    """Return the folder of a run: the path, or its parent if it is a checkpoint or one staged for an upload."""
     path = Path(path)
-    return path.parent if step_of(path) >= 0 and not (path / "recipe.yaml").is_file() else path
+    return path if (path / "run.json").is_file() or not path.name.startswith("checkpoint-") else path.parent
 
 
 def find_corruption(path):

@@ -126,10 +126,8 @@ def _opened(path):
 
 def _read_recipe(run_dir):
     """Return the task and the data section of a run's recipe, given its folder or a checkpoint; {} without one."""
-    folder = Path(run_dir).resolve()
     try:
-        if checkpoint.step_of(folder) >= 0:
-            folder = folder.parent
+        folder = checkpoint.find_run_dir(Path(run_dir).resolve())
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         settings = {key: value for key, value in recipe["data"].items() if value is not None}
         return {"task": recipe.get("task"), "data": settings | {"skip_bad_rows": False}}

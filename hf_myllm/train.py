@@ -29,7 +29,7 @@ from .evaluation import evaluate_all, evaluate_run
 from .optim import learning_rate, step_if, to_full
 from .recipe import Recipe
 from .reporting import plots
-from .reporting.metrics_log import read_metrics
+from .reporting.metrics_log import last_evaluation
 from .reporting.profiling import Profiler
 from .reporting.start import start_reporting
 from .reporting.summary import print_result
@@ -253,8 +253,7 @@ def result_of(run, state, model):
     run_dir, step = Path(run.recipe.run.save_model), state.step
     if run.recipe.evaluation.final_model == "best" and not state.was_interrupted:
         step = state.best_step() or step
-    evaluations = [line for line in read_metrics(run_dir) if "train_loss" in line and line["step"] <= step]
-    metrics = {name: value for name, value in evaluations[-1].items() if name.startswith("val_")} if evaluations else {}
+    metrics = {name: value for name, value in last_evaluation(run_dir, step).items() if name.startswith("val_")}
     return RunResult(model, run.tokenizer, metrics, run_dir, state.step, stop_signal)
 
 

@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import TemplateError
 
+from ..checkpoint import find_run_dir
 from ..errors import HubError
 from ..files import render_template, write_text_atomically
 from ..models import find_family, lora
@@ -37,12 +38,6 @@ def is_edited(path):
     return path.is_file() and _MARKER[:22] not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def run_dir_of(folder):
-    """Return the run's folder of a run or of one of its checkpoints."""
-    folder = Path(folder).resolve()
-    return folder if (folder / "run.json").is_file() or not folder.name.startswith("checkpoint-") else folder.parent
-
-
 def step_of(folder):
     """Return the step of a checkpoint's folder, or None for a run's folder."""
     match = re.match(r"checkpoint-(\d+)", Path(folder).name)
@@ -63,7 +58,7 @@ def make_card(folder, repo=None, revision=None, has_plot=False):
     Raises:
         HubError: run.json does not have the content that this package writes.
     """
-    folder, run_dir = Path(folder), run_dir_of(folder)
+    folder, run_dir = Path(folder), find_run_dir(Path(folder).resolve())
     config, run = lora.read_config(folder), read_run(run_dir)
     try:
         values = _card_values(folder, run_dir, config, run, repo or run_dir.name, revision)

@@ -24,7 +24,7 @@ from .. import checkpoint
 from ..distributed import exit_with_parent
 from ..errors import HubError, first_line
 from ..files import link_or_copy
-from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, run_dir_of, step_of
+from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, step_of
 from .stock_check import check, single_process_environment
 
 # The files of a model and its tokenizer, which are uploaded. Nothing else in the folder is.
@@ -78,7 +78,7 @@ def push(run, repo, private=False, revision=None):
         raise HubError(f"{folder}: it is damaged and was not pushed: {problem}")
     check(folder)
     step = step_of(folder)
-    message = f"Model of {run_dir_of(folder).name}" + (f" after step {step}" if step else "")
+    message = f"Model of {checkpoint.find_run_dir(folder.resolve()).name}" + (f" after step {step}" if step else "")
     api = HfApi()
     with tempfile.TemporaryDirectory() as staging:
         staging = Path(staging)
@@ -120,7 +120,7 @@ def _stage(folder, staging, repo, revision):
     Raises:
         HubError: a file contains what looks like an access token.
     """
-    run_dir = run_dir_of(folder)
+    run_dir = checkpoint.find_run_dir(folder.resolve())
     for path in folder.iterdir():
         if _is_shared(path.name) and path.is_file() and not path.is_symlink():
             link_or_copy(path, staging / path.name)
