@@ -3,18 +3,22 @@
     python benchmarks/time_to_loss.py recipes/quickstart.yaml --target 3.9 --eval_freq 50 \\
         --setting "--optimizer adamw" --setting "--optimizer muon --learning_rate 2e-3"
 
-Each setting is a run of the recipe with these flags, one after the other. The result is the time of the training steps
-up to the first evaluation at or below the target (`train_seconds` in metrics.jsonl), without compilation and
-evaluations.
+Each setting is a run of the recipe with these flags, one after the other, each in its own process. The result is the
+time of the training steps up to the first evaluation at or below the target (`train_seconds` in metrics.jsonl), without
+compilation and evaluations. Nothing is saved: a checkpoint takes the host seconds, while the GPU waits.
 """
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+from peers import Finished, run_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,25 +31,39 @@ def main():
     parser.add_argument("--json", type=Path, help="file to write the results to")
     args, flags = parser.parse_known_args()
     results = []
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.getenv('PYTHONPATH', '')}"}
     for setting in args.setting or [""]:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            command = [sys.executable, "-m", "hf_myllm.train", args.recipe, *flags, *shlex.split(setting)]
-            command += ["--save_model", str(run), "--save_freq", "null", "--log_freq", "1", "--quiet"]
-            # evaluate all validation rows, and hardly any training rows
-            command += ["--metric_for_best", "loss", "--final_model", "last", "--eval_iter", "1"]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr[-2000:])
-            results.append({"setting": setting} | time_to_target(run, args.target))
-            print(describe(results[-1], args.target), flush=True)
+        command = [sys.executable, __file__, "--one", args.recipe, *flags, *shlex.split(setting)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        lines = json.loads(done.stdout.splitlines()[-1])
+        results.append({"setting": setting} | time_to_target(lines, args.target))
+        print(describe(results[-1], args.target), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
 
-def time_to_target(run, target):
+def run_one(argv):
+    """Train the recipe of a command line in this process, saving nothing; return the lines of its metrics.jsonl."""
+    from hf_myllm import run_folder
+    from hf_myllm.models import FAMILIES
+    from hf_myllm.recipe.flags import parse
+
+    lines = []
+    # evaluate all validation rows, and hardly any training rows
+    flags = ["--metric_for_best", "loss", "--eval_iter", "1", "--log_freq", "1", "--save_freq", "null", "--quiet"]
+    with (
+        tempfile.TemporaryDirectory() as run_dir,
+        mock.patch.object(run_folder, "save_checkpoint"),  # it would be called at each better evaluation
+        mock.patch.object(run_folder, "publish_model", side_effect=Finished),
+    ):
+        run_recipe(parse([*argv, *flags, "--save_model", run_dir], FAMILIES), on_log=lines.append)
+    return lines
+
+
+def time_to_target(lines, target):
     """Return the seconds, steps and tokens that a run needed to reach the target, and its best loss."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "loss" in line}
     evaluations = [line for line in lines if line.get("val_loss") is not None]
     first = next((line for line in evaluations if line["val_loss"] <= target), None)
@@ -72,4 +90,7 @@ def describe(result, target):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(run_one(sys.argv[2:])))
+    else:
+        main()

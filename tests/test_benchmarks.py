@@ -26,11 +26,11 @@ def test_checkpoint(tmp_path):
 
 
 def test_throughput(tmp_path):
-    peers = ["ours", "isolated", "single-file", "stock", "Trainer"]
+    peers = ["ours", "isolated", "muon", "single-file", "stock", "Trainer"]
     small = ["tiny", "--steps", 3, "--warmup", 2, "--repeats", 1, "--peers", *peers]
     result = run("throughput", *small, "--json", tmp_path / "results.json")
     assert result.returncode == 0, result.stderr
-    results = json.loads((tmp_path / "results.json").read_text())["workloads"]["tiny"]
+    results = json.loads((tmp_path / "results.json").read_text())["works"]["tiny"]
     assert set(results) == set(peers)
     assert all(peer["tokens_per_second"][0] > 0 and peer["ours_over_it"] > 0 for peer in results.values())
 
