@@ -19,7 +19,6 @@ from .build_data import find_sources, find_tokenizer, load_data, make_rows
 from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
-    cast_to_bf16,
     create_accelerator,
     end_training,
     explain_failures,
@@ -33,6 +32,7 @@ from .evaluation import load_metric
 from .hub import check_target
 from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
+from .precision import cast_to_bf16
 from .recipe import Recipe
 from .recipe.sections import FIELDS
 from .tasks import TASKS

@@ -1,4 +1,4 @@
-"""Ranks, devices, precision, sharding, signals and failures; the only module that configures `Accelerator`."""
+"""Ranks, devices, sharding, signals and failures; the only module that configures `Accelerator`."""
 
 import ctypes
 import gc
@@ -29,9 +29,9 @@ from accelerate.utils import (
     TorchDynamoPlugin,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError, PeerFailure, RankError, first_line
+from .precision import layers
 
 try:
     import resource
@@ -331,7 +331,7 @@ def _is_peer_failure(error):
     return isinstance(error, torch.distributed.DistError) or bool(re.search(pattern, str(error), re.IGNORECASE))
 
 
-# ---- sharding and precision
+# ---- sharding
 
 
 def shard_model(accelerator, model, compile_model):
@@ -345,30 +345,11 @@ def shard_model(accelerator, model, compile_model):
     param_dtype = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
-    for layer in _layers(model):
+    for layer in layers(model):
         if compile_model:
             layer.compile()
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
     fully_shard(model, **options)
-
-
-def cast_to_bf16(model):
-    """Pass bfloat16 hidden states from layer to layer under autocast, as the FSDP2 policy above does.
-
-    Autocast alone keeps the residual stream in fp32, which doubles its memory traffic.
-    """
-    for layer in _layers(model):
-        layer.register_forward_pre_hook(_cast_hidden_states)
-
-
-def _cast_hidden_states(layer, inputs):
-    hidden_states, *others = inputs
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        return (hidden_states.bfloat16(), *others)
-
-
-def _layers(model):
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 # ---- the device

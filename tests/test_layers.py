@@ -10,6 +10,7 @@ ENTRY_POINTS = ("plot", "page", "prepare", "reference", "hub/__main__")
 LAYERS = (  # a module or subpackage imports from the layers above its own line only
     {"errors", "files", "__version__"},
     {"recipe"},
+    {"precision"},
     {"models", "optim", "distributed"},
     {"data", "checkpoint"},
     {"generate"},
@@ -25,6 +26,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     set(ENTRY_POINTS),
 )
 PLAIN_ARGUMENTS = {
+    "precision",
     "models",
     "optim",
     "distributed",

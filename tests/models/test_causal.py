@@ -20,8 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
-from hf_myllm.distributed import cast_to_bf16
 from hf_myllm.models import decoder
+from hf_myllm.precision import cast_to_bf16
 
 families = pytest.mark.parametrize("family", DECODERS.values(), ids=DECODERS)
 
