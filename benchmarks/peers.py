@@ -138,7 +138,8 @@ def run_peer(peer, work, folder, precision="no", is_compiled=False, warmup=10, s
     if precision == "fp8":
         os.environ["ACCELERATE_FP8_BACKEND"] = "AO"
     if peer in OURS:
-        seconds = by_ours(work, Path(folder), OURS[peer], warmup, steps, is_compiled)
+        settings = OURS[peer] | {"precision": "fp32" if precision == "no" else precision}
+        seconds = by_ours(work, Path(folder), settings, warmup, steps, is_compiled)
     else:
         name, is_eager, _ = peer.partition("-eager")
         seconds = train_peer(name, work, folder, precision, is_compiled and not is_eager, warmup, steps)

@@ -32,7 +32,7 @@ from .evaluation import load_metric
 from .hub import check_target
 from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
-from .precision import cast_to_bf16
+from .precision import cast_to_bf16, precision_name
 from .recipe import Recipe
 from .recipe.sections import FIELDS
 from .tasks import TASKS
@@ -124,7 +124,9 @@ def open_run(recipe, train_data=None, eval_data=None):
             if recipe.hub.push_to_hub:
                 check_target(recipe.hub.push_to_hub)
         resume_from = run_folder.find_checkpoint(recipe)
-        accelerator = create_accelerator(recipe.training.compile, recipe.run.log_with, recipe.run.save_model)
+        section, trains = recipe.training, not recipe.evaluation.eval_only
+        log_with, run_dir = recipe.run.log_with, recipe.run.save_model
+        accelerator = create_accelerator(section.precision, trains, section.compile, log_with, run_dir)
         with ExitStack() as cleanup:
             try:
                 with explain_failures(accelerator, lambda: run.phase if run else "its preparation"):
@@ -412,11 +414,11 @@ def prepare_training(run):
         run.resume_warnings.append(
             f"{'':<12}the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
         )
-    precision = trainer_state.get("mixed_precision", accelerator.mixed_precision)
-    if precision != accelerator.mixed_precision:
+    before, now = trainer_state.get("mixed_precision", accelerator.mixed_precision), accelerator.mixed_precision
+    if before != now:
         run.resume_warnings.append(
-            f"{'':<12}the precision changed from {precision} to {accelerator.mixed_precision}; the result differs from "
-            "an uninterrupted run"
+            f"{'':<12}the precision changed from {precision_name(before)} to {precision_name(now)}; the result differs "
+            "from an uninterrupted run"
         )
     if accelerator.scaler is not None and "scaler" in trainer_state:
         accelerator.scaler.load_state_dict(trainer_state["scaler"])

@@ -27,11 +27,12 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
+    parse_flag_from_env,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .errors import InputError, PeerFailure, RankError, first_line
-from .precision import layers
+from .precision import allow_tf32, choose_precision, layers, preserved_tf32
 
 try:
     import resource
@@ -107,10 +108,10 @@ def process_settings(log_level="info"):
     datasets_verbosity, hides_bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     shows_transformers_bars = transformers.utils.logging.is_progress_bar_enabled()
     environment, num_threads = dict(os.environ), torch.get_num_threads()
-    is_first_use = not PartialState._shared_state
+    is_first_use, has_accelerator = not PartialState._shared_state, bool(AcceleratorState._shared_state)
     gradient_state = dict(GradientState._shared_state)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with _RUN_LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices):
+    with _RUN_LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices), preserved_tf32():
         try:
             silence_libraries(log_level)
             _set_num_threads()
@@ -126,8 +127,8 @@ def process_settings(log_level="info"):
             os.environ.clear()
             os.environ.update(environment)
             torch.set_num_threads(num_threads)
-            if is_first_use:
-                AcceleratorState._reset_state(reset_partial_state=True)
+            if not has_accelerator:
+                AcceleratorState._reset_state(reset_partial_state=is_first_use)
             GradientState._shared_state.clear()
             GradientState._shared_state.update(gradient_state)
 
@@ -205,16 +206,17 @@ def signals_received():
 # ---- ranks
 
 
-def create_accelerator(compile_model=False, log_with=None, run_dir=None):
+def create_accelerator(precision="auto", trains=True, compile_model=False, log_with=None, run_dir=None):
     """Return the Accelerator of this process.
 
     Args:
+        precision, trains: see [`choose_precision`].
         compile_model: compile with torch.compile.
         log_with: names of trackers.
         run_dir: folder of the trackers' files.
 
     Raises:
-        InputError: a tracker's package is missing, or the launcher's settings do not work here.
+        InputError: a tracker's package is missing, or the precision or the launcher's settings do not work here.
         RankError: the other ranks cannot be reached.
     """
     for name in log_with or ():
@@ -228,7 +230,9 @@ def create_accelerator(compile_model=False, log_with=None, run_dir=None):
     # Gradients are views of DDP's buckets: one copy in memory instead of two.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
+        device = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), **timeout.to_kwargs()).device
         accelerator = Accelerator(
+            mixed_precision=choose_precision(precision, device, trains),
             dynamo_plugin=TorchDynamoPlugin(backend="inductor") if compile_model else None,
             kwargs_handlers=[timeout, ddp],
             log_with=log_with,
@@ -243,7 +247,8 @@ def create_accelerator(compile_model=False, log_with=None, run_dir=None):
         if not accelerator.is_fsdp2:
             raise InputError("FSDP1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
         if accelerator.mixed_precision not in ("no", "bf16"):
-            raise InputError(f"{accelerator.mixed_precision} does not work with FSDP2; set mixed_precision: bf16")
+            raise InputError(f"precision: {accelerator.mixed_precision} does not work with FSDP2; use bf16")
+    allow_tf32(accelerator.device)
     return accelerator
 
 

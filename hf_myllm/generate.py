@@ -2,8 +2,10 @@
 
 import math
 import sys
+from pathlib import Path
 
 import torch
+import yaml
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
@@ -11,6 +13,7 @@ from . import checkpoint
 from .distributed import check_no_other_run
 from .errors import InputError, ModelError
 from .models import loading, lora
+from .precision import inference_precision
 
 _LIMITS = {  # option -> its lowest and highest value
     "max_new_tokens": (1, math.inf),
@@ -51,6 +54,21 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+def read_recipe(run_dir):
+    """Return the task, the data section and the precision of a run's recipe, given its folder or a checkpoint.
+
+    Of any other folder: no task, no data section, and auto.
+    """
+    try:
+        folder = checkpoint.find_run_dir(Path(run_dir).resolve())
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        data = {key: value for key, value in recipe["data"].items() if value is not None}
+        precision = recipe.get("training", {}).get("precision", "auto")
+        return {"task": recipe.get("task"), "data": data, "precision": precision}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return {"task": None, "data": {}, "precision": "auto"}
+
+
 def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, top_p=1.0, seed=0):
     """Return the prompt and its continuation by the model of a run.
 
@@ -74,9 +92,10 @@ def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     _check_limits(max_new_tokens=max_new_tokens, **sampling)
     model, tokenizer = _load_generator(run_dir)
-    if not model.can_generate():
-        return fill_mask(model, tokenizer, prompt)
-    return generate_text(model, tokenizer, prompt, max_new_tokens, **sampling)
+    with inference_precision(read_recipe(run_dir)["precision"], model.device):
+        if not model.can_generate():
+            return fill_mask(model, tokenizer, prompt)
+        return generate_text(model, tokenizer, prompt, max_new_tokens, **sampling)
 
 
 def print_texts(run_dir, prompt, chat, num_samples, seed, **sampling):
@@ -89,14 +108,15 @@ def print_texts(run_dir, prompt, chat, num_samples, seed, **sampling):
     """
     _check_limits(num_samples=num_samples, seed=seed, **sampling)
     model, tokenizer = _load_generator(run_dir)
-    if not model.can_generate():
-        print(fill_mask(model, tokenizer, prompt))
-        return
-    for index in range(num_samples):
-        if num_samples > 1:
-            print(f"--- sample {index + 1} of {num_samples}, seed {seed + index}")
-        streamer = TextStreamer(tokenizer, skip_prompt=chat or not prompt, skip_special_tokens=True)
-        generate_text(model, tokenizer, prompt, seed=seed + index, streamer=streamer, is_chat=chat, **sampling)
+    with inference_precision(read_recipe(run_dir)["precision"], model.device):
+        if not model.can_generate():
+            print(fill_mask(model, tokenizer, prompt))
+            return
+        for index in range(num_samples):
+            if num_samples > 1:
+                print(f"--- sample {index + 1} of {num_samples}, seed {seed + index}")
+            streamer = TextStreamer(tokenizer, skip_prompt=chat or not prompt, skip_special_tokens=True)
+            generate_text(model, tokenizer, prompt, seed=seed + index, streamer=streamer, is_chat=chat, **sampling)
 
 
 def _check_limits(**options):

@@ -1,7 +1,106 @@
-"""Precision: the data types that a model computes in."""
+"""The data types that a model computes in: a recipe's `precision`, and TF32 for what stays in fp32."""
+
+import os
+from contextlib import contextmanager
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import is_torchao_available
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .errors import InputError
+
+
+def choose_precision(precision, device, trains=True):
+    """Return accelerate's name for the precision that a recipe asks for on a device: "no", "bf16", "fp16" or "fp8".
+
+    "auto" is bf16 where the GPU computes in it, else fp32. A setting of the launcher comes first.
+
+    Args:
+        trains: whether the model is trained. If not, what cannot be had here counts as auto.
+    Raises:
+        InputError: the device cannot train in the precision, or the launcher asks for another.
+    """
+    launched = _launched_precision()
+    if trains and launched and precision not in ("auto", launched):
+        raise InputError(f"precision: {precision} in the recipe and {launched} for the launcher; remove one of the two")
+    precision = launched or precision
+    problem = _problem(precision, device)
+    if trains and problem:
+        raise InputError(f"precision: {precision} {problem}")
+    if precision == "auto" or problem or (precision == "fp8" and not trains):
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
+    return "no" if precision == "fp32" else precision
+
+
+def _launched_precision():
+    """Return the precision that the launcher or an Accelerator of the caller has set, or None.
+
+    `accelerate launch` passes "no" if it was not told a precision, so "no" leaves the choice to the recipe.
+    """
+    if AcceleratorState._shared_state:
+        return precision_name(AcceleratorState().mixed_precision)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if launched == "no" else launched
+
+
+def _problem(precision, device):
+    """Return why a device cannot train in a precision and what to do instead, or None if it can."""
+    if precision == "fp16" and device.type == "cpu":
+        return "needs a GPU; use bf16 or fp32"
+    if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        return "needs an NVIDIA GPU with compute capability 8.9 (Ada, Hopper) or newer; use bf16 or fp32"
+    if precision == "fp8" and not is_torchao_available():
+        return "needs the package torchao; pip install torchao"
+    return None
+
+
+def precision_name(mixed_precision):
+    """Return a recipe's name for a `mixed_precision` of accelerate."""
+    return "fp32" if mixed_precision == "no" else mixed_precision
+
+
+def describe_precision(accelerator, precision):
+    """Return what an Accelerator computes in and, if a recipe's `precision` is auto, why."""
+    name, is_cuda = precision_name(accelerator.mixed_precision), accelerator.device.type == "cuda"
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == name:
+        reason = "set by the launcher"
+    elif name == "fp32" and is_cuda:
+        reason = "auto: this GPU has no bf16; --precision fp16 is faster"
+    else:
+        reason = "auto"
+    shown = f"{name} with TF32" if name == "fp32" and is_cuda else name
+    return f"{shown} ({reason})" if precision == "auto" else shown
+
+
+@contextmanager
+def inference_precision(precision, device):
+    """Compute in a recipe's precision without an Accelerator, as the evaluations of its run do."""
+    name = choose_precision(precision, device, trains=False)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    with preserved_tf32(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        allow_tf32(device)
+        yield
+
+
+def allow_tf32(device):
+    """Compute matrix products of fp32 tensors in TF32 on a GPU, unless the caller has chosen otherwise."""
+    if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "none":
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@contextmanager
+def preserved_tf32():
+    """Restore what [`allow_tf32`] sets, as does accelerate for a compiled model in fp32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        yield
+    finally:
+        if matmul.fp32_precision != before:
+            matmul.allow_tf32 = before == "tf32"
+            matmul.fp32_precision = before
 
 
 def cast_to_bf16(model):

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from . import checkpoint, tasks
 from .data.sources import file_source
 from .errors import DataError, InputError, ModelError
 from .files import atomic_path
-from .generate import load_tokenizer
+from .generate import load_tokenizer, read_recipe
 from .models import loading
+from .precision import inference_precision
 from .tasks import TASKS
 from .tasks.labelled_rows import read_examples, rows_in_memory
 
@@ -82,9 +82,10 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     source = file_source(input)
     model, tokenizer, name = load(run_dir, device)
-    recipe = _read_recipe(run_dir)
-    name = recipe["task"] if recipe.get("task") in TASKS else name
-    settings = recipe.get("data", {}) | {key: value for key, value in settings.items() if value is not None}
+    recipe = read_recipe(run_dir)
+    name = recipe["task"] if recipe["task"] in TASKS else name
+    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = recipe["data"] | {"skip_bad_rows": False} | settings
     positions = getattr(model.config, "max_position_embeddings", 512)
     max_len = max_len or settings.get("max_len") or positions
     if batch_size < 1:
@@ -100,7 +101,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     task.configure(model.config, max_len)
     skipped, count = [], 0
     examples = read_examples(source, task, skipped)
-    with _opened(output) as file:
+    with _opened(output) as file, inference_precision(recipe["precision"], device):
         while chunk := list(islice(examples, _CHUNK)):
             rows = rows_in_memory(chunk, task, source.name, skipped)
             if rows is None:
@@ -122,17 +123,6 @@ def _opened(path):
             yield file
     except OSError as error:
         raise DataError(f"--output {path} cannot be written: {error}") from None
-
-
-def _read_recipe(run_dir):
-    """Return the task and the data section of a run's recipe, given its folder or a checkpoint; {} without one."""
-    try:
-        folder = checkpoint.find_run_dir(Path(run_dir).resolve())
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        settings = {key: value for key, value in recipe["data"].items() if value is not None}
-        return {"task": recipe.get("task"), "data": settings | {"skip_bad_rows": False}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return {}
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def global_state():
         "warning filters": list(warnings.filters),
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()),
+        "TF32": torch.backends.cuda.matmul.fp32_precision,
         "accelerate": (dict(PartialState._shared_state), dict(AcceleratorState._shared_state)),
         "gradient state": dict(GradientState._shared_state),
     }

@@ -274,7 +274,7 @@ def test_a_damaged_newer_checkpoint_does_not_replace_good_ones(tiny, tmp_path):
 
 
 def test_invalid_accelerate_settings_are_one_line(tiny):
-    result = run_command(*tiny(max_steps=5), env={**os.environ, "ACCELERATE_MIXED_PRECISION": "fp8"})
+    result = run_command(*tiny(max_steps=5), env={**os.environ, "ACCELERATE_MIXED_PRECISION": "fp12"})
     assert result.returncode == 2, result.stderr
     assert "error: accelerate's settings do not work here" in result.stderr
     assert "Traceback" not in result.stderr

@@ -369,7 +369,7 @@ def test_steps_in_flight_do_not_change_the_run(tiny, tmp_path, monkeypatch):
 def test_the_launcher_s_environment_sets_mixed_precision(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert train(*tiny(max_steps=5)) == 0
-    assert "precision bf16" in capsys.readouterr().out
+    assert "precision bf16 (set by the launcher)" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto").dtype == torch.float32
 
 

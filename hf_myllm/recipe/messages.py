@@ -36,6 +36,7 @@ _FOREIGN_NAMES = {
     "metric_for_best": "metric_for_best_model",
     "optimizer": "optim",
     "patience": "early_stopping_patience",
+    "precision": "mixed_precision bf16 fp16",
     "project_name": "project wandb_project",
     "push_to_hub": "hub_model_id",
     "save_freq": "save_steps",

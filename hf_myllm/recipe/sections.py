@@ -189,10 +189,16 @@ class Training(Section):
     max_skipped_steps: int = fixed(
         0, "Consecutive steps that may be skipped because of a non-finite loss or gradient; 0 stops at the first.", ge=0
     )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = changeable(
+        "auto",
+        "What the model computes in; weights and optimizer state keep their dtype. auto: bf16 on a GPU that has it, "
+        "else fp32. fp32: on a GPU, matrix products in TF32. fp16: for GPUs before Ampere. fp8: matrix products of the "
+        "layers in fp8, the rest in bf16; needs torchao. A setting of the launcher replaces auto.",
+    )
     dtype: Literal["float32", "bfloat16"] = fixed(
         "float32",
         "Data type of the weights, whatever init_from's file holds. bfloat16 halves the memory and loses small "
-        "updates. For mixed precision use `accelerate launch --mixed_precision`.",
+        "updates; mixed precision is called precision.",
     )
     gradient_checkpointing: bool = changeable(
         False,
@@ -200,6 +206,14 @@ class Training(Section):
         "compute.",
     )
     compile: bool = changeable(False, "Compile the model with torch.compile.")
+
+    @model_validator(mode="after")
+    def _check_precision(self):
+        if self.dtype == "bfloat16" and self.precision in ("fp32", "fp16"):
+            raise RecipeError(
+                f"precision: {self.precision} needs weights in float32, and dtype is bfloat16; remove one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_learning_rate(self):

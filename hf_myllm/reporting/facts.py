@@ -16,9 +16,9 @@ import transformers
 
 from .. import __version__
 from ..models import lora
+from ..precision import precision_name
 from ..recipe import Recipe
 from .console import plural
-from .summary import precision
 
 
 def run_facts(run, unigram):
@@ -66,7 +66,7 @@ def launch_facts(run):
         "time": round(time.time()),
         "processes": run.accelerator.num_processes,
         "device": device,
-        "precision": precision(run),
+        "precision": precision_name(run.accelerator.mixed_precision),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions | {name: package.__version__ for name, package in packages.items()},
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..distributed import train_command
 from ..evaluation import unigram_loss
 from ..models import lora
+from ..precision import describe_precision, precision_name
 from .console import describe_loss, format_loss, indent, plural
 
 _INDENT = " " * 12  # lines have a label of 12 columns; continuation lines have none
@@ -50,13 +51,10 @@ def _print_model(run, reporter):
         reporter.info(f"{_INDENT}LoRA of rank {recipe.lora.r}: {count:,} parameters are trained")
     if names := run.newly_initialized:
         reporter.info(f"{_INDENT}not in {recipe.run.init_from}, newly initialized: {', '.join(names)}")
-    reporter.info(f"hardware    {accelerator.num_processes} x {accelerator.device.type}, precision {precision(run)}")
-
-
-def precision(run):
-    """Return the mixed precision of the launch or, without it, the data type of the weights."""
-    mixed_precision = run.accelerator.mixed_precision
-    return run.recipe.training.dtype if mixed_precision == "no" else mixed_precision
+    precision = describe_precision(accelerator, recipe.training.precision)
+    if recipe.training.dtype != "float32":
+        precision += f", weights in {recipe.training.dtype}"
+    reporter.info(f"hardware    {accelerator.num_processes} x {accelerator.device.type}, precision {precision}")
 
 
 def _print_training_data(run, reporter):
@@ -94,7 +92,8 @@ def print_evaluation(run, metrics):
     count = f"{metrics['tokens']:,} tokens" if has_perplexity else plural(len(run.val_rows), "row")
     perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
     print(f"validation loss {describe_loss(run.task, metrics)}{perplexity}")
-    print(f"over all {count} of {run.val_rows.name}")
+    precision = precision_name(run.accelerator.mixed_precision)
+    print(f"over all {count} of {run.val_rows.name}{'' if precision == 'fp32' else f', in {precision}'}")
 
 
 def print_result(run, reporter, step, metrics, unigram):

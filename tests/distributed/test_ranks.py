@@ -340,7 +340,7 @@ def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
     assert result.returncode == 0, result.stderr
     assert read_metrics(run, "loss") == pytest.approx(exact, abs=0.05)
     assert read_metrics(run, "loss")[4:] != exact[4:]
-    assert "the precision changed from no to bf16" in result.stdout
+    assert "the precision changed from fp32 to bf16" in result.stdout
     result = run_sharded(device, count, *flags, "--load_model", run, "--eval_only", "true", precision="bf16")
     assert f"validation loss {read_metrics(run, 'val_loss')[-1]:.4f}" in result.stdout
 

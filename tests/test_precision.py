@@ -1,0 +1,129 @@
+"""`precision` of a recipe, the launcher's mixed_precision, and TF32."""
+
+import pytest
+import torch
+import yaml
+from conftest import read_metrics, read_weights, train
+
+from hf_myllm.errors import InputError
+from hf_myllm.generate import generate, generate_text, load
+from hf_myllm.precision import allow_tf32, choose_precision, inference_precision, preserved_tf32
+from hf_myllm.train import evaluate
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Answer for a GPU that the machine need not have: `gpu(has_bf16=False, capability=(7, 5))` is a Tesla T4."""
+
+    def describe(has_bf16=True, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr("hf_myllm.precision.is_torchao_available", lambda: True)
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    describe()
+    return describe
+
+
+def test_auto_is_bf16_on_a_gpu_that_has_it(gpu):
+    assert choose_precision("auto", CUDA) == "bf16"
+    assert choose_precision("auto", CPU) == "no"
+    gpu(has_bf16=False, capability=(7, 5))
+    assert choose_precision("auto", CUDA) == "no"
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp8", "fp8")])
+def test_a_precision_of_the_recipe_is_what_accelerate_gets(gpu, precision, name):
+    assert choose_precision(precision, CUDA) == name
+
+
+def test_the_launcher_s_precision_replaces_auto_and_contradicts_others(gpu, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # also what `accelerate launch` passes by default
+    assert choose_precision("auto", CUDA) == choose_precision("bf16", CUDA) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert choose_precision("auto", CUDA) == choose_precision("fp16", CUDA) == "fp16"
+    with pytest.raises(InputError, match="precision: bf16 in the recipe and fp16 for the launcher"):
+        choose_precision("bf16", CUDA)
+    assert choose_precision("bf16", CUDA, trains=False) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "message"),
+    [
+        ("fp16", CPU, (9, 0), "precision: fp16 needs a GPU; use bf16 or fp32"),
+        ("fp8", CPU, (9, 0), "precision: fp8 needs an NVIDIA GPU"),
+        ("fp8", CUDA, (8, 0), "precision: fp8 needs an NVIDIA GPU with compute capability 8.9"),
+    ],
+)
+def test_what_a_device_cannot_train_in_is_one_line_and_no_reason_not_to_evaluate(
+    gpu, precision, device, capability, message
+):
+    gpu(capability=capability)
+    with pytest.raises(InputError, match=message):
+        choose_precision(precision, device)
+    assert choose_precision(precision, device, trains=False) == choose_precision("auto", device)
+
+
+def test_fp8_without_torchao_is_one_line(gpu, monkeypatch):
+    monkeypatch.setattr("hf_myllm.precision.is_torchao_available", lambda: False)
+    with pytest.raises(InputError, match="precision: fp8 needs the package torchao; pip install torchao"):
+        choose_precision("fp8", CUDA)
+
+
+def test_tf32_is_allowed_on_a_gpu_and_restored():
+    matmul = torch.backends.cuda.matmul
+    assert matmul.fp32_precision == "none"
+    with preserved_tf32():
+        allow_tf32(CPU)
+        assert not matmul.allow_tf32
+        allow_tf32(CUDA)
+        assert matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    assert not matmul.allow_tf32
+    assert matmul.fp32_precision == "none"
+    with preserved_tf32():  # a choice of the caller stays
+        torch.set_float32_matmul_precision("highest")
+        allow_tf32(CUDA)
+        assert not matmul.allow_tf32
+        matmul.allow_tf32 = False
+
+
+def test_a_run_in_bf16_is_evaluated_and_sampled_in_bf16(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(*tiny(max_steps=5, eval_freq=5, precision="bf16")) == 0
+    assert "1 x cpu, precision bf16\n" in capsys.readouterr().out
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["precision"] == "bf16"
+    assert evaluate(run)["loss"] == read_metrics(run, "val_loss")[-1]
+    assert evaluate(run, precision="fp32")["loss"] != read_metrics(run, "val_loss")[-1]
+    model, tokenizer = load(run)
+    dtypes = set()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    with inference_precision("bf16", CPU):
+        expected = generate_text(model, tokenizer, "Anna", temperature=0)
+    assert dtypes == {torch.bfloat16}
+    assert generate(run, "Anna", temperature=0) == expected
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_precision_says_what_changes_on_resume(tiny, tmp_path, capsys):
+    flags = tiny(max_steps=4, save_freq=2, eval_freq=None)
+    assert train(*flags) == 0
+    assert "1 x cpu, precision fp32 (auto)\n" in capsys.readouterr().out
+    before = read_weights(tmp_path / "run")
+    flags = [*flags, "--init_from", "resume", "--max_steps", 6, "--allow_changed", "--precision", "bf16"]
+    assert train(*flags) == 0
+    assert "the precision changed from fp32 to bf16" in capsys.readouterr().out
+    assert read_weights(tmp_path / "run") != before
+
+
+def test_contradictions_are_one_line(tiny, tmp_path, capsys, monkeypatch):
+    assert train(*tiny(precision="fp16")) == 2
+    assert capsys.readouterr().err == "error: precision: fp16 needs a GPU; use bf16 or fp32\n"
+    assert train(*tiny(precision="fp32", dtype="bfloat16")) == 2
+    assert "precision: fp32 needs weights in float32, and dtype is bfloat16" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(*tiny(precision="fp32")) == 2
+    assert "precision: fp32 in the recipe and bf16 for the launcher" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
