@@ -1,6 +1,8 @@
 """The exceptions that this package raises on purpose."""
 
 import argparse
+import os
+import sys
 
 
 class InputError(Exception):
@@ -52,6 +54,12 @@ class Parser(argparse.ArgumentParser):
 def first_line(error):
     """Return the first line of a library's error, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def warn(text):
+    """Print a warning on stderr, once per machine of a launch."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def printable(text):

@@ -1,5 +1,7 @@
 """Shared base classes of all families. They keep what we write on disk a stock checkpoint of transformers."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +14,20 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "n_inner", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window",
 )  # fmt: skip
+# rope_type -> keys of rope_parameters that it needs, and that it may have, besides rope_theta
+_LENGTH = "original_max_position_embeddings"
+_ROPE_KEYS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), (_LENGTH,)),
+    "yarn": (
+        ("factor", _LENGTH),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", _LENGTH), ("attention_factor", "factor")),
+    "llama3": (("factor", _LENGTH, "low_freq_factor", "high_freq_factor"), ()),
+    "proportional": (("partial_rotary_factor",), ("factor",)),
+}
 
 
 def get_field(config, name, default=None):
@@ -50,7 +66,12 @@ class StockConfigMixin:
         return config
 
     def validate_architecture(self):
-        """Check the values that every family has. Called by `@strict` when a configuration is created.
+        """Check nothing when a configuration is created; `check_architecture` does when a model is built."""
+
+    validate_rope = validate_architecture
+
+    def check_architecture(self):
+        """Check the values that every family has.
 
         Raises:
             ValueError: a size is below 1, the heads do not divide the width, or a value is out of range.
@@ -73,6 +94,7 @@ class StockConfigMixin:
             raise ValueError(f"head_dim is {head_dim}; rotary embeddings rotate pairs, so it must be even")
         self._check_ranges()
         self._check_layer_types()
+        check_rope(get_field(self, "rope_parameters") or {}, head_dim)
 
     def _check_ranges(self):
         for name in type(self).__dataclass_fields__:
@@ -96,6 +118,37 @@ class StockConfigMixin:
                 raise ValueError("layer_types contains 'sliding_attention'; set sliding_window and use_sliding_window")
 
 
+def check_rope(rope, head_dim):
+    """Check a `rope_parameters` completely; the library only logs warnings.
+
+    Raises:
+        ValueError: a type, a key or a value that the rotary embeddings cannot use.
+    """
+    rope = {name: value for name, value in rope.items() if value is not None}
+    rope_type = rope.pop("rope_type", rope.pop("type", "default"))  # "type" in old files
+    if rope_type not in _ROPE_KEYS:
+        raise ValueError(f"rope_parameters: rope_type {rope_type!r} is unknown; choose {', '.join(_ROPE_KEYS)}")
+    required, optional = _ROPE_KEYS[rope_type]
+    if missing := [name for name in required if name not in rope]:
+        raise ValueError(f"rope_parameters: rope_type {rope_type} needs {' and '.join(missing)}")
+    for name, value in rope.items():
+        if name not in (*required, *optional, "rope_theta", "type"):
+            raise ValueError(f"rope_parameters: rope_type {rope_type} has no key {name!r}; remove it")
+        numbers, expected = [value], "a finite number above 0"
+        if name == "factor":
+            expected = "a finite number of at least 1"
+        elif name in ("short_factor", "long_factor"):
+            numbers, expected = value, f"a list of {head_dim // 2} numbers above 0, half of the size of a head"
+        is_list = isinstance(numbers, (list, tuple)) and (numbers is not value or len(value) == head_dim // 2)
+        low = 1 if name == "factor" else 5e-324  # the smallest number above 0
+        if name in ("truncate", "type"):
+            continue
+        if not is_list or not all(type(number) in (int, float) and low <= number < math.inf for number in numbers):
+            raise ValueError(f"rope_parameters: {name} must be {expected}, not {value!r}")
+    if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ValueError("rope_parameters: high_freq_factor must be above low_freq_factor")
+
+
 class StockPreTrainedModel(PreTrainedModel):
     """Base class of all models: what the library may do with them, and their name in the library."""
 
@@ -105,6 +158,10 @@ class StockPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config, *arguments, **options):
+        config.check_architecture()
+        super().__init__(config, *arguments, **options)
 
     def _get_name(self):
         # The Trainer looks this name up in the library's lists, for example to shift the labels of a causal model.

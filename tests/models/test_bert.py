@@ -258,7 +258,7 @@ def test_invalid_configurations_are_rejected():
         ({"is_decoder": True}, "is_decoder"),
     ):
         with pytest.raises(Exception, match=message):
-            MyBertConfig(**{**SIZES, **changed})
+            MyBertConfig(**{**SIZES, **changed}).check_architecture()
 
 
 def test_a_real_checkpoint_equals_stock(assets):

@@ -49,4 +49,4 @@ def test_invalid_configurations_are_rejected():
         ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
     ):
         with pytest.raises(Exception, match=message):
-            CASES["qwen3"].make_config(**changed)
+            CASES["qwen3"].make_config(**changed).check_architecture()

@@ -35,7 +35,7 @@ def test_invalid_configurations_are_rejected():
         ({"add_cross_attention": True}, "cross"),
     ):
         with pytest.raises(Exception, match=message):
-            GPTConfig(**{**SIZES, **changed})
+            GPTConfig(**{**SIZES, **changed}).check_architecture()
 
 
 def test_config_contains_n_ctx_for_converters(tmp_path):

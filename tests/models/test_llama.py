@@ -23,7 +23,7 @@ def test_invalid_configurations_are_rejected():
         ({"hidden_act": "nope"}, "hidden_act"),
     ):
         with pytest.raises(Exception, match=message):
-            MyLlamaConfig(**{**SIZES, **changed})
+            MyLlamaConfig(**{**SIZES, **changed}).check_architecture()
 
 
 def test_every_rope_type_of_the_library_is_compared_with_stock():

@@ -10,7 +10,7 @@ from ..stock import StockConfigMixin
 class MyBertConfig(StockConfigMixin, BertConfig):
     """[`BertConfig`], with the same fields, for the classes of this folder."""
 
-    def validate_architecture(self):
-        super().validate_architecture()
+    def check_architecture(self):
+        super().check_architecture()
         if self.is_decoder or self.add_cross_attention:
             raise ValueError("is_decoder and add_cross_attention are for decoders; this family is an encoder")

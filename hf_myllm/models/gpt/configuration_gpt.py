@@ -16,8 +16,8 @@ class GPTConfig(StockConfigMixin, GPT2Config):
         "GPTForSequenceClassification": "GPT2ForSequenceClassification",
     }
 
-    def validate_architecture(self):
-        super().validate_architecture()
+    def check_architecture(self):
+        super().check_architecture()
         if self.add_cross_attention:
             raise ValueError("add_cross_attention is for encoder-decoder models; this family does not support it")
 
