@@ -171,8 +171,10 @@ def generate_text(
         **sampling,
     )
     inputs = torch.tensor([ids], device=model.device)
-    was_training, own_config = model.training, model.generation_config
+    was_training, own_config, attention = model.training, model.generation_config, model.config._attn_implementation
     model.eval()
+    if attention == "flex_attention":  # it would be compiled for the shapes of generation, twice
+        model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig()  # otherwise unset values come from the model's own
     try:
         with torch.no_grad(), _preserved_random_state():
@@ -187,6 +189,8 @@ def generate_text(
     finally:
         model.generation_config = own_config
         model.train(was_training)
+        if attention == "flex_attention":
+            model.set_attn_implementation(attention)
     return tokenizer.decode(output[0][1 if is_empty else 0 :], skip_special_tokens=True)
 
 

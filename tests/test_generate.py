@@ -6,10 +6,12 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, command, train
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from hf_myllm.errors import InputError
 from hf_myllm.generate import generate, generate_text, load
+from hf_myllm.models.gpt import GPTForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,16 @@ def test_the_models_own_generation_settings_are_not_used(run_dir):
     model.generation_config.update(do_sample=True, temperature=1.5, repetition_penalty=3.0)
     assert {generate_text(model, tokenizer, "Anna", 20, temperature=0, seed=seed) for seed in range(3)} == {greedy}
     assert model.generation_config.repetition_penalty == 3.0
+
+
+def test_a_model_that_trains_with_flex_attention_generates_with_sdpa(run_dir, loaded, monkeypatch):
+    """Flex attention would be compiled for the lengths of a prompt and of a token."""
+    model, tokenizer = GPTForCausalLM.from_pretrained(run_dir), loaded[1]
+    expected = generate_text(model, tokenizer, "Anna", 5)
+    model.set_attn_implementation("flex_attention")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", None)  # a call would fail
+    assert generate_text(model, tokenizer, "Anna", 5) == expected
+    assert model.config._attn_implementation == "flex_attention"
 
 
 def test_generation_stops_at_the_last_position(loaded):

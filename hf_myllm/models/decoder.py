@@ -10,7 +10,12 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -25,7 +30,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .stock import StockPreTrainedModel, eager_attention, get_field
+from .stock import StockPreTrainedModel, eager_attention, get_field, make_document_mask
 
 
 def get_layer_types(config):
@@ -42,10 +47,14 @@ def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, pos
             recognize the plain causal case.
     """
     is_sliding = layer_type == "sliding_attention"
-    is_plain = attention_mask is None and past_key_values is None and position_ids is None
+    has_positions_only = attention_mask is None and past_key_values is None
     is_windowed = is_sliding and inputs_embeds.shape[1] > config.sliding_window
-    if config._attn_implementation == "sdpa" and is_plain and not is_windowed:
+    if config._attn_implementation == "sdpa" and has_positions_only and position_ids is None and not is_windowed:
         return None
+    if config._attn_implementation == "flex_attention" and has_positions_only and position_ids is not None:
+        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+        allows = sliding_window_causal_mask_function(config.sliding_window) if is_sliding else causal_mask_function
+        return make_document_mask(starts.cumsum(-1), allows)
     create_mask = create_sliding_window_causal_mask if is_sliding else create_causal_mask
     return create_mask(
         config=config,

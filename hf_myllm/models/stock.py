@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -166,6 +167,27 @@ class StockPreTrainedModel(PreTrainedModel):
     def _get_name(self):
         # The Trainer looks this name up in the library's lists, for example to shift the labels of a causal model.
         return self.config.stock_name(type(self).__name__)
+
+
+def make_document_mask(document_ids, *conditions):
+    """Return flex attention's block mask for rows of several documents, which do not attend to each other.
+
+    The library's `flex_attention_mask` computes the same, but splits a compiled graph: it has `create_block_mask`
+    compile itself.
+
+    Args:
+        document_ids: (batch, length), equal within a document.
+        conditions: functions of the indices (batch, head, query, key) that must hold as well.
+    """
+
+    def same_document(batch, head, query, key):
+        return document_ids[batch, query] == document_ids[batch, key]
+
+    # Not compiled, the function stores a mask of length x length.
+    create = create_block_mask if torch.compiler.is_compiling() else torch.compile(create_block_mask)
+    batch_size, length = document_ids.shape
+    device = document_ids.device
+    return create(and_masks(same_document, *conditions), batch_size, None, length, length, device=device)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

@@ -205,6 +205,8 @@ def test_packed_documents_do_not_attend_to_each_other(attention):
     assert not torch.equal(before[documents == 0], after[documents == 0])
     alone = ours(batch()[:1, 13:]).logits  # the same as in a row of its own
     torch.testing.assert_close(before[:1, 13:], alone, atol=1e-5, rtol=0)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch(), **settings).logits, before)
 
 
 def test_losses_of_all_problem_types_equal_stock(tmp_path):

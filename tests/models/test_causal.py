@@ -213,13 +213,25 @@ def test_packed_documents_do_not_attend_to_each_other(family, attention):
 
 
 @families
-def test_training_on_packed_documents_compiles_to_one_graph(family):
-    model, positions = family.make_model().train(), torch.cat([torch.arange(13), torch.arange(20)]).expand(2, -1)
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_training_on_packed_documents_compiles_to_one_graph(family, attention):
+    """Flex attention has no backward pass on a CPU; its forward pass includes the block mask."""
+    model = family.make_model().train()
+    model.set_attn_implementation(attention)
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    inputs = {"input_ids": batch(), "position_ids": positions, "shift_labels": batch(), "use_cache": False}
-    loss = step(**inputs, num_items_in_batch=torch.tensor(66)).loss
-    loss.backward()
-    torch.testing.assert_close(loss, model(**inputs, num_items_in_batch=torch.tensor(66)).loss)
+    inputs = {"shift_labels": batch(), "use_cache": False, "num_items_in_batch": torch.tensor(66)}
+    with (
+        torch.set_grad_enabled(attention == "sdpa"),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        for lengths in ((13, 20), (5, 28)):
+            positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
+            loss = step(input_ids=batch(), position_ids=positions, **inputs).loss
+            if attention == "sdpa":
+                loss.backward()
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(loss, model(input_ids=batch(), position_ids=positions, **inputs).loss)
+            model.set_attn_implementation(attention)
 
 
 @families

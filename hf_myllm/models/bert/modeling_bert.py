@@ -15,7 +15,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..stock import StockPreTrainedModel, eager_attention
+from ..stock import StockPreTrainedModel, eager_attention, make_document_mask
 from .configuration_bert import MyBertConfig
 
 
@@ -207,7 +207,9 @@ class MyBertModel(MyBertPreTrainedModel):
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
 
         mask = None
-        if attention_mask is not None or document_ids is not None:
+        if self.config._attn_implementation == "flex_attention" and attention_mask is None and document_ids is not None:
+            mask = make_document_mask(document_ids)
+        elif attention_mask is not None or document_ids is not None:
 
             def same_document(batch, head, query, key):
                 return document_ids[batch, query] == document_ids[batch, key]
