@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from . import tasks
 from .data import cache, corpus, readers, sources, streaming
 from .data import tokenizer as tokenizers
+from .data.discovery import TOKEN_ID_FORMATS
 from .errors import DataError, InputError, ModelError
 from .models import FAMILIES
 
@@ -66,7 +67,7 @@ def first_part(source):
     """Return the source as a dry run reads it: only its beginning if it is large."""
     if source.format == "hub":
         return replace(source, max_chars=DRY_RUN_CHARS, is_streamed=True)
-    size = 0 if source.format in sources.TOKEN_ID_FORMATS else sources.total_size(source)
+    size = 0 if source.format in TOKEN_ID_FORMATS else sources.total_size(source)
     limit = DRY_RUN_CHARS / 200 if source.format in ("parquet", "memory") else 5 * DRY_RUN_CHARS  # rows or bytes
     return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
 
@@ -108,7 +109,7 @@ def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
     """Return what `task.load` does, of a corpus that is tokenized a window at a time."""
     data, (source,), validation = recipe.data, data_sources.training, None
     positions = trainer_state.get("stream") if trainer_state else None
-    if source.format in sources.TOKEN_ID_FORMATS:
+    if source.format in TOKEN_ID_FORMATS:
         raise DataError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
     if data_sources.validation:
         validation, _, _ = corpus.load_tokens(data_sources.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
@@ -167,9 +168,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
         try:
             return tokenizers.load(str(pretrained), family.config.model_type)
         except InputError:  # the model was trained on token ids without one
-            if isinstance(data.tokenizer, dict) and any(
-                s.format not in sources.TOKEN_ID_FORMATS for s in data_sources.all
-            ):
+            if isinstance(data.tokenizer, dict) and any(s.format not in TOKEN_ID_FORMATS for s in data_sources.all):
                 raise  # a tokenizer trained on other text has other ids
     if isinstance(data.tokenizer, str):
         try:
@@ -182,7 +181,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
         return _train_tokenizer(recipe, data_sources.training or [data_sources.validation])
     if pretrained and not keep:
         return tokenizers.load(str(pretrained), family.config.model_type)
-    if any(source.format not in sources.TOKEN_ID_FORMATS for source in data_sources.all):
+    if any(source.format not in TOKEN_ID_FORMATS for source in data_sources.all):
         trained = f"{{train: {family.tokenizer}, vocab_size: 8192}}"
         raise ModelError(f"tokenizer: text needs one; give --tokenizer a folder, a Hub id, or '{trained}'")
     return None

@@ -20,14 +20,17 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from .cache import cached_folder, cached_path
+from .discovery import TOKEN_ID_FORMATS
 from .pickled import read_token_ids
 from .readers import read_documents
-from .sources import TOKEN_ID_FORMATS, source_key, total_size
+from .sources import source_key, total_size
 from .tokenizer import end_of_document, safe_split_pattern
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
 _BATCH_CHARS = 1_000_000  # tokenized at once: enough to use all cores, and about 200 bytes of memory for each
 _BLOCK_TOKENS = 1 << 24  # of a memory-mapped stream, looked through at once
+_LLMC_HEADER = 256  # int32 numbers
+_LLMC_DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 _LINE_SECONDS = 10  # between two progress reports where there is no terminal
 
 
@@ -339,7 +342,9 @@ def _map_pickle(source):
 
 
 def _map_bin(file, tokenizer, bin_dtype):
-    size = os.path.getsize(file)
+    size, header = os.path.getsize(file), np.fromfile(file, dtype="<i4", count=_LLMC_HEADER)
+    if len(header) == _LLMC_HEADER and not header[3:].any() and 20240000 < header[0] < 20270000:
+        return _map_llmc(file, size, header)
     dtype = np.dtype(np.uint16 if bin_dtype == "auto" else bin_dtype).newbyteorder("<")
     if bin_dtype == "auto" and size % 4 == 0:
         halves = np.fromfile(file, dtype="<u2", count=4096)
@@ -354,3 +359,15 @@ def _map_bin(file, tokenizer, bin_dtype):
             "copy or write it again"
         )
     return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _map_llmc(file, size, header):
+    """Return the token ids after a header of llm.c: 256 int32; the first are a magic number, the version, the count."""
+    dtype = _LLMC_DTYPES.get((int(header[0]), int(header[1])))
+    if dtype is None or size != header.nbytes + int(header[2]) * dtype.itemsize:
+        kinds = "complete token ids of llm.c, version 1 of 20240520 (GPT-2) or version 7 of 20240801 (Llama 3)"
+        raise DataError(
+            f"{file} has a header of llm.c ({header[0]}, version {header[1]}, {header[2]:,} tokens) and {size:,} "
+            f"bytes, which are not {kinds}; write it again"
+        )
+    return np.memmap(file, dtype=dtype, mode="r", offset=header.nbytes)

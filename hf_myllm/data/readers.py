@@ -9,21 +9,24 @@ import re
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
-from pyarrow import parquet
 
 from ..errors import DataError, first_line
-from .sources import COMPRESSIONS, TOKEN_ID_FORMATS, load_hub, stream_hub
+from . import discovery
+from .arrow_rows import library_errors, open_dataset, read_arrow
+from .discovery import COMPRESSIONS, TOKEN_ID_FORMATS, check_expansion, check_length
 
 _PIECE_CHARS = 100_000  # a longer document is read in pieces of about this length
 _MAX_PIECE_CHARS = 8_000_000  # a piece is split here at the latest, even where no split is safe
 _BLOCK_CHARS = 1 << 20  # read at once
 _REPORT_CHARS = 10_000  # between two progress reports
+_SAMPLE_LINES = 10_000  # of tab-separated values, which show whether fields are quoted
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+_QUOTED = re.compile(r'"[^"]*(?:""[^"]*)+"?')
 _BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
 
 
@@ -80,8 +83,10 @@ def resume_documents(source, split_pattern, position):
                     yield piece, is_end, {"file": number, "pieces": index}
             skip = 0
         return
-    with _library_errors(f"{source.name} cannot be read"):
-        rows = stream_hub(source)
+    with library_errors(f"{source.name} cannot be read"):
+        rows, features = open_dataset(source, (source.text_column,))
+        if features and source.text_column not in features:
+            _text_of(features, source.name, source.text_column)
         if "dataset" in position:
             rows.load_state_dict(position["dataset"])
         state = rows.state_dict()
@@ -98,14 +103,14 @@ def _document_blocks(source, progress):
     if source.format in TOKEN_ID_FORMATS:
         raise DataError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
     if source.format != "text":
-        for where, row in read_rows(source, progress):
+        for where, row in read_rows(source, progress, (source.text_column,)):
             yield [_text_of(row, where, source.text_column)]
         return
     for file in source.files:
         if source.document == "file":
             yield _read_blocks(file, progress)
         else:
-            yield from ([line] for _, line in _read_lines(file, progress))
+            yield from ([line] for _, line in read_lines(file, progress))
 
 
 def _split_document(blocks, split_pattern):
@@ -155,9 +160,11 @@ def check_text(text, where, error_class=DataError):
     return text
 
 
-def read_rows(source, progress=lambda count: None):
+def read_rows(source, progress=lambda count: None, columns=None):
     """Yield (where, row) of each row: its file and line or number for messages, and its columns as a dict.
 
+    Args:
+        columns: names of the columns that are used; of a data set or a Parquet file the others are None. Default: all.
     Raises:
         DataError: see [`read_documents`]; or the source has no columns.
     """
@@ -165,8 +172,13 @@ def read_rows(source, progress=lambda count: None):
         raise DataError(
             f"{source.name} has no columns: give .jsonl, .json, .csv, .tsv, .parquet or a data set of the Hub"
         )
+    if isinstance(source.data, (list, tuple)):
+        for number, text in enumerate(source.data, start=1):
+            progress(1)
+            yield f"{source.name} row {number}", {source.text_column: text}
+        return
     if source.format in ("hub", "parquet", "memory"):
-        yield from _read_dataset(source, progress)
+        yield from read_arrow(source, progress, columns)
         return
     read = {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[source.format]
     for file in source.files:
@@ -176,88 +188,18 @@ def read_rows(source, progress=lambda count: None):
             yield where, row
 
 
-def read_conll(source, words="tokens", labels="label"):
-    """Yield (where, row) of each sentence of CoNLL files (Tjong Kim Sang and De Meulder 2003).
-
-    Each line has a word and, last, its label; an empty line ends a sentence. The label of a word without one is None.
-
-    Args:
-        words, labels: the names of the row's two columns.
-    """
-    for file in source.files:
-        first, row = None, {words: [], labels: []}
-        for number, line in _read_lines(file):
-            text = line.strip(" \t\r\n\ufeff")  # joined files may have a byte order mark on a line of its own
-            # a word may contain other white space, so split at tabs or plain spaces only
-            fields = line.rstrip("\r\n").split("\t") if text and "\t" in line else re.split(" +", text)
-            is_comment = first is None and line.startswith("# ") and "=" in line and "\t" not in line  # "# sent_id = 1"
-            if text and fields[0] != "-DOCSTART-" and not is_comment:
-                first = first or number
-                row[words].append(fields[0].strip(" "))
-                row[labels].append(fields[-1].strip(" ") or None if len(fields) > 1 else None)
-            elif first:
-                yield f"{file} line {first}", row
-                first, row = None, {words: [], labels: []}
-        if first:
-            yield f"{file} line {first}", row
-
-
-def _read_dataset(source, progress):
-    """Yield the rows of a `datasets` data set or of a list of strings, with class labels as their names."""
-    with _library_errors(f"{source.name} cannot be read as {source.format}"):
-        features = {}
-        if isinstance(source.data, (list, tuple)):
-            rows = ({source.text_column: text} for text in source.data)
-        else:
-            rows = _open_dataset(source)
-            features = {name: feature for name, feature in (rows.features or {}).items() if _is_class_label(feature)}
-        for number, row in enumerate(rows, start=1):
-            progress(1)
-            for name, feature in features.items():
-                row[name] = _class_names(row[name], feature)
-            yield f"{source.name} row {number}", row
-
-
-def _open_dataset(source):
-    if source.format == "memory":
-        return source.data
-    if source.format == "hub":
-        return stream_hub(source) if source.is_streamed else load_hub(source)
-    if not any(parquet.read_metadata(file).num_rows for file in source.files):
-        raise DataError(f"{source.name} has no rows; give a file with text in it")
-    return datasets.load_dataset("parquet", data_files=list(source.files), split="train", streaming=True)
-
-
-def _is_class_label(feature):
-    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
-
-
-def _class_names(value, feature):
-    if isinstance(value, list):
-        return [_class_names(item, feature.feature) for item in value]
-    return None if value is None or value < 0 else feature.int2str(value)  # -1 stands for "no label" in `datasets`
-
-
-@contextmanager
-def _library_errors(problem):
-    """Turn the errors of `datasets`, of its parsers and of the network, which have many classes, into a DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None
-
-
 @contextmanager
 def _open_text(file, progress):
-    """Yield a file as a text stream, decompressed, and a function that reports the bytes read so far to `progress`."""
+    """Yield a file as a text stream, decompressed, and a function to call with the number of characters read so far; it
+    reports the bytes read to `progress`."""
     decompress, reported = COMPRESSIONS.get(Path(file).suffix.lower(), lambda raw: raw), 0
 
-    def report():
+    def report(num_chars):
         nonlocal reported
-        progress(raw.tell() - reported)
-        reported = raw.tell()
+        position = raw.tell()
+        check_expansion(file, num_chars, position)
+        progress(position - reported)
+        reported = position
 
     try:
         with open(file, "rb") as raw:
@@ -296,35 +238,39 @@ def _raise_encoding_error(file, stream):
 def _read_blocks(file, progress=lambda count: None):
     """Yield the text of a file in blocks."""
     with _open_text(file, progress) as (stream, report):
+        num_chars = 0
         while block := stream.read(_BLOCK_CHARS):
             if "\0" in block:
                 raise _NulByte
             yield block
-            report()
+            num_chars += len(block)
+            report(num_chars)
 
 
-def _read_lines(file, progress=lambda count: None):
+def read_lines(file, progress=lambda count: None):
     """Yield (number, line) of each line of a file, counted from 1; a line includes its end."""
     with _open_text(file, progress) as (stream, report):
-        num_chars = 0
-        for number, line in enumerate(stream, start=1):
+        num_chars, next_report = 0, _REPORT_CHARS
+        for number, line in enumerate(iter(partial(stream.readline, discovery.MAX_LINE_CHARS + 1), ""), start=1):
             if "\0" in line:
                 raise _NulByte
+            check_length(line, f"{file} line {number}")
             yield number, line
             num_chars += len(line)
-            if num_chars > _REPORT_CHARS:  # asking for the position in the file takes longer than reading a line
-                report()
-                num_chars = 0
-        report()
+            if num_chars > next_report:  # asking for the position in the file takes longer than reading a line
+                report(num_chars)
+                next_report = num_chars + _REPORT_CHARS
+        report(num_chars)
 
 
 def _read_json_lines(file, progress):
-    for number, line in _read_lines(file, progress):
+    for number, line in read_lines(file, progress):
         if line.strip():
             try:
                 yield f"{file} line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                message = f"{file} line {number} is not JSON: {error}; each line must be an object of its own"
+                problem = first_line(error)
+                message = f"{file} line {number} is not JSON: {problem}; each line must be an object of its own"
                 raise DataError(message) from None
 
 
@@ -347,14 +293,15 @@ def _read_json(file, progress):
             try:
                 row, position = decoder.raw_decode(text, position)
                 return row
-            except RecursionError as error:
-                fail(error)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 may_continue = "Unterminated" in error.msg or error.pos > len(text) - 20  # in the next block
                 more = "".join(islice(blocks, 1 + (len(text) - position) // _BLOCK_CHARS)) if may_continue else ""
                 if not more:
                     fail(f"{error.msg} at character {error.pos - position} of it")
                 text, position = text[position:] + more, 0
+                check_length(text, f"{file} object {number}")
+            except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+                fail(first_line(error))
 
     def fail(problem):
         raise DataError(f"{file} object {number} is not JSON: {problem}") from None
@@ -377,9 +324,14 @@ def _read_json(file, progress):
 
 
 def _read_csv(file, progress):
-    csv.field_size_limit(1 << 31 - 1)
-    lines = (line for _, line in _read_lines(file, progress))
-    rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in Path(file).name.lower() else ",", strict=True)
+    """Yield the rows of CSV or of tab-separated values."""
+    csv.field_size_limit(min(discovery.MAX_LINE_CHARS, 1 << 30))
+    lines, options = (line for _, line in read_lines(file, progress)), {"strict": True}
+    is_tsv = ".tsv" in Path(file).name.lower()
+    if is_tsv:
+        first = list(islice(lines, _SAMPLE_LINES))
+        lines, options = chain(first, lines), {"delimiter": "\t"} | _tsv_quoting(first)
+    rows = csv.DictReader(lines, **options)
     try:
         for row in rows:
             where, columns = f"{file} line {rows.line_num}", rows.fieldnames
@@ -388,6 +340,30 @@ def _read_csv(file, progress):
             if None in row or None in row.values():
                 problem = "more" if None in row else "fewer"
                 raise DataError(f"{where} has {problem} fields than the {len(columns)} that the first line names")
+            if "quoting" in options and any(_QUOTED.fullmatch(value) for value in row.values()):
+                raise DataError(
+                    f'{where} has a field that is quoted as in CSV, with "" for a quotation mark, and the file is '
+                    "otherwise not; save it as .csv or .jsonl"
+                )
             yield where, row
     except csv.Error as error:
         raise DataError(f"{file} line {rows.line_num + 1} cannot be read as CSV: {error}") from None
+
+
+def _tsv_quoting(lines):
+    """Return the options of `csv` for tab-separated values, given the first lines.
+
+    They have no quoting, and a quotation mark is a character (IANA text/tab-separated-values, GLUE), unless only with
+    quoting all rows have as many fields as the first line, or the first line is quoted.
+    """
+    unquoted = {"quoting": csv.QUOTE_NONE}
+    width = lines[0].count("\t") if lines else 0
+    header_is_quoted = bool(lines) and all(name[:1] == name[-1:] == '"' for name in lines[0].strip().split("\t"))
+    if not header_is_quoted and all(line.count("\t") == width for line in lines if line.strip()):
+        return unquoted
+    try:
+        rows = list(csv.reader(lines, delimiter="\t", strict=True))
+    except csv.Error as error:
+        return {"strict": True} if "unexpected end" in str(error) else unquoted  # the last row goes on
+    is_quoted = all(len(row) == width + 1 for row in rows[:-1] if row)
+    return {"strict": True} if is_quoted else unquoted

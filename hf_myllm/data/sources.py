@@ -1,35 +1,16 @@
 """Data sources: files, data sets of the Hugging Face Hub, and data in memory."""
 
-import bz2
 import functools
-import glob
-import gzip
 import hashlib
-import io
-import lzma
 import os
-import sysconfig
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
 from ..errors import DataError, first_line
-
-# by suffix; a file with another suffix is plain text
-_FORMATS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_FORMATS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
-TOKEN_ID_FORMATS = ("bin", "pkl")  # files of token ids, which need no tokenizer
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
-
-
-def _open_zstd(raw):
-    return io.BufferedReader(pa.input_stream(raw, compression="zstd"))
-
-
-COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+from .discovery import file_format, find_files
 
 
 @dataclass(frozen=True)
@@ -71,12 +52,9 @@ def file_source(spec, text_column="text", document="file"):
     Raises:
         DataError: a file is missing, empty or not readable, nothing matches, or the files have different formats.
     """
-    patterns = [spec] if isinstance(spec, str) else list(spec)
-    name, paths, files = " ".join(patterns), [], {}
-    for pattern in patterns:
-        paths += _expand(pattern)
+    name, files = spec if isinstance(spec, str) else " ".join(spec), {}
+    paths = find_files(spec)
     for path in paths:
-        _check_readable(path)
         files.setdefault(os.path.realpath(path), path)  # the same file may be listed twice or linked
     formats = {file_format(file) for file in files.values()}
     if len(formats) > 1:
@@ -85,41 +63,6 @@ def file_source(spec, text_column="text", document="file"):
         raise DataError(f"{name} is empty; give a file with text in it")
     duplicates = len(paths) - len(files)
     return Source(formats.pop(), name, tuple(files.values()), text_column, document, num_duplicates=duplicates)
-
-
-def _expand(pattern):
-    """Return the paths that a file, folder or glob stands for."""
-    path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
-    if os.path.isdir(path):
-        files = (file for file in Path(path).rglob("*") if file.suffix.lower() in (".txt", *_FORMATS, *COMPRESSIONS))
-        files = [file for file in files if file_format(file) != "text" or ".txt" in file.name.lower()]
-        if files := sorted(str(file) for file in files if not file.is_dir()):
-            return files
-        raise DataError(f"folder {pattern} holds no {', '.join(('.txt', *_FORMATS))}; give a glob: {pattern}/*.md")
-    if os.path.exists(path):
-        return [path]
-    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not files:
-        raise DataError(f"{pattern} does not exist (looked in {os.getcwd()})")
-    return files
-
-
-def _check_readable(path):
-    suffix = Path(path).suffix.lower()
-    if not os.path.isfile(path):
-        raise DataError(f"{path} is not a file")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path} cannot be read: no permission")
-    if suffix in _ARCHIVES:
-        raise DataError(f"{path} is an archive: unpack it first")
-    if suffix in COMPRESSIONS and file_format(path) in ("parquet", *TOKEN_ID_FORMATS):
-        raise DataError(f"{path} is compressed, but files of this format are memory-mapped; decompress it first")
-
-
-def file_format(file):
-    """Return the format of a file by its suffix, leaving out the suffix of a compression."""
-    path = Path(file)
-    return _FORMATS.get(Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower(), "text")
 
 
 def hub_source(name, config=None, split="train", revision=None, text_column="text"):

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.readers import read_documents, read_rows
+from ..data.readers import read_documents
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
 from .base import IGNORE_INDEX, cross_entropy_sum
@@ -49,7 +49,7 @@ class Classification(LabelNames, PredictionTask):
     def read(self, source):
         if source.format == "text" and not self.reads_labels:
             return read_lines(source, self.text_column)
-        return read_rows(source)
+        return super().read(source)
 
     def texts(self, record, where):
         text = self.read_text(record, where, self.text_column, "text_column")

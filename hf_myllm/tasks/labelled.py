@@ -69,7 +69,12 @@ class LabelledTask(Task):
 
     def read(self, source):
         """Yield (where, record) of each record of a source, a dict of columns."""
-        return read_rows(source)
+        return read_rows(source, columns=self.used_columns())
+
+    def used_columns(self):
+        """Return the names of the columns that the task reads."""
+        labels = self.label_column if isinstance(self.label_column, list) else [self.label_column]
+        return [self.text_column, self.settings.text_pair_column, *labels]
 
     def split_key(self, example):
         """Return what may not stand on both sides when a part is held out; None: the example itself."""

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.readers import check_text, read_rows
+from ..data.readers import check_text
 from ..errors import InputError
 from .base import cross_entropy_sum, require_tokens, show_tokens
 from .labelled import PredictionTask
@@ -59,11 +59,14 @@ class QuestionAnswering(PredictionTask):
     def cache_key(self):
         return [*super().cache_key(), self.settings.stride]
 
+    def used_columns(self):
+        return ["data", "id", "question", "context", "answers", "is_impossible"]
+
     def row_features(self):
         return datasets.Features(super().row_features() | {"offsets": datasets.List(datasets.Value("int32"))})
 
     def read(self, source):
-        for where, record in read_rows(source):
+        for where, record in super().read(source):
             if "data" not in record:
                 yield where, record
                 continue

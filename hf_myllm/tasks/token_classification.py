@@ -6,8 +6,10 @@ from itertools import chain
 import datasets
 import numpy as np
 
-from ..data.readers import check_text, read_conll, read_rows
+from ..data.conll import read_conll
+from ..data.readers import check_text
 from ..data.tokenizer import end_of_document
+from ..errors import InputError
 from .base import IGNORE_INDEX, cross_entropy_sum, join_tokens
 from .classification import classification_metrics, read_lines
 from .labelled import LabelNames, PredictionTask
@@ -23,14 +25,19 @@ class TokenClassification(LabelNames, PredictionTask):
     label_feature = datasets.List(datasets.Value("int64"))
     default_text_column = "tokens"
 
+    def __init__(self, tokenizer=None, seed=0, **settings):
+        super().__init__(tokenizer, seed, **settings)
+        if isinstance(self.label_column, list):
+            raise InputError("label_column: the labels of words are one column; name one")
+
     # ---- examples and rows
 
     def read(self, source):
         if source.format != "text":
-            return read_rows(source)
+            return super().read(source)
         if not self.reads_labels and all(file.endswith(".txt") for file in source.files):
             return read_lines(source, self.text_column)
-        return read_conll(source, self.text_column, self.label_column)
+        return read_conll(source, self.text_column, self.label_column, self.reads_labels)
 
     def texts(self, record, where):
         return [" ".join(self._words(record, where))]

@@ -1,0 +1,120 @@
+"""Rows of Parquet files and of `datasets` data sets."""
+
+import json
+import os
+from contextlib import contextmanager
+
+import datasets
+from pyarrow import parquet
+
+from ..errors import DataError, first_line
+from . import discovery
+from .sources import load_hub, stream_hub
+
+_BATCH_ROWS = 1000  # read at once
+_DECODED = ("ClassLabel", "Json")  # features whose stored values stand for others
+
+
+def read_arrow(source, progress, columns):
+    """Yield the rows of Parquet files or of a data set, with class labels as their names.
+
+    Only the columns that are used are read, and pictures and sounds are not decoded: a data set may name their URLs.
+    The other columns of a row are None.
+    """
+    if source.format != "parquet":
+        with library_errors(f"{source.name} cannot be read"):
+            rows, features = open_dataset(source, columns)
+            batches = rows.with_format("arrow").iter(_BATCH_ROWS)
+            for where, row, _ in _read_batches(source.name, features, features, batches):
+                progress(1)
+                yield where, row
+        return
+    if not any(_count_rows(file) for file in source.files):
+        raise DataError(f"{source.name} has no rows; give a file with text in it")
+    for file in source.files:
+        with library_errors(f"{file} cannot be read as parquet"), parquet.ParquetFile(file) as table:
+            features, size = datasets.Features.from_arrow_schema(table.schema_arrow), os.path.getsize(file)
+            rows = _read_batches(file, table.schema_arrow.names, features, _parquet_batches(file, table, columns))
+            for where, row, num_chars in rows:
+                discovery.check_expansion(file, num_chars, size)
+                progress(1)
+                yield where, row
+
+
+def _read_batches(name, columns, features, batches):
+    """Yield (where, row, number of characters so far); `columns` are the names of all columns."""
+    number = num_chars = 0
+    for batch in batches:
+        decoded = {name for name in batch.schema.names if _is_decoded(features.get(name))}
+        for index in range(batch.num_rows):
+            number, row = number + 1, dict.fromkeys(columns)
+            for column, values in zip(batch.schema.names, batch.columns, strict=True):
+                value = values[index].as_py()
+                num_chars += len(value) if isinstance(value, str) else 0
+                row[column] = _decode(value, features[column]) if column in decoded else value
+            yield f"{name} row {number}", row, num_chars
+
+
+def _count_rows(file):
+    with library_errors(f"{file} cannot be read as parquet"):
+        return parquet.read_metadata(file).num_rows
+
+
+def _parquet_batches(file, table, columns):
+    """Yield the batches of a Parquet file with the columns that are used."""
+    used = [name for name in table.schema_arrow.names if columns is None or name in columns]
+    groups = [table.metadata.row_group(index) for index in range(table.metadata.num_row_groups)]
+    sizes = [
+        group.column(index).total_uncompressed_size
+        for group in groups
+        for index in range(group.num_columns)
+        if group.column(index).path_in_schema.split(".")[0] in used
+    ]
+    discovery.check_expansion(file, sum(sizes), os.path.getsize(file))
+    # one value of a dictionary may stand in every row
+    yield from table.iter_batches(
+        max(1, min(_BATCH_ROWS, discovery.MAX_LINE_CHARS * 16 // max(sizes, default=1))), columns=used
+    )
+
+
+def open_dataset(source, columns):
+    """Return a data set with the columns that are used, and the features of all its columns."""
+    rows = source.data if source.format == "memory" else stream_hub(source) if source.is_streamed else load_hub(source)
+    features = rows.features or {}
+    used = [name for name in features if columns is not None and name in columns]
+    if used:
+        rows = rows.select_columns(used)
+    return rows, features
+
+
+def _is_decoded(feature):
+    """Return whether values of a feature are stored in another form: class labels and JSON, also in lists."""
+    if isinstance(feature, dict):
+        return any(map(_is_decoded, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return _is_decoded(feature[0])
+    return _is_decoded(feature.feature) if hasattr(feature, "feature") else type(feature).__name__ in _DECODED
+
+
+def _decode(value, feature):
+    if value is None:
+        return None
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {name: _decode(item, feature.get(name)) for name, item in value.items()}
+    if isinstance(value, list) and (isinstance(feature, list) or hasattr(feature, "feature")):
+        item_feature = feature[0] if isinstance(feature, list) else feature.feature
+        return [_decode(item, item_feature) for item in value]
+    if isinstance(feature, datasets.ClassLabel):
+        return None if value < 0 else feature.int2str(value)  # -1 stands for "no label" in `datasets`
+    return json.loads(value) if type(feature).__name__ == "Json" and isinstance(value, str) else value
+
+
+@contextmanager
+def library_errors(problem):
+    """Turn the errors of `datasets`, of its parsers and of the network, which have many classes, into a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None

@@ -1,0 +1,181 @@
+"""Find the files that a path, folder or glob stands for, and tell what they hold by name and by content."""
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import os
+import re
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+
+from ..errors import DataError
+
+# by suffix; a file with another suffix is plain text
+_FORMATS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), "jsonl")
+_FORMATS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
+TOKEN_ID_FORMATS = ("bin", "pkl")  # files of token ids, which need no tokenizer
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_MISNAMED = (".pq", ".parq", ".arrow", ".feather", ".gzip", ".bzip2", ".zstd")  # refused, not left out of a folder
+
+
+def _open_zstd(raw):
+    return io.BufferedReader(pa.input_stream(raw, compression="zstd"))
+
+
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+
+# (first bytes, what they are, suffixes or formats that hold them, what to do). All have four bytes or more, so that
+# token ids do not look like one of them by chance.
+_SIGNATURES = [
+    (re.compile(pattern, re.DOTALL), name, allowed, advice)
+    for pattern, name, allowed, advice in (
+        (rb"version https://git-lfs\.github\.com/spec/v1\r?\n", "a Git LFS pointer", (), "fetch it with git lfs pull"),
+        (rb"/annex/objects/", "a git-annex pointer", (), "fetch it with git annex get"),
+        (rb"\x1f\x8b\x08[\0-\x1f].{4}[\0\x02\x04][\0-\x0d\xff]", "gzip", (".gz",), "call it .gz"),
+        (rb"BZh[1-9]1AY&SY", "bzip2", (".bz2",), "call it .bz2"),
+        (rb"\xfd7zXZ\0", "xz", (".xz",), "call it .xz"),
+        (rb"\x28\xb5\x2f\xfd", "zstd", (".zst",), "call it .zst"),
+        (rb"PAR1\x15", "Parquet", ("parquet",), "call it .parquet"),
+        (rb"ARROW1|\xff{4}.{2}\0\0", "Arrow", (), "convert it: datasets.Dataset.from_file(FILE).to_parquet(NEW_FILE)"),
+        (rb"\x93NUMPY", "a NumPy array", (), "write token ids with array.astype('uint16').tofile('ids.bin')"),
+        (rb"\x89HDF\r\n|SQLite format 3\0|Obj\x01", "a database file", (), "export it as .jsonl or .parquet"),
+        (rb".{4}\0{4}\{\"|GGUF[\1-\t]|\x7fELF", "a model or a program", (), "give the data, not the model"),
+        (rb"PK\x03\x04", "a zip archive", ("pkl",), "unpack it, or call it .pkl if torch.save wrote token ids"),
+        (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a|.{257}ustar", "an archive", (), "unpack it"),
+        (rb"\x80[\x02-\x05][\x8c\x95\]\}c(]", "a pickle", ("pkl", "bin"), "call it .pkl if it holds token ids"),
+        (rb"%PDF-|\xd0\xcf\x11\xe0|\{\\rtf", "a document of a word processor", (), "save its text as .txt"),
+        (
+            rb"\x89PNG|\xff\xd8\xff[\xdb-\xee]|GIF8[79]a|RIFF.{4}WAVE|OggS\0|fLaC\0",
+            "a picture or sound",
+            (),
+            "give text",
+        ),
+    )
+]
+_HEAD_BYTES = 512
+# Limits for hostile files, which may expand a thousandfold. The longest line, JSON object or CSV field:
+MAX_LINE_CHARS = int(os.environ.get("HF_MYLLM_MAX_LINE_CHARS", 1 << 28))
+MAX_RATIO = 200  # of decompressed to compressed bytes, once a file has expanded to FREE_BYTES; text has 3 to 50
+FREE_BYTES = 1 << 28
+
+
+def find_files(spec):
+    """Return the paths that `train_file` or `val_file` stands for.
+
+    Args:
+        spec: a file, a glob, a folder, or a list of them; `{stdlib}` is replaced by Python's standard library folder.
+    Raises:
+        DataError: a file is missing or not readable, nothing matches, or a file does not hold what its name says.
+    """
+    paths = [path for pattern in ([spec] if isinstance(spec, str) else spec) for path in _expand(pattern)]
+    for path in paths:
+        _check_file(path)
+    return paths
+
+
+def _expand(pattern):
+    """Return the paths that a file, folder or glob stands for."""
+    path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
+    if os.path.isdir(path):
+        if files := sorted(_list_folder(path)):
+            return files
+        raise DataError(f"folder {pattern} holds no {', '.join(('.txt', *_FORMATS))}; give a glob: {pattern}/*.md")
+    if os.path.exists(path):
+        return [path]
+    parent = path  # what exists is no pattern, whatever characters it has
+    while not os.path.lexists(parent) and os.path.dirname(parent) != parent:
+        parent = os.path.dirname(parent)
+    matches = glob.glob(glob.escape(parent) + path[len(parent) :], recursive=True)
+    files = sorted(file for file in matches if os.path.isfile(file))
+    if not files:
+        raise DataError(f"{pattern} does not exist (looked in {os.getcwd()})")
+    return files
+
+
+def _list_folder(folder):
+    """Yield the data files below a folder: linked folders are followed, hidden files and folders left out."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        if (real := os.path.realpath(parent)) in visited:  # a link to a folder above it
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
+            raise DataError(
+                f"{parent} is a folder of save_to_disk; give a Parquet file: datasets.load_from_disk({parent!r})"
+                ".to_parquet('data.parquet') (of one split)"
+            )
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            is_data = suffix in (".txt", *_FORMATS, *COMPRESSIONS, *_MISNAMED)
+            is_text = file_format(name) == "text" and suffix not in _MISNAMED
+            if is_data and not name.startswith(".") and (not is_text or ".txt" in name.lower()):
+                yield os.path.join(parent, name)
+
+
+def _raise_unreadable(error):
+    raise DataError(f"folder {error.filename} cannot be read: {error.strerror}; correct it or leave it out")
+
+
+def _check_file(path):
+    suffix = Path(path).suffix.lower()
+    if not os.path.isfile(path):
+        raise DataError(f"{path} is not a file")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} cannot be read: no permission")
+    if suffix in _ARCHIVES:
+        raise DataError(f"{path} is an archive: unpack it first")
+    if suffix in COMPRESSIONS and file_format(path) in ("parquet", *TOKEN_ID_FORMATS):
+        raise DataError(f"{path} is compressed, but files of this format are memory-mapped; decompress it first")
+    with open(path, "rb") as raw:
+        head = raw.read(_HEAD_BYTES)
+        refuse_content(path, head, (suffix, file_format(path)))
+        if suffix in COMPRESSIONS:
+            raw.seek(0)
+            try:
+                head = COMPRESSIONS[suffix](raw).read(_HEAD_BYTES)
+            except Exception:  # reading the file names the problem
+                return
+            refuse_content(path, head, (), "it holds ")
+
+
+def refuse_content(path, head, allowed=(), prefix="it is "):
+    """Raise DataError if a file's first bytes are those of another kind of file than its name says.
+
+    Args:
+        allowed: the file's suffix and format.
+    """
+    for pattern, name, kinds, advice in _SIGNATURES:
+        if pattern.match(head) and not set(kinds) & set(allowed):
+            raise DataError(f"{path}: {prefix}{name} by its first bytes; {advice}")
+
+
+def file_format(file):
+    """Return the format of a file by its suffix, leaving out the suffix of a compression."""
+    path = Path(file)
+    return _FORMATS.get(Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower(), "text")
+
+
+def check_expansion(file, size, stored_size):
+    """Raise DataError if a file expands so far that it is more likely an attack than data.
+
+    Args:
+        size, stored_size: bytes or characters, and the bytes in the file that they were decompressed from.
+    """
+    if size > max(FREE_BYTES, MAX_RATIO * stored_size):
+        raise DataError(f"{file} expands to more than {MAX_RATIO} times its size; decompress it, if you trust it")
+
+
+def check_length(text, where):
+    """Raise DataError if a line or an object is longer than a hostile file should be able to make it."""
+    if len(text) > MAX_LINE_CHARS:
+        raise DataError(
+            f"{where} has more than {MAX_LINE_CHARS:,} characters; split it, or set the environment variable "
+            "HF_MYLLM_MAX_LINE_CHARS"
+        )
