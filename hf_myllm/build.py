@@ -396,6 +396,7 @@ def prepare_training(run):
         section.epsilon,
         section.weight_decay,
         section.optimizer,
+        compile_updates=section.compile and accelerator.device.type == "cuda",
     )
     if accelerator.is_fsdp2:
         model, optimizer = run.model, accelerator.prepare_optimizer(optimizer)

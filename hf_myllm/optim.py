@@ -3,8 +3,10 @@
 import math
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .precision import layers
 
 
 def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_steps=0, decay_steps=None):
@@ -39,7 +41,7 @@ def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_
     return floor + (peak - floor) * factor  # factor falls from 1 to 0
 
 
-def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="adamw"):
+def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="adamw", compile_updates=False):
     """Return the optimizer of a model's trainable parameters.
 
     Only matrices (projections and embeddings) decay, not biases and norms, as in transformers' Trainer.
@@ -48,9 +50,10 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
         name: "adamw" (Loshchilov and Hutter 2019), or "muon" (Jordan et al. 2024) for the matrices of the layers and
             AdamW for embeddings, heads, biases and norms. Muon's updates are scaled to AdamW's root mean square (Liu
             et al. 2025, "Muon is Scalable for LLM Training"), so that one learning rate serves both.
+        compile_updates: compile Muon's element-wise operations; AdamW's are one kernel as they are.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hidden = hidden_matrices(model) if name == "muon" else set()
+    hidden = hidden_matrices(model) if name == "muon" else {}
     others = [parameter for parameter in parameters if parameter not in hidden]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
@@ -60,14 +63,44 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
     if not hidden:
         return adamw
-    matrices = [parameter for parameter in parameters if parameter in hidden]  # in the model's order
-    return ChainedOptimizer([Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw])
+    matrices = {}
+    for parameter in parameters:
+        if parameter in hidden:
+            matrices.setdefault(hidden[parameter], []).append(parameter)
+    groups = [{"params": params, "projections": projections} for projections, params in matrices.items()]
+    muon = Muon(groups, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    if compile_updates:
+        muon.compile()
+    return ChainedOptimizer([muon, adamw])
 
 
 def hidden_matrices(model):
-    """Return the set of the matrices in the model's layers, which Muon optimizes."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return {parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 2}
+    """Return the matrices in the model's layers, which Muon optimizes, as {parameter: (projections, dimension)}.
+
+    A module that computes several projections by one matrix has their number as `num_projections`; the matrix holds
+    them side by side along the dimension of its outputs.
+    """
+    matrices = {}
+    for module in [module for layer in layers(model) for module in layer.modules()]:
+        projections = getattr(module, "num_projections", 1), 0 if isinstance(module, nn.Linear) else 1
+        matrices |= {p: projections for p in module.parameters(recurse=False) if p.dim() == 2}
+    return matrices
+
+
+def update_momenta(gradients, buffers, momentum, found_inf):
+    """Average gradients into the momentum buffers; return Nesterov's updates, (matrices, rows, columns) in bfloat16.
+
+    If found_inf is 1, average each buffer with itself, which changes no bit.
+    """
+    gradients = [torch.where(found_inf > 0, *pair) for pair in zip(buffers, gradients, strict=True)]
+    torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+    return torch.stack([update.bfloat16() for update in torch._foreach_lerp(gradients, buffers, momentum)])
+
+
+def add_updates(weights, updates, decay, rate):
+    """Multiply weights by `decay` and subtract `rate` times their updates; `decay` and `rate` are tensors."""
+    torch._foreach_mul_(weights, decay)
+    torch._foreach_sub_(weights, list(updates.to(weights[0]).contiguous() * rate))
 
 
 class Muon(torch.optim.Muon):
@@ -75,9 +108,19 @@ class Muon(torch.optim.Muon):
 
     A single matrix is too small to fill a GPU, and a step would launch thousands of kernels. Like torch's fused
     optimizers, it skips a step if the attribute `found_inf`, a tensor, is 1; see [`step_if`].
+
+    A parameter group may have `projections`, from [`hidden_matrices`]: its matrices then hold several projections, each
+    of which is orthogonalized by itself.
     """
 
     max_batch_elements = 1 << 26  # limits the memory of an update; enough to fill any device
+    found_inf = None
+    _update_momenta, _add_updates = staticmethod(update_momenta), staticmethod(add_updates)
+
+    def compile(self):
+        """Compile what is not a matrix product: to one kernel before the orthogonalization and one after it."""
+        self._update_momenta = torch.compile(update_momenta, dynamic=False)
+        self._add_updates = torch.compile(add_updates, dynamic=False)
 
     @torch.no_grad()
     def step(self):
@@ -98,20 +141,20 @@ class Muon(torch.optim.Muon):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
         gradients = [to_local(parameter.grad) for parameter in parameters]
         buffers = [to_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
-        momentum, is_taken, found_inf = group["momentum"], 1.0, getattr(self, "found_inf", None)
-        if found_inf is not None:  # a skipped step averages each buffer with itself, which changes no bit
-            is_taken = 1 - found_inf
-            gradients = [torch.where(found_inf > 0, *pair) for pair in zip(buffers, gradients, strict=True)]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = [update.bfloat16() for update in torch._foreach_lerp(gradients, buffers, momentum)]  # Nesterov
-        if isinstance(parameters[0], DTensor):  # orthogonalization needs the rows of all ranks
-            updates = [to_full(_to_sharded(*pair)) for pair in zip(updates, parameters, strict=True)]
-        updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        scale = 0.2 * math.sqrt(max(updates.shape[1:]))  # to the root mean square of AdamW's updates
         weights = [to_local(parameter) for parameter in parameters]
-        updates = updates[:, slice(*_local_rows(parameters[0]))].to(weights[0]).contiguous()
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * is_taken)
-        torch._foreach_sub_(weights, list(updates * (group["lr"] * scale * is_taken)))
+        found_inf = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
+        updates = self._update_momenta(gradients, buffers, group["momentum"], found_inf)
+        if isinstance(parameters[0], DTensor):  # orthogonalization needs the rows of all ranks
+            updates = torch.stack([to_full(_to_sharded(*pair)) for pair in zip(updates, parameters, strict=True)])
+        count, dim = group.get("projections", (1, 0))
+        updates = updates.unflatten(dim + 1, (count, -1)).movedim(dim + 1, 1)  # (matrices, projections, rows, columns)
+        shape = updates.shape
+        updates = orthogonalize(updates.flatten(0, 1), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = updates.view(shape).movedim(1, dim + 1).flatten(dim + 1, dim + 2)
+        scale = 0.2 * math.sqrt(max(shape[2:]))  # to the root mean square of AdamW's updates
+        rate = group["lr"] * (1 - found_inf)
+        updates = updates[:, slice(*_local_rows(parameters[0]))]
+        self._add_updates(weights, updates, 1 - group["weight_decay"] * rate, scale * rate)
 
 
 def orthogonalize(matrices, coefficients, steps, epsilon):

@@ -7,7 +7,17 @@ import torch
 from conftest import train
 
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
-from hf_myllm.optim import Muon, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, step_if
+from hf_myllm.optim import (
+    Muon,
+    add_updates,
+    build_optimizer,
+    hidden_matrices,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    step_if,
+    update_momenta,
+)
 from hf_myllm.recipe.fields import choices
 from hf_myllm.recipe.sections import FIELDS
 
@@ -111,6 +121,57 @@ def test_muon_updates_as_torch_does():
                 weight.grad = torch.randn_like(weight)
             optimizer.step()
     torch.testing.assert_close(*weights.values(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["linear", "conv1d"])
+def test_muon_takes_fused_projections_apart(dim):
+    """Three projections in one matrix are updated as three matrices are."""
+    torch.manual_seed(0)
+    parts = [torch.randn(6, 6) for _ in range(6)]
+    fused = [torch.nn.Parameter(torch.cat(parts[start : start + 3], dim)) for start in (0, 3)]
+    separate = [torch.nn.Parameter(part) for part in parts]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Muon([{"params": fused, "projections": (3, dim)}], **settings), Muon(separate, **settings)
+    for _ in range(3):
+        for parameter in separate:
+            parameter.grad = torch.randn(6, 6)
+        for index, parameter in enumerate(fused):
+            parameter.grad = torch.cat([p.grad for p in separate[3 * index : 3 * index + 3]], dim)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(torch.cat([p.detach() for p in separate[:3]], dim), fused[0])
+    assert torch.equal(torch.cat([p.detach() for p in separate[3:]], dim), fused[1])
+    assert optimizers[0].state[fused[0]]["momentum_buffer"].shape == fused[0].shape
+
+
+def test_the_projections_of_gpt_are_known_to_muon():
+    model = small_model()
+    known = {name: hidden_matrices(model).get(parameter) for name, parameter in model.named_parameters()}
+    fused = {name for name, projections in known.items() if projections and projections[0] == 3}
+    assert fused == {name for name in known if name.endswith("c_attn.weight")}
+    for name in fused:
+        weight, (_, dim) = dict(model.named_parameters())[name], known[name]
+        assert weight.shape[dim] == 3 * weight.shape[1 - dim]
+
+
+def test_the_compiled_updates_of_muon_are_one_graph_for_every_step():
+    """On a GPU they are compiled. Neither the learning rate nor a skipped step compiles them again."""
+    weights, gradients, buffers = ([torch.randn(4, 6) for _ in range(3)] for _ in range(3))
+    gradients[1][0, 0] = float("nan")
+    options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+    compiled = [torch.compile(function, **options) for function in (update_momenta, add_updates)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rate, found_inf in ((1e-3, 0.0), (2e-3, 1.0), (3e-3, 0.0)):
+            results = []
+            for update, add in ((update_momenta, add_updates), compiled):
+                changed = [tensor.clone() for tensor in (*weights, *buffers)]
+                skip = torch.tensor(found_inf)
+                updates = update(gradients, changed[3:], 0.95, skip).nan_to_num()
+                add(changed[:3], updates, 1 - 0.1 * rate * (1 - skip), rate * (1 - skip))
+                results.append(changed)
+            torch.testing.assert_close(*results, atol=0, rtol=0, equal_nan=True)
+            unchanged = [torch.equal(a, b) for a, b in zip(results[0], (*weights, *buffers), strict=True)]
+            assert all(unchanged) if found_inf else not any(unchanged)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

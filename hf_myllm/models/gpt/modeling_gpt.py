@@ -40,6 +40,7 @@ class GPTAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_attn.num_projections = 3  # Muon orthogonalizes each by itself
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.c_proj.ends_residual_branch = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
