@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
 from . import checkpoint
+from .data.tokenizer import render_chat
 from .distributed import check_no_other_run
 from .errors import InputError, ModelError
 from .models import loading, lora
@@ -218,7 +219,10 @@ def encode_prompt(tokenizer, prompt, max_positions, is_chat=False):
         if tokenizer.chat_template is None:
             raise InputError("--chat: the tokenizer has no chat template; leave out --chat")
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = render_chat(tokenizer, messages, add_generation_prompt=True)
+        except ValueError as error:
+            raise ModelError(f"--chat: {error}; leave out --chat") from None
     ids = list(tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]) if prompt else []
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     while ids and ids[-1] in ends and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1])):

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import re
+import signal
+import threading
 import unicodedata
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from ..errors import ModelError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TEMPLATE_SECONDS = 10  # that a chat template may take for one chat
 _SENTENCE_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\n")  # also the ellipsis and the full-width marks of East Asia
 
 
@@ -159,6 +163,43 @@ def end_of_document(tokenizer):
         f"the tokenizer {tokenizer.name_or_path} has no end-of-text token to put between documents; "
         "set eos_token in its tokenizer_config.json"
     )
+
+
+def render_chat(tokenizer, messages, **options):
+    """Return a chat in the form of the tokenizer's template, which is a program of somebody else.
+
+    Args:
+        options: of the tokenizer's `apply_chat_template`.
+    Raises:
+        ModelError: the template does not end within `TEMPLATE_SECONDS`.
+        ValueError: the template refuses the chat.
+    """
+    try:
+        with _time_limit(TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TimeoutError:
+        raise ModelError(f"the chat template does not end within {TEMPLATE_SECONDS:g} seconds; give another") from None
+    except (Exception, MemoryError) as error:
+        raise ValueError(f"the chat template refuses it: {first_line(error)[:300]}") from None
+
+
+@contextmanager
+def _time_limit(seconds):
+    """Raise TimeoutError in a block that runs longer. Only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def interrupt(*_):
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def safe_split_pattern(tokenizer):

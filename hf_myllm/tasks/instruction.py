@@ -1,5 +1,7 @@
 """Instruction tuning: predict completions, or the assistant's turns of a chat, and no other tokens."""
 
+import json
+import re
 from functools import cached_property
 
 import datasets
@@ -7,11 +9,13 @@ import numpy as np
 
 from ..data.packing import DocumentRows, best_fit, group_offsets
 from ..data.readers import check_text
-from ..data.tokenizer import end_of_document
-from ..errors import InputError, first_line
+from ..data.tokenizer import end_of_document, render_chat
+from ..errors import InputError
 from .causal_lm import CausalLM
 from .labelled import LabelledTask
 from .labels import BadRowError
+
+_WEIGHTS = ("weight", "train", "training")  # of a turn: 0 or false if it is read and not learned
 
 
 class Instruction(LabelledTask, CausalLM):
@@ -53,6 +57,9 @@ class Instruction(LabelledTask, CausalLM):
 
     # ---- examples
 
+    def used_columns(self):
+        return ["messages", "prompt", "completion", "tools", "documents"]
+
     def texts(self, record, where):
         if isinstance(record.get("prompt"), str):
             return [self.read_text(record, where, name) for name in ("prompt", "completion") if name in record]
@@ -66,15 +73,16 @@ class Instruction(LabelledTask, CausalLM):
             raise BadRowError(
                 f"{where} has neither messages nor prompt and completion, but {', '.join(map(repr, record))}"
             )
+        options = self._template_options(record, where)
         if "messages" in record:
-            return self._parse_chat(record["messages"], 0, where)
+            return self._parse_chat(record["messages"], 0, where, options)
         prompt, completion = record["prompt"], record.get("completion")
         if isinstance(prompt, list):
             if not isinstance(completion, list):
                 raise BadRowError(
                     f"{where}: the prompt is a list of turns, and so must the completion be: {completion!r:.80}"
                 )
-            return self._parse_chat([*prompt, *completion], len(prompt), where)
+            return self._parse_chat([*prompt, *completion], len(prompt), where, options)
         prompt = self.read_text(record, where, "prompt")
         if completion is None or completion == "":
             raise BadRowError(f"{where} has no completion")
@@ -82,32 +90,63 @@ class Instruction(LabelledTask, CausalLM):
         spans = [(len(prompt), len(prompt) + len(completion))]
         return {"where": where, "text": prompt + completion, "spans": spans, "is_chat": False, "num_unlearned": 0}
 
-    def _parse_chat(self, messages, first, where):
-        """See [`parse`]; turns before `first` are no targets."""
+    def _template_options(self, record, where):
+        """Return what the chat template gets of a record beside the turns: its tools and documents, if it has any."""
+        options = {}
+        for name in ("tools", "documents"):
+            value = record.get(name)
+            if isinstance(value, str):  # Arrow data cannot hold the different schemas of tools otherwise
+                try:
+                    value = json.loads(value)
+                except ValueError:
+                    raise BadRowError(f"{where}: {name} is text that is not JSON: {value!r:.80}") from None
+            if value:
+                self._check_in_template(name, where)
+                options[name] = value
+        return options
+
+    def _check_in_template(self, name, where):
+        """Raise BadRowError if the chat template does not use something that a row has."""
+        template = self.tokenizer.chat_template
+        if template is not None and name not in str(template):
+            raise BadRowError(f"{where} has {name}, which the chat template leaves out; give another --chat_template")
+
+    def _parse_turns(self, messages, where):
+        """Return the turns of a chat, checked, and whether each is learned."""
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise BadRowError(f"{where}: messages is not a list of turns, each with role and content: {messages!r:.80}")
+        turns, learned = [], []
         for index, message in enumerate(messages, start=1):
+            message = {name: value for name, value in message.items() if value is not None}  # Arrow fills in None
+            weights = [message.pop(name, 1) for name in _WEIGHTS]
+            if any(weight not in (0, 1) for weight in weights):
+                raise BadRowError(f"{where}, turn {index}: its {' or '.join(_WEIGHTS)} must be 0 or 1: {weights!r:.80}")
+            if message.get("tool_calls"):
+                self._check_in_template("tool_calls", where)
+                message.setdefault("content", "")
             for name in ("role", "content"):
                 if not isinstance(message.get(name), str):
                     raise BadRowError(f"{where}, turn {index} has no {name} of text: {message!r:.80}")
                 check_text(message[name], where, BadRowError)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
+            turns.append(message)
+            learned.append(message["role"] == "assistant" and all(weights))
+        return turns, learned
+
+    def _parse_chat(self, messages, first, where, options):
+        """See [`parse`]; turns before `first` are no targets."""
+        messages, learned = self._parse_turns(messages, where)
+        turns = [index for index, is_learned in enumerate(learned) if is_learned and index >= first]
         if not turns:
-            raise BadRowError(f"{where} has no assistant's turn: there is nothing to learn")
-        text, spans, end = self._render(messages, where), [], self.tokenizer.eos_token or ""
+            raise BadRowError(f"{where} has no assistant's turn to learn")
+        text, spans, end = self._render(messages, where, options), [], self.tokenizer.eos_token or ""
         for turn in turns:
-            try:
-                before = self._render(messages[:turn], where, add_generation_prompt=True)
-            except BadRowError:
-                if turn:
-                    raise
-                before = ""  # the template refuses an empty chat
-            after = self._render(messages[: turn + 1], where)
+            after = self._render(messages[: turn + 1], where, options)
             if end and not text.startswith(after):  # some templates end the whole chat with it
                 after = after.removesuffix(end)
+            start = self._start_of_turn(messages, turn, after, where, options)
             # a turn that the template renders differently once others follow (some drop old thoughts) is no target
-            if text.startswith(after) and after.startswith(before):
-                spans.append((len(before), len(after)))
+            if text.startswith(after) and start is not None:
+                spans.append((start, len(after)))
         if not spans:
             raise BadRowError(
                 f"{where}: the chat template does not begin an assistant's turn with its generation prompt"
@@ -116,16 +155,28 @@ class Instruction(LabelledTask, CausalLM):
         text = text[: spans[-1][1]]
         return {"where": where, "text": text, "spans": spans, "is_chat": True, "num_unlearned": num_unlearned}
 
-    def _render(self, messages, where, **options):
+    def _start_of_turn(self, messages, turn, after, where, options):
+        """Return where the assistant's turn begins in the chat up to it, `after`; None if that is not clear."""
+        if turn > 0:
+            before = self._render(messages[:turn], where, options, add_generation_prompt=True)
+            return len(before) if after.startswith(before) else None
+        # Templates refuse an empty chat, or leave out the system turn that they add to others.
+        chat = self._render(messages, where, options)
+        prompt = self._render(messages, where, options, add_generation_prompt=True)
+        prompt = prompt.removeprefix(chat) if prompt.startswith(chat) else ""
+        found = list(re.finditer(f"{re.escape(prompt)}(?=\\s*{re.escape(messages[0]['content'].strip())})", after))
+        return found[-1].end() if found else None
+
+    def _render(self, messages, where, options, **more):
         if self.tokenizer.chat_template is None:
             raise InputError(
                 f"{where} is a chat, and the tokenizer {self.tokenizer.name_or_path} has no chat template: give "
                 "--chat_template FILE (Jinja, as the Hub's chat models have it)"
             )
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # the template is a program, and may raise anything
-            raise BadRowError(f"{where}: the chat template refuses it: {first_line(error)}") from None
+            return render_chat(self.tokenizer, messages, **options, **more)
+        except ValueError as error:
+            raise BadRowError(f"{where}: {error}") from None
 
     def update_stats(self, stats, example):
         stats["unlearned"] = stats.get("unlearned", 0) + example["num_unlearned"]

@@ -1,6 +1,5 @@
 """Token classification: the label of each word of a sentence, such as named entities."""
 
-import warnings
 from itertools import chain
 
 import datasets
@@ -117,10 +116,17 @@ class TokenClassification(LabelNames, PredictionTask):
         positions = [np.flatnonzero(rows.token_labels(index) != IGNORE_INDEX) for index in indices]
         return [scores[row, own] for row, own in enumerate(positions)]
 
+    def labels_of(self, source, problem_type=None):
+        labels = super().labels_of(source, problem_type)
+        if find_scheme(labels.names) == "mixed":
+            shown = ", ".join(labels.names[:12])
+            raise InputError(f"{source.name}: the labels mix schemes of entities: {shown}; use IOB, BIOES or BILOU")
+        return labels
+
     @property
     def has_entities(self):
-        """Whether labels mark entities of several words (B- and I-)."""
-        return any(name[:2] in ("B-", "I-") for name in self.labels.names)
+        """Whether labels mark entities of several words."""
+        return find_scheme(self.labels.names) is not None
 
     def metric_inputs(self, rows, indices, predictions):
         """Return label names, sentence by sentence, of entities; otherwise the label ids of all words."""
@@ -141,8 +147,6 @@ class TokenClassification(LabelNames, PredictionTask):
 
     def describe_predictions(self, rows, predictions):
         """Yield the words of each example with their labels and scores, and the entities that they form."""
-        from seqeval.metrics.sequence_labeling import get_entities
-
         names = self.labels.names
         for example, parts in rows.group_by_example(np.arange(len(rows)), predictions).items():
             scores = np.concatenate(parts)
@@ -150,7 +154,7 @@ class TokenClassification(LabelNames, PredictionTask):
             (words,) = rows.records[example].values()
             entities = [
                 {"type": entity_type, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
-                for entity_type, first, last in (get_entities(labels) if self.has_entities else ())
+                for entity_type, first, last in (find_entities(labels) if self.has_entities else ())
             ]
             scores = scores.max(-1).tolist()
             yield rows.records[example] | {"labels": labels, "scores": scores, "entities": entities}
@@ -171,15 +175,60 @@ def _row(encoding, labels):
     return {"input_ids": encoding.ids, "second_text": len(encoding.ids), "labels": token_labels}
 
 
+_SCHEMES = {"IOB": set("BI"), "BIOES": set("BIES"), "BILOU": set("BILU"), "BMES": set("BMES")}
+_MARKS = set("BIESLUM")
+
+
+def find_scheme(names):
+    """Return the scheme in which labels mark entities of several words, None if they do not, or "mixed".
+
+    A label of a scheme is O, or a letter of the scheme, alone or with a hyphen and the type of the entity.
+    """
+    marks = {name[0] for name in names if _mark_of(name) in _MARKS}
+    others = {name for name in names if _mark_of(name) not in _MARKS} - {"O"}
+    if not any("-" in name for name in names):  # without types, only where no other label stands beside them
+        is_complete = not others and ({"B", "I"} <= marks or {"B", "M", "E"} <= marks)
+    else:
+        is_complete = bool(marks & {"B", "I"}) and not (others and "O" not in names)
+    if not is_complete:
+        return None
+    return "mixed" if others else next((name for name, letters in _SCHEMES.items() if marks <= letters), "mixed")
+
+
+def _mark_of(label):
+    return label[:1] if label[1:2] in ("", "-") else None
+
+
+def find_entities(labels):
+    """Return (type, first word, last word) of the entities in the labels of a sentence, of any of the schemes.
+
+    As in CoNLL's script, an entity also begins where the type changes, and after the end of another; so IOB labels may
+    mark each beginning with B (IOB2), or only that of an entity right after another of its type (IOB1).
+    """
+    entities, before, type_before = [], None, None
+    for index, label in enumerate(labels):
+        mark, entity_type = _mark_of(label), label[2:]
+        if mark in _MARKS:
+            if before not in ("B", "I", "M") or mark in ("B", "S", "U") or entity_type != type_before:
+                entities.append([entity_type, index, index])
+            entities[-1][2] = index
+        before, type_before = mark, entity_type
+    return [tuple(entity) for entity in entities]
+
+
 def entity_metrics(predictions, references):
     """Return precision, recall and f1 of whole entities and accuracy of words, as CoNLL's script counts them: an entity
     is right when its type, first and last word are. Predictions and references are sentences of label names."""
-    from seqeval import metrics as seqeval_metrics  # slow to import, and not every run needs it
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about labels without B- or I-, which count as entities of one word
-        metrics = {
-            name: float(getattr(seqeval_metrics, f"{name}_score")(references, predictions, zero_division=0))
-            for name in ("precision", "recall", "f1")
-        }
-        return metrics | {"accuracy": float(seqeval_metrics.accuracy_score(references, predictions))}
+    predicted, expected = (
+        {(sentence, *entity) for sentence, labels in enumerate(sentences) for entity in find_entities(labels)}
+        for sentences in (predictions, references)
+    )
+    right = len(predicted & expected)
+    precision, recall = right / max(1, len(predicted)), right / max(1, len(expected))
+    pairs = list(zip(chain(*predictions), chain(*references), strict=True))
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * right / max(1, len(predicted) + len(expected)),
+        "accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs)),
+    }

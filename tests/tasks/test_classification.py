@@ -16,7 +16,7 @@ from hf_myllm.tasks import Labels
 from hf_myllm.tasks.base import language_metrics
 from hf_myllm.tasks.classification import classification_metrics
 from hf_myllm.tasks.question_answering import answer_metrics
-from hf_myllm.tasks.token_classification import entity_metrics
+from hf_myllm.tasks.token_classification import entity_metrics, find_entities
 
 
 def write_rows(path, count, label_type, seed=0):
@@ -110,6 +110,27 @@ def test_the_batch_size_does_not_change_an_evaluation(tmp_path, capsys):
     assert "line 1: the label 'so so' is not in the training data, which has nasty, nice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("letters", ["BIO", "BIESO", "BILUO"])
+def test_entities_are_those_of_seqeval(letters):
+    """On random labels, valid or not, as in CoNLL's script. seqeval does not know L and U, so it gets E and S."""
+    from seqeval import metrics
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    draw = np.random.default_rng(0)
+    names = [letter if letter == "O" else f"{letter}-{kind}" for letter in letters for kind in ("X", "Y-Z")]
+    predicted, expected = ([draw.choice(names, 30).tolist() for _ in range(40)] for _ in range(2))
+    as_bioes = [
+        [[name.replace("L-", "E-").replace("U-", "S-") for name in labels] for labels in sentences]
+        for sentences in (predicted, expected)
+    ]
+    for labels, known in zip(predicted, as_bioes[0], strict=True):
+        assert find_entities(labels) == get_entities(known)
+    ours = entity_metrics(predicted, expected)
+    for name in ("precision", "recall", "f1", "accuracy"):
+        assert ours[name] == pytest.approx(getattr(metrics, f"{name}_score")(*as_bioes[::-1]))
+    assert 0 < ours["f1"] < 0.5
+
+
 def test_metrics_by_hand():
     labels = {n: Labels("single_label_classification", tuple("abc"[:n])) for n in (2, 3)}
     metrics = classification_metrics([0, 1, 1, 0], [0, 1, 0, 0], labels[2])
@@ -128,6 +149,16 @@ def test_metrics_by_hand():
     references = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
     metrics = entity_metrics([["B-PER", "O", "O", "B-LOC"], ["B-PER", "B-LOC"]], references)
     assert metrics == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
+    # two entities of one type side by side are two; BILOU as BIOES, and IOB1 as IOB2
+    metrics = entity_metrics([["O", "O", "B-X", "L-X", "O"]], [["B-X", "L-X", "B-X", "L-X", "O"]])
+    assert (metrics["precision"], metrics["recall"], metrics["f1"]) == pytest.approx((1, 1 / 2, 2 / 3))
+    assert entity_metrics([["U-X", "O", "O"]], [["U-X", "U-X", "O"]])["recall"] == 0.5
+    assert find_entities(["I-X", "I-X", "B-X", "I-Y", "O", "E-Y"]) == [
+        ("X", 0, 1),
+        ("X", 2, 2),
+        ("Y", 3, 3),
+        ("Y", 5, 5),
+    ]
     # as in SQuAD's script: articles, case and punctuation aside, the best of several references, "" for no answer
     answers = [("The  blue Sky.", ["blue sky"]), ("sky", ["the green sea", "a blue sky"]), ("", [""]), ("x", [""])]
     predictions = [{"id": str(n), "prediction_text": text} for n, (text, _) in enumerate(answers)]

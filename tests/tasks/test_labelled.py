@@ -10,12 +10,13 @@ from transformers import AutoTokenizer
 
 from hf_myllm.data import sources, tokenizer
 from hf_myllm.errors import InputError
+from hf_myllm.generate import encode_prompt
 from hf_myllm.tasks import IGNORE_INDEX, LabelledTexts, Labels
 from hf_myllm.tasks.classification import Classification
 from hf_myllm.tasks.instruction import Instruction
 from hf_myllm.tasks.labelled_rows import load_rows
 from hf_myllm.tasks.question_answering import QuestionAnswering
-from hf_myllm.tasks.token_classification import TokenClassification
+from hf_myllm.tasks.token_classification import TokenClassification, find_scheme
 
 ROWS = [{"text": f"text number {n} " * (n % 7 + 1), "other": f"pair {n}", "label": n % 3} for n in range(50)]
 CHAT = (
@@ -180,6 +181,36 @@ def test_conll_files(tmp_path, wordpiece):
     assert next(task.read(sources.file_source(str(tmp_path / "c.txt"))))[1]["tokens"] == ["#", "New\u00a0York", "#"]
 
 
+def test_the_scheme_of_entities_is_known_by_the_labels(tmp_path, wordpiece):
+    for labels, scheme in (
+        (["O", "B-X", "I-X"], "IOB"),
+        (["O", "I-X"], "IOB"),
+        (["O", "B-X", "I-X", "E-X", "S-Y"], "BIOES"),
+        (["O", "B-X", "I-X", "L-X", "U-Y"], "BILOU"),
+        (["O", "B-X", "L-X"], "BILOU"),
+        (["B", "M", "E", "S"], "BMES"),
+        (["B", "I", "O"], "IOB"),
+        (["O", "B-X", "E-X", "U-X"], "mixed"),
+        (["O", "B-X", "I-X", "MISC"], "mixed"),
+        (["NOUN", "VERB", "O"], None),
+        (["B-side", "A-side"], None),
+        (["U-turn", "S-curve", "O"], None),
+        (["B", "M"], None),
+        (["I", "E", "S", "X"], None),
+    ):
+        assert find_scheme(labels) == scheme, labels
+        rows = [{"tokens": ["text"] * len(labels), "label": labels}]
+        task = TokenClassification(wordpiece, max_len=20)
+        if scheme == "mixed":
+            with pytest.raises(InputError, match=r"a.jsonl: the labels mix schemes of entities: B-X, .*; use IOB"):
+                find_labels(task, write_source(tmp_path, rows))
+        else:
+            find_labels(task, write_source(tmp_path, rows))
+            assert task.has_entities == (scheme is not None)
+    with pytest.raises(InputError, match="label_column: the labels of words are one column"):
+        TokenClassification(wordpiece, max_len=20, label_column=["a", "b"])
+
+
 # ---- questions
 
 
@@ -322,6 +353,98 @@ def test_only_completions_and_the_assistants_turns_are_targets(tmp_path, bpe):
         (f"<user>a\n<assistant>b\n<user>c\n<assistant>d\n{end}", f"b\nd\n{end}"),
         (f"<user>e\n<assistant>shown\n<user>f\n<assistant>g\n{end}", f"g\n{end}"),
     ]
+
+
+def chat(*turns, **columns):
+    """Return a row of turns given as "u:text" of the user or "a:text" of the assistant, or as dicts."""
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    messages = [{"role": roles[t[0]], "content": t[2:]} if isinstance(t, str) else t for t in turns]
+    return {"messages": messages} | columns
+
+
+def learned_texts(tmp_path, tokenizer, rows, name="a.jsonl", **settings):
+    task = Instruction(tokenizer, max_len=2000, **settings)
+    return targets(task, load_rows(write_source(tmp_path, rows, name), task)[0])
+
+
+def test_a_chat_that_begins_with_the_assistant(tmp_path, bpe):
+    """Neither the system turn that the template adds nor the header of the first turn is learned."""
+    turn = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}<end>\n{% endfor %}"
+    system = "{% if messages[0]['role'] != 'system' %}<system>You are welcome.<end>\n{% endif %}"
+    bpe.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    for template in (system + turn, "{% if messages %}" + system + "{% endif %}" + turn):
+        bpe.chat_template = template + "{% if add_generation_prompt %}<assistant>{% endif %}"
+        rows = [chat("a: welcome ", "u:hi", "a:bye"), chat("s:x", "a:welcome", "u:hi", "a:bye"), chat("a:assistant")]
+        learned = [text for _, text in learned_texts(tmp_path, bpe, rows)]
+        assert learned == ["welcome<end>\nbye<end>\n"] * 2 + ["assistant<end>\n"]
+
+
+def test_turns_of_weight_0_are_read_and_not_learned(tmp_path, bpe):
+    bpe.chat_template, end = CHAT, bpe.eos_token
+    wrong = {"role": "assistant", "content": "wrong"}
+    for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}):
+        rows = [chat("u:a", wrong | mark, "u:b", {"role": "assistant", "content": "right", "weight": 1})]
+        rows += [chat("u:a", "a:right", "u:b", wrong | mark)]
+        both = learned_texts(tmp_path, bpe, rows)
+        assert both[0] == (f"<user>a\n<assistant>wrong\n<user>b\n<assistant>right\n{end}", f"right\n{end}")
+        assert both[1] == (f"<user>a\n<assistant>right\n{end}", f"right\n{end}")
+    for row, message in (
+        (chat("u:a", wrong | {"weight": 0.5}), "turn 2: its weight or train or training must be 0 or 1: .0.5"),
+        (chat("u:a", wrong | {"weight": "0"}), "turn 2: its weight"),
+        (chat("u:a", wrong | {"weight": 0}), "has no assistant's turn to learn"),
+    ):
+        with pytest.raises(InputError, match=f"line 1.*{message}"):
+            learned_texts(tmp_path, bpe, [row])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_tools_and_tool_calls_reach_the_template(tmp_path, bpe, name):
+    def learned(row):
+        if name.endswith("parquet"):  # every turn gets all keys, and an absent one is None
+            import datasets
+
+            datasets.Dataset.from_list([row, chat("u:q", "a:r")]).to_parquet(tmp_path / name)
+            task = Instruction(bpe, max_len=2000)
+            return targets(task, load_rows(sources.file_source(str(tmp_path / name)), task)[0])[0]
+        return learned_texts(tmp_path, bpe, [row])[0]
+
+    tools, call = [{"name": "clock"}], {"role": "assistant", "tool_calls": [{"name": "clock"}]}
+    bpe.chat_template, end = CHAT, bpe.eos_token
+    for row, message in (
+        (chat("u:a", "a:b", tools=tools), "has tools, which the chat template leaves out"),
+        (chat("u:a", call, "u:c", "a:d"), "has tool_calls, which the chat template leaves out"),
+    ):
+        with pytest.raises(InputError, match=f"(line|row) 1 {message}; give another --chat_template"):
+            learned(row)
+    in_turn = (
+        "{% if 'tool_calls' in m %}CALL {{ m.tool_calls | map(attribute='name') | join }}{% endif %}{{ m['content'] }}"
+    )
+    bpe.chat_template = "{% if tools %}TOOLS {{ tools[0].name }}\n{% endif %}" + CHAT.replace(
+        "{{ m['content'] }}", in_turn
+    )
+    assert learned(chat("u:a", "a:b", tools=tools)) == (f"TOOLS clock\n<user>a\n<assistant>b\n{end}", f"b\n{end}")
+    assert learned(chat("u:a", "a:b", tools=json.dumps(tools)))[0].startswith("TOOLS clock\n<user>a")
+    assert learned(chat("u:a", call, "u:c", "a:d")) == (
+        f"<user>a\n<assistant>CALL clock\n<user>c\n<assistant>d\n{end}",
+        f"CALL clock\nd\n{end}",
+    )
+    prompt = {"prompt": chat("u:a")["messages"], "completion": chat("a:b")["messages"], "tools": tools}
+    if name == "a.jsonl":
+        assert learned(prompt)[0].startswith("TOOLS clock\n<user>a")
+        with pytest.raises(InputError, match="tools is text that is not JSON: '{'"):
+            learned(chat("u:a", "a:b", tools="{"))
+
+
+def test_a_template_that_does_not_end_is_interrupted(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 0.2)
+    bpe.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"the chat template does not end within 0.2 seconds"):
+        learned_texts(tmp_path, bpe, [chat("u:a", "a:b")], skip_bad_rows=True)
+    with pytest.raises(InputError, match=r"the chat template does not end within 0.2 seconds"):
+        encode_prompt(bpe, "hi", 100, is_chat=True)
+    bpe.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(InputError, match="--chat: the chat template refuses it: no"):
+        encode_prompt(bpe, "hi", 100, is_chat=True)
 
 
 def test_a_turn_that_closes_itself_gets_no_other_end(tmp_path, bpe):
