@@ -117,7 +117,7 @@ def open_run(recipe, train_data=None, eval_data=None):
     recipe.check_task(TASKS[recipe.task])
     if train_data is None and not (recipe.evaluation.eval_only and eval_data is not None):
         recipe.check_sources()
-    with process_settings(recipe.run.log_level) as owns_process_group:
+    with process_settings(recipe.run.log_level, recipe.training.deterministic) as owns_process_group:
         snapshot = checkpoint.snapshot(recipe.run.save_model)
         if is_rank_zero() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
             run_folder.check_unlocked(recipe.run.save_model)

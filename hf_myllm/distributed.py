@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +32,14 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .errors import InputError, PeerFailure, RankError, first_line
-from .precision import allow_tf32, choose_precision, layers, preserved_tf32
+from .precision import (
+    allow_tf32,
+    choose_precision,
+    deterministic_algorithms,
+    explain_nondeterminism,
+    layers,
+    preserved_tf32,
+)
 
 try:
     import resource
@@ -90,8 +97,8 @@ def check_no_other_run():
 
 
 @contextmanager
-def process_settings(log_level="info"):
-    """Set log levels, threads and environment variables for a run, and restore them afterwards.
+def process_settings(log_level="info", deterministic=False):
+    """Set log levels, threads, environment variables and determinism for a run, and restore them afterwards.
 
     Also restores the random state of torch and the state of accelerate. So a run can be started twice in one process,
     from a notebook, a thread, or beside an Accelerator of the caller.
@@ -115,7 +122,8 @@ def process_settings(log_level="info"):
         try:
             silence_libraries(log_level)
             _set_num_threads()
-            yield is_first_use
+            with deterministic_algorithms() if deterministic else nullcontext():
+                yield is_first_use
         finally:
             transformers.utils.logging.set_verbosity(verbosity)
             huggingface_hub.utils.logging.set_verbosity(hub_verbosity)
@@ -308,6 +316,8 @@ def explain_failures(accelerator, phase):
             raise RankError(str(error)) from None  # printed by this rank, whichever it is
         if isinstance(error, torch.OutOfMemoryError):
             problem = f"out of memory; lower batch_size and set total_batch_size to keep the step's size ({error})"
+        elif message := explain_nondeterminism(error):
+            problem = message
         elif accelerator.num_processes == 1:
             raise
         elif _is_peer_failure(error):

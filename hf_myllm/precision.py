@@ -1,6 +1,7 @@
-"""The data types that a model computes in: a recipe's `precision`, and TF32 for what stays in fp32."""
+"""What a model computes in: a recipe's `precision`, TF32 for what stays in fp32, and deterministic algorithms."""
 
 import os
+import re
 from contextlib import contextmanager
 
 import torch
@@ -101,6 +102,33 @@ def preserved_tf32():
         if matmul.fp32_precision != before:
             matmul.allow_tf32 = before == "tf32"
             matmul.fp32_precision = before
+
+
+@contextmanager
+def deterministic_algorithms():
+    """Let torch, its compiler and cuBLAS use deterministic algorithms only; restore torch's settings afterwards."""
+    from torch._inductor import config as inductor
+
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills_memory = settings.fill_uninitialized_memory
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+    try:
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # an aid for finding mistakes, which costs time
+        with inductor.patch(deterministic=True):  # without timing kernels against each other
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fills_memory
+
+
+def explain_nondeterminism(error):
+    """Return the message for an error of torch about an operation that is not deterministic; None for other errors."""
+    if isinstance(error, RuntimeError) and "CUBLAS_WORKSPACE_CONFIG" in str(error):
+        return "deterministic: this process has used the GPU before; set CUBLAS_WORKSPACE_CONFIG=:4096:8 when it starts"
+    operation = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    return operation and f"deterministic: {operation[1]} has no deterministic algorithm; train without deterministic"
 
 
 def cast_to_bf16(model):

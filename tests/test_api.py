@@ -13,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -208,6 +209,12 @@ def global_state():
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()),
         "TF32": torch.backends.cuda.matmul.fp32_precision,
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch._inductor.config.deterministic,
+        ),
         "accelerate": (dict(PartialState._shared_state), dict(AcceleratorState._shared_state)),
         "gradient state": dict(GradientState._shared_state),
     }
@@ -237,7 +244,7 @@ def unusual_settings(monkeypatch):
 
 def test_a_run_changes_nothing_in_its_process(tmp_path, unusual_settings):
     before = global_state()
-    hf_myllm.train(make_recipe(tmp_path / "run"), TEXTS)
+    hf_myllm.train(make_recipe(tmp_path / "run", deterministic=True), TEXTS)
     assert global_state() == before
     hf_myllm.evaluate(tmp_path / "run", eval_data=EVAL_TEXTS)
     assert global_state() == before

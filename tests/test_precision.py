@@ -1,4 +1,6 @@
-"""`precision` of a recipe, the launcher's mixed_precision, and TF32."""
+"""`precision` of a recipe, the launcher's mixed_precision, TF32, and deterministic algorithms."""
+
+import os
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from conftest import read_metrics, read_weights, train
 
 from hf_myllm.errors import InputError
 from hf_myllm.generate import generate, generate_text, load
-from hf_myllm.precision import allow_tf32, choose_precision, inference_precision, preserved_tf32
+from hf_myllm.precision import allow_tf32, choose_precision, explain_nondeterminism, inference_precision, preserved_tf32
+from hf_myllm.tasks.base import Task
 from hf_myllm.train import evaluate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -127,3 +130,49 @@ def test_contradictions_are_one_line(tiny, tmp_path, capsys, monkeypatch):
     assert train(*tiny(precision="fp32")) == 2
     assert "precision: fp32 in the recipe and bf16 for the launcher" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """Call a function in each step of a run, before the forward pass: `step(function)`."""
+    forward = Task.forward
+
+    def install(function):
+        def call(*arguments):
+            function()
+            return forward(*arguments)
+
+        monkeypatch.setattr(Task, "forward", call)
+
+    return install
+
+
+def test_a_deterministic_run_uses_deterministic_algorithms_only(tiny, tmp_path, step):
+    seen = []
+    step(lambda: seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))))
+    assert train(*tiny(max_steps=2, deterministic="true")) == 0
+    assert set(seen) == {(True, ":4096:8")}
+    seen.clear()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert train(*tiny(max_steps=2, save_model=tmp_path / "other")) == 0
+    assert set(seen) == {(False, None)}
+    assert read_weights(tmp_path / "run") == read_weights(tmp_path / "other")
+
+
+def test_an_operation_that_is_not_deterministic_is_one_line(tiny, step, capsys):
+    step(lambda: torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2)))
+    assert train(*tiny(max_steps=2, deterministic="true", eval_freq=None)) == 2
+    assert capsys.readouterr().err == (
+        "error: rank 0 of 1, in step 1: deterministic: put_ has no deterministic algorithm; train without "
+        "deterministic\n"
+    )
+
+
+def test_a_gpu_that_was_used_without_determinism_is_one_line():
+    error = RuntimeError(
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or ... you must set "
+        "an environment variable before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    )
+    assert "set CUBLAS_WORKSPACE_CONFIG=:4096:8 when it starts" in explain_nondeterminism(error)
+    assert explain_nondeterminism(ValueError("another")) is None

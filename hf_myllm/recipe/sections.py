@@ -206,6 +206,11 @@ class Training(Section):
         "compute.",
     )
     compile: bool = changeable(False, "Compile the model with torch.compile.")
+    deterministic: bool = changeable(
+        False,
+        "On a GPU, use deterministic algorithms only, so that two runs end with the same bytes; slower. On a CPU, all "
+        "runs do.",
+    )
 
     @model_validator(mode="after")
     def _check_precision(self):
