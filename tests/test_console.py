@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, command, run_command, train
 
 from hf_myllm.reporting.console import Reporter
+from hf_myllm.reporting.profiling import category_of
 from hf_myllm.reporting.metrics_log import read_metrics
 from hf_myllm.tasks import TASKS
 
@@ -140,6 +141,21 @@ def test_a_profile_shows_the_time_of_a_step_by_category(tiny, tmp_path, capsys):
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
     assert train(*tiny(max_steps=2, save_model=tmp_path / "short"), "--profile", "50") == 0
+
+
+def test_a_compiled_kernel_is_counted_by_its_operations_and_not_as_a_copy():
+    kernels = {
+        "triton_red_fused__to_copy_add_native_layer_norm_3": "norms",
+        "triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_0": "norms",
+        "triton_red_fused__log_softmax__to_copy_view_5": "loss",
+        "triton_poi_fused__to_copy_cat_mul_neg_slice_unsqueeze_4": "element-wise",  # rotary embeddings
+        "triton_tem_fused_flex_attention_backward_9": "attention",
+        "triton_poi_fused__to_copy_7": "copies",
+        "triton_poi_fused_clone_view_2": "copies",
+        "aten::copy_": "copies",
+        "Memcpy HtoD (Pinned -> Device)": "copies",
+    }
+    assert {name: category_of(name) for name in kernels} == kernels
 
 
 def test_log_level_debug_shows_the_messages_of_libraries(tiny):

@@ -19,10 +19,12 @@ _CATEGORIES = {  # the first whose pattern matches
     "attention": r"attention|flash|fmha|sdpa|flex_|cudnn.*sdp",
     "optimizer": r"adam|muon|foreach|multi_tensor|lpnorm|linalg_vector_norm",
     "matrix products": r"gemm|matmul|addmm|\bmm\b|::mm|bmm|cutlass|cublas|nvjet|xmma|linear|conv1d",
-    "copies": r"memcpy|memset|copy_|_to_copy|contiguous|\bcat\b|clone",
-    "norms": r"layer_norm|rms|native_norm",
-    "loss": r"softmax|nll_loss|cross_entropy",
+    "norms": r"layer_norm|rms|native_norm|rsqrt",
+    "loss": r"softmax|nll_loss|cross_entropy|logsumexp",
     "embeddings": r"embedding|index_put|index_select|gather|scatter",
+    # A compiled kernel is named after all its operations, and a conversion of the dtype is part of most.
+    "copies": r"memcpy|memset|copy_kernel|batchedcopy|::(copy_|_to_copy|contiguous|cat|clone)$"
+    r"|^triton_[a-z]+_fused(_+(to_copy|copy|clone|cat|view|t|transpose|permute|slice|select|split|stack|expand))+_\d+$",
     "element-wise": r"triton|elementwise|gelu|tanh|silu|add|mul|div|sub|fill|zero|pow|sum|where|dropout|neg|exp",
 }
 
