@@ -170,7 +170,11 @@ def run_recipe(recipe, **callbacks):
 
 
 def by_ours(work, folder, settings, warmup, steps, is_compiled):
-    """Train with the defaults, except for what makes the work the same; return the seconds of the timed steps."""
+    """Train with the defaults, except for what makes the work the same; return the seconds of the timed steps.
+
+    Args:
+        settings: more keys of the recipe; the run's files are removed unless they name a folder for them.
+    """
     from hf_myllm.recipe import Recipe
 
     options = {"model": work.family, "task": work.task, "train_file": str(folder / "corpus.bin"), "val_fraction": 0}
@@ -186,7 +190,7 @@ def by_ours(work, folder, settings, warmup, steps, is_compiled):
             raise Finished
 
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
-        run_recipe(Recipe.load(None, **options, save_model=run_dir), on_log=note)
+        run_recipe(Recipe.load(None, **{"save_model": run_dir} | options), on_log=note)
     return times[warmup + steps] - times[warmup]
 
 
