@@ -12,6 +12,7 @@ that the machine lacks) and data (the novels) on a machine with a network; see d
 """
 
 import argparse
+import faulthandler
 import importlib.util
 import json
 import os
@@ -108,6 +109,8 @@ def run_all(items, work, args, deadline, report):
         if item.name == "hardware" and "memory" in report.hardware():
             limits["memory"] = 0.9 * report.hardware()["memory"] / 2**30
 
+    if args.rehearse:  # on a slow machine
+        items = [item._replace(budget=4 * item.budget) for item in items]
     run_items(items, deadline, limits, start, done)
 
 
@@ -116,6 +119,7 @@ def execute(item, work, args):
     import torch
     from gpu_checks import Place
 
+    faulthandler.dump_traceback_later(item.budget - 1)  # what it was doing when its time was up
     if torch.cuda._is_in_bad_fork():  # an import has started CUDA: begin in a new process
         command = [sys.executable, __file__, "--output", str(args.output), "--item", item.name, str(work)]
         command += ["--data", str(args.data)] if args.data else []

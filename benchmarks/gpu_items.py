@@ -54,8 +54,8 @@ TIMED = [  # work, peer, precision, GiB of the device, budget in seconds
     ("gpt", "deterministic", "bf16", 16, 45),
 ]
 LATER = [("gpt", "Trainer", "bf16", 24, 60), ("gpt", "stock", "bf16", 24, 60)]
-NOVELS = """--max_len 1024 --eval_freq 100 --compile true --optimizer muon --learning_rate 3e-3 --min_lr 3e-4
-    --warmup_steps 50 --total_batch_size 16 --batch_size 16 --max_steps 1200"""
+NOVELS = """--max_len 1024 --precision bf16 --compile true --optimizer muon --learning_rate 3e-3 --min_lr 3e-4
+    --warmup_steps 50 --total_batch_size 16 --batch_size 16 --max_steps 1200 --eval_freq 100"""
 
 
 def all_items():
@@ -64,7 +64,7 @@ def all_items():
     items += [Item(name, budget, function, "check") for name, budget, function in CHECKS]
     warmed = {timed[:3]: timed for timed in TIMED if not timed[1].endswith("-eager")}.values()
     items += [
-        Item(f"warm: {name(*timed[:3])}", 150, partial(time_steps, *timed[:3], 1, 1, warms=True), "warm", timed[3])
+        Item(f"warm: {name(*timed[:3])}", 150, partial(time_steps, *timed[:3], warms=True), "warm", timed[3])
         for timed in warmed
     ]
     items.append(Item("warm: novels", 150, partial(time_novels, warms=True), "warm", 12))
@@ -119,11 +119,12 @@ def time_operation(place, operation, repeats=20):
     return max(1e-9, statistics.median(times[3:]))
 
 
-def time_steps(work_name, peer, precision, place, warmup=WARMUP, steps=STEPS, warms=False):
+def time_steps(work_name, peer, precision, place, warms=False):
     """Time the steps of a peer. To fill the compiler's caches, take two steps and report nothing."""
     work = WORKS[work_name]
+    warmup, steps = (1, 1) if warms or place.is_rehearsal else (WARMUP, STEPS)
     if place.is_rehearsal:
-        work, warmup, steps = shrink(work, place.on_gpu), 1, 2
+        work = shrink(work, place.on_gpu)
         if not place.on_gpu and precision == "fp8":
             return
     write_corpus(work, place.folder, warmup + steps)
@@ -160,7 +161,6 @@ def time_novels(place, warms=False):
         flags += ["--num_key_value_heads", "2", "--vocab_size", "96", "--compile", "false"]
     if warms:
         flags += ["--max_steps", "2", "--eval_freq", "2", "--warmup_steps", "2"]
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     lines = run_one([str(ROOT / "recipes" / "llama_small.yaml"), *flags])
     if warms:
         return
@@ -174,8 +174,7 @@ def profile(place):
     """Report the time of a step by category."""
     work = shrink(WORKS["gpt"], place.on_gpu) if place.is_rehearsal else WORKS["gpt"]
     write_corpus(work, place.folder, 24)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    settings = {"profile": 5, "save_model": str(place.folder / "run")}
+    settings = {"precision": "bf16", "profile": 5, "save_model": str(place.folder / "run")}
     by_ours(work, place.folder, settings, warmup=12, steps=8, is_compiled=place.on_gpu)
     place.write({"profile": (place.folder / "run" / "profile" / "summary.txt").read_text()})
 
