@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, command, run_command, train
 
 from hf_myllm.reporting.console import Reporter
-from hf_myllm.reporting.profiling import category_of
 from hf_myllm.reporting.metrics_log import read_metrics
+from hf_myllm.reporting.profiling import category_of
 from hf_myllm.tasks import TASKS
 
 
