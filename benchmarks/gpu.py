@@ -25,6 +25,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from processes import Forked, run_items, tail
+
 ROOT = Path(__file__).parent.parent
 NEEDED = ("pyarrow", "pandas", "xxhash", "numpy", "torch", "transformers", "accelerate")
 MARGIN = 4  # seconds at the end
@@ -96,8 +98,6 @@ def find_items(names):
 
 def run_all(items, work, args, deadline, report):
     """Run the items, each in a forked process, and report each when it ends."""
-    from processes import Forked, run_items
-
     cores = os.cpu_count() or 1
     limits = {"check": max(1, cores // 4), "warm": max(1, cores // 2), "memory": 60.0}
 
@@ -148,10 +148,8 @@ class Report:
         (folder / "log.txt").write_text("")
 
     def add(self, name, status, seconds):
-        from gpu_items import read_rows
-        from processes import tail
-
-        rows, log = read_rows(self.work / f"{slug(name)}.jsonl"), self.work / f"{slug(name)}.log"
+        path, log = self.work / f"{slug(name)}.jsonl", self.work / f"{slug(name)}.log"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         item = {"item": name, "status": status, "seconds": round(seconds, 1), "rows": rows}
         if status in ("failed", "timed out"):
             item["error"] = tail(log, 30)

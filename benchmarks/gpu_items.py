@@ -1,7 +1,6 @@
 """What gpu.py runs beside its correctness checks, and the list of all items in their order, which is their priority."""
 
 import importlib
-import json
 import os
 import shutil
 import statistics
@@ -177,8 +176,3 @@ def profile(place):
     settings = {"precision": "bf16", "profile": 5, "save_model": str(place.folder / "run")}
     by_ours(work, place.folder, settings, warmup=12, steps=8, is_compiled=place.on_gpu)
     place.write({"profile": (place.folder / "run" / "profile" / "summary.txt").read_text()})
-
-
-def read_rows(path):
-    """Return what an item has written."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

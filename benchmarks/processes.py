@@ -37,8 +37,9 @@ class Forked:
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(signum, signal.SIG_DFL)
             file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(file, number)
+                setattr(sys, name, open(number, "w", buffering=1, closefd=False))
             os.environ.update(environment)
             function()
             code = 0

@@ -13,6 +13,7 @@ BENCHMARKS = ROOT / "benchmarks"
 # Everything but what takes a minute: compiling for a CPU.
 SLOW_ITEMS = ("resume", "deterministic", "fsdp2", "ddp", "waiting", "fp8", "fp16", "warm", "forget", "gpt", "llama")
 sys.path.append(str(BENCHMARKS))
+from gpu import Report  # noqa: E402
 from processes import ALONE, Forked, Item, run_items  # noqa: E402
 
 
@@ -111,12 +112,19 @@ def test_the_gpu_benchmark_in_full(tmp_path):
     assert "| fsdp2: validation loss of the stock class |" in (tmp_path / "results.md").read_text()
 
 
-def test_the_gpu_benchmark_skips_aloud_what_it_has_no_time_for(tmp_path):
-    result, results = rehearse(tmp_path, ["hardware", "gradients"], "--budget", 4)
-    assert result.returncode == 0
-    assert {item["status"] for item in results.values()} == {"skipped"}
-    assert "gradients: skipped" in result.stdout
-    assert "gradients: skipped" in (tmp_path / "results.md").read_text()
+def test_the_gpu_benchmark_reports_what_was_skipped_or_is_wrong(tmp_path, capsys):
+    report = Report(tmp_path, tmp_path, is_rehearsal=True)
+    (tmp_path / "muon.jsonl").write_text('{"check": "error of Muon", "expected": "0", "got": "1", "ok": false}\n')
+    report.add("muon", "done", 1.0)
+    report.add("novels", "skipped", 0.0)
+    assert report.exit_code() == 1
+    text = (tmp_path / "results.md").read_text()
+    assert "| error of Muon | 0 | 1 | **no** |" in text
+    assert "- novels: skipped" in text
+    assert [item["status"] for item in json.loads((tmp_path / "results.json").read_text())] == ["done", "skipped"]
+    printed = capsys.readouterr().out
+    assert "WRONG: error of Muon" in printed
+    assert "novels: skipped" in printed
 
 
 def test_items_that_hang_or_fail_end_and_the_others_run(tmp_path):
