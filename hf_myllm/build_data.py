@@ -164,12 +164,14 @@ def find_tokenizer(recipe, data_sources, pretrained, keep):
 
 def _find_tokenizer(recipe, data_sources, pretrained, keep):
     data, family = recipe.data, FAMILIES[recipe.model]
-    if keep:
+    reads_text = any(source.format not in TOKEN_ID_FORMATS for source in data_sources.all)
+    if pretrained and (keep or not data.tokenizer):
         try:
             return tokenizers.load(str(pretrained), family.config.model_type)
-        except InputError:  # the model was trained on token ids without one
-            if isinstance(data.tokenizer, dict) and any(s.format not in TOKEN_ID_FORMATS for s in data_sources.all):
-                raise  # a tokenizer trained on other text has other ids
+        except InputError:
+            # A model that was trained on token ids may have none. A tokenizer trained on other text has other ids.
+            if tokenizers.has_files(pretrained) or (reads_text and not isinstance(data.tokenizer, str)):
+                raise
     if isinstance(data.tokenizer, str):
         try:
             return tokenizers.load(data.tokenizer)
@@ -179,9 +181,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
             raise ModelError(f"{error}; without the Hub, give --train_file FILE in place of the dataset") from None
     if isinstance(data.tokenizer, dict):
         return _train_tokenizer(recipe, data_sources.training or [data_sources.validation])
-    if pretrained and not keep:
-        return tokenizers.load(str(pretrained), family.config.model_type)
-    if any(source.format not in TOKEN_ID_FORMATS for source in data_sources.all):
+    if reads_text:
         trained = f"{{train: {family.tokenizer}, vocab_size: 8192}}"
         raise ModelError(f"tokenizer: text needs one; give --tokenizer a folder, a Hub id, or '{trained}'")
     return None

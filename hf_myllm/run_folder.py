@@ -228,6 +228,11 @@ def publish_model(run, state):
         else:
             checkpoint.publish(chosen, run_dir)
         amend_run(run_dir, published_step=checkpoint.step_of(chosen))
+        if run.tokenizer is not None and tokenizers.differs_when_loaded(run.tokenizer, run_dir):
+            run.reporter.warning(
+                f"tokenizer   AutoTokenizer.from_pretrained({str(run_dir)!r}) splits text in another way than the "
+                "training did; load it with PreTrainedTokenizerFast"
+            )
     return None if accelerator.is_fsdp2 else model
 
 

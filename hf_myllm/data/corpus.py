@@ -19,6 +19,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..models.loading import num_token_ids
 from .cache import cached_folder, cached_path
 from .discovery import TOKEN_ID_FORMATS
 from .pickled import read_token_ids
@@ -235,7 +236,7 @@ class _PartWriter:
 
 def token_dtype(tokenizer):
     """Return the smallest integer type that holds a tokenizer's ids."""
-    return np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    return np.uint16 if num_token_ids(tokenizer) <= 1 << 16 else np.uint32
 
 
 def tokenize_pieces(pieces, tokenizer):
@@ -350,7 +351,7 @@ def _map_bin(file, tokenizer, bin_dtype):
         halves = np.fromfile(file, dtype="<u2", count=4096)
         if len(halves) % 4 == 0 and halves[::4].any() and not halves.reshape(-1, 4)[:, 1:].any():
             raise DataError(f"{file} holds 64-bit numbers: write the ids as uint16 or uint32")
-        is_large_vocab = tokenizer is not None and len(tokenizer) > 1 << 16
+        is_large_vocab = tokenizer is not None and num_token_ids(tokenizer) > 1 << 16
         if is_large_vocab or not halves[1::2].any():  # the upper half of a 32-bit id is usually 0
             dtype = np.dtype("<u4")
     if size % dtype.itemsize:

@@ -1,10 +1,11 @@
 """Load a tokenizer, train one on the recipe's text, and derive facts about its tokens."""
 
+import ctypes
 import hashlib
 import json
 import re
-import signal
 import threading
+import time
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from ..errors import ModelError, first_line
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEMPLATE_SECONDS = 10  # that a chat template may take for one chat
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+_SAMPLE = (
+    "Hello, world! It's 1234 o'clock;\n\n  x_2 = y ... na\u0308ive caf\u00e9 \u4e2d\u6587 \U0001f600\tTHEY'LL go  99 "
+)
 _SENTENCE_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\n")  # also the ellipsis and the full-width marks of East Asia
 
 
@@ -46,6 +51,20 @@ def load(name, model_type=None):
     if not tokenizer.is_fast or len(tokenizer) < 2:  # a config.json alone gives an empty tokenizer
         raise ModelError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
     return tokenizer
+
+
+def has_files(folder):
+    """Return whether a folder holds files of a tokenizer."""
+    return any(path.name in _FILES for path in Path(folder).glob("*"))
+
+
+def differs_when_loaded(tokenizer, folder):
+    """Return whether `AutoTokenizer` splits text in another way once a tokenizer is saved in the folder of a model.
+
+    The library replaces the splitting rules of the tokenizer's file by those of a class that it chooses.
+    """
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return loaded(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]
 
 
 def train_bpe(texts, vocab_size):
@@ -185,21 +204,22 @@ def render_chat(tokenizer, messages, **options):
 
 @contextmanager
 def _time_limit(seconds):
-    """Raise TimeoutError in a block that runs longer. Only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
+    """Raise TimeoutError in a block of Python code that takes more CPU time; works in any thread."""
+    thread, is_done, start = ctypes.c_ulong(threading.get_ident()), threading.Event(), time.process_time()
 
-    def interrupt(*_):
-        raise TimeoutError
+    def watch():
+        while not is_done.wait(min(0.2, seconds / 4)):
+            if time.process_time() - start > seconds:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
+                return
 
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
-        signal.signal(signal.SIGALRM, previous)
+        is_done.set()
+        watcher.join()
 
 
 def safe_split_pattern(tokenizer):

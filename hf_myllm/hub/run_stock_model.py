@@ -33,8 +33,9 @@ def load_model(folder, architecture, base, config_path):
 def check_tokenizer(folder, vocab_size):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer("Once upon a time, 1 + 1 = 2.")["input_ids"]
-    if not ids or len(tokenizer) > vocab_size:
-        sys.exit(f"its tokenizer has {len(tokenizer)} tokens, but the model has {vocab_size} embeddings")
+    size = 1 + max(tokenizer.get_vocab().values())
+    if not ids or size > vocab_size:
+        sys.exit(f"its tokenizer has {size} token ids, but the model has {vocab_size} embeddings")
 
 
 if __name__ == "__main__":

@@ -103,10 +103,10 @@ def build_config(
         if pretrained:
             config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
             if add_tokens and "vocab_size" not in settings:
-                config.vocab_size = max(config.vocab_size, len(tokenizer))
+                config.vocab_size = max(config.vocab_size, num_token_ids(tokenizer))
         else:
             if tokenizer is not None:
-                settings.setdefault("vocab_size", len(tokenizer))
+                settings.setdefault("vocab_size", num_token_ids(tokenizer))
             if max_len:
                 positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
                 settings.setdefault(positions, max_len)
@@ -114,16 +114,34 @@ def build_config(
         config.check_architecture()
     except _CONFIG_ERRORS as error:
         raise ModelError(f"config of {pretrained or family}: {first_line(error.__cause__ or error)}") from None
-    for name in SPECIAL_TOKENS:
-        token_id = getattr(config, name)
-        if isinstance(token_id, int) and not 0 <= token_id < config.vocab_size and name in recipe_settings:
-            raise ModelError(f"{name} is {token_id}; it must be in the vocabulary, below {config.vocab_size}")
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    _check_special_tokens(config, recipe_settings, tokenizer)
+    size = 0 if tokenizer is None else num_token_ids(tokenizer)
+    if size > config.vocab_size:
         raise ModelError(
-            f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens; "
-            f"raise it (--vocab_size {len(tokenizer)}), or give the model's own tokenizer"
+            f"the model's vocab_size {config.vocab_size} is smaller than the tokenizer's {size} token ids; raise it "
+            f"(--vocab_size {size}), or give the model's own tokenizer"
         )
     return config
+
+
+def num_token_ids(tokenizer):
+    """Return how many embeddings a tokenizer needs: its highest id + 1, which may be more than its length."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def _check_special_tokens(config, recipe_settings, tokenizer):
+    """Replace special tokens of a checkpoint's configuration that are beyond its vocabulary, such as -1, by those of
+    the tokenizer: an embedding would fail on them. Refuse those of a recipe."""
+    for name in SPECIAL_TOKENS:
+        ids = getattr(config, name)
+        outside = [
+            i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and not 0 <= i < config.vocab_size
+        ]
+        if outside and name in recipe_settings:
+            raise ModelError(f"{name} is {outside[0]}; it must be in the vocabulary, below {config.vocab_size}")
+        if outside:
+            own = getattr(tokenizer, name, None)
+            setattr(config, name, own if own is not None and own < config.vocab_size else None)
 
 
 def check_settings(settings, stored_config, pretrained, is_trained):
