@@ -113,10 +113,9 @@ def open_run(recipe, train_data=None, eval_data=None):
     Raises:
         InputError: the recipe, the data, the model or the folder cannot be used.
     """
+    recipe.check_sources(train_data is not None, eval_data is not None)
     recipe, run = Recipe.model_validate(recipe.to_dict()).check_family(FAMILIES), None  # a copy, checked as it is now
     recipe.check_task(TASKS[recipe.task])
-    if train_data is None and not (recipe.evaluation.eval_only and eval_data is not None):
-        recipe.check_sources()
     with process_settings(recipe.run.log_level, recipe.training.deterministic) as owns_process_group:
         snapshot = checkpoint.snapshot(recipe.run.save_model)
         if is_rank_zero() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
@@ -289,6 +288,7 @@ def resolve_sizes(recipe, config, task, accelerator, trainer_state):
             # on another number of processes, the step stays what it was
             training.total_batch_size = trainer_state["recipe"]["total_batch_size"]
     training.gradient_accumulation_steps = None
+    recipe.check_batch()
     if training.epochs is None and training.max_steps is None:
         training.epochs = 1.0
 
@@ -304,8 +304,12 @@ def plan_steps(run):
     else:
         total_rows = max(1, int(section.epochs * len(run.train_rows)))
         run.total_steps = math.ceil(total_rows / section.total_batch_size)
-    if section.warmup_steps > run.total_steps:
-        raise InputError(f"warmup_steps: {section.warmup_steps} is above the run's {run.total_steps} steps; lower it")
+    ramps = {"warmup_steps": section.warmup_steps}
+    if section.lr_schedule == "wsd" and section.decay_steps:
+        ramps["decay_steps"] = section.decay_steps
+    if sum(ramps.values()) > run.total_steps:
+        given = " and ".join(f"{name} {steps}" for name, steps in ramps.items())
+        raise InputError(f"{given} are more than the run's {run.total_steps} steps; lower them")
     run.sampler = sampler.Sampler(
         len(run.train_rows),
         section.total_batch_size,

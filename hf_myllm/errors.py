@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+_MAX_MESSAGE = 2000  # characters: a message may quote a user's value
+
 
 class InputError(Exception):
     """A user's input (recipe, file, folder, data set, network) cannot be used.
@@ -13,7 +15,8 @@ class InputError(Exception):
     """
 
     def __init__(self, message=""):
-        super().__init__(" ".join(str(message).splitlines()))
+        text = " ".join(str(message).splitlines())
+        super().__init__(text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ...")
 
 
 class RecipeError(InputError):
@@ -54,6 +57,15 @@ class Parser(argparse.ArgumentParser):
 def first_line(error):
     """Return the first line of a library's error, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def show(value, limit=80):
+    """Return a value for a message: its repr, cut to a length. A huge integer has none."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
 def warn(text):

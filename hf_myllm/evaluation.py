@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -164,10 +165,8 @@ def evaluate_run(run, model, step, is_final=False):
         return None
     line = {"step": step, "train_loss": train_metrics["loss"]}
     line |= {f"val_{name}": value for name, value in val_metrics.items()}
-    metric = section.metric_for_best
-    if val_metrics and metric and metric not in line:
-        known = ", ".join(name for name in line if name.startswith("val_"))
-        raise RecipeError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
+    if val_metrics:
+        _require_metric_for_best(run, val_metrics)
     details = run.task.describe_metrics(val_metrics) if val_metrics else ""
     run.reporter.show_evaluation(step, train_metrics, val_metrics, details)
     generates = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # sharded weights need all ranks
@@ -183,6 +182,24 @@ def evaluate_run(run, model, step, is_final=False):
         run.reporter.show_sample(line["sample"])
     run.reporter.log(line)
     return val_metrics
+
+
+def check_metric_for_best(run, model):
+    """Raise RecipeError if `metric_for_best` is not a metric of a few validation rows."""
+    if run.recipe.evaluation.metric_for_best in (None, "val_loss"):
+        return
+    metrics = None  # if a signal ends the evaluation
+    with suppress(InputError):  # a metric of the library `evaluate` may need more rows
+        metrics = _evaluate_some(run, model, run.val_rows, run.recipe.training.total_batch_size)
+    if metrics is not None:
+        _require_metric_for_best(run, metrics)
+
+
+def _require_metric_for_best(run, metrics):
+    metric = run.recipe.evaluation.metric_for_best
+    if metric and metric.removeprefix("val_") not in metrics:
+        known = ", ".join(f"val_{name}" for name in metrics)
+        raise RecipeError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
 
 
 def evaluate_all(run):

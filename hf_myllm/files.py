@@ -1,12 +1,18 @@
-"""Write files and folders so that they are complete or absent, and render templates."""
+"""Write files and folders so that they are complete or absent, render templates, and read YAML."""
 
+import math
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import jinja2
+import yaml
 
+from .errors import first_line
+
+_MAX_YAML_CHARS, _MAX_YAML_NODES = 1 << 20, 100_000
 PARTIAL = ".partial"  # suffix of the temporary names
 
 
@@ -70,3 +76,71 @@ def _remove(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+# ---- YAML
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML whose plain numbers and booleans are those of YAML 1.2, and that refuses a repeated key.
+
+    YAML 1.1 reads 1:30 as 90, 010 as 8 and 0x10 as 16; here they are text, which no number accepts.
+    """
+
+    yaml_implicit_resolvers = {}
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > _MAX_YAML_NODES:
+            raise yaml.composer.ComposerError(None, None, "its anchors expand to too many values", node.start_mark)
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        merge = "tag:yaml.org,2002:merge"  # <<, whose keys may be given again
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != merge]
+        for name in keys:
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+     [*"-+.0123456789"]),
+    ("merge", "<<", ["<"]),
+):  # fmt: skip
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+def read_yaml(text):
+    """Return the content of YAML text, which may be hostile.
+
+    Raises:
+        ValueError: it is not YAML or too large. The message says what and in which line.
+    """
+    if len(text) > _MAX_YAML_CHARS:
+        raise ValueError(f"it is longer than {_MAX_YAML_CHARS:,} characters")
+    try:
+        return yaml.load(text, RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
+
+
+def _expanded_size(node, sizes):
+    """Return the number of values below a node; an alias counts as all that it stands for.
+
+    Args:
+        sizes: id of a node -> its size; infinite while it is counted, so for an alias in its own anchor.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        children = [child for child in node.value for child in (child if isinstance(child, tuple) else (child,))]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]

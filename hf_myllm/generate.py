@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
@@ -13,6 +12,7 @@ from . import checkpoint
 from .data.tokenizer import render_chat
 from .distributed import check_no_other_run
 from .errors import InputError, ModelError
+from .files import read_yaml
 from .models import loading, lora
 from .precision import inference_precision
 
@@ -62,11 +62,11 @@ def read_recipe(run_dir):
     """
     try:
         folder = checkpoint.find_run_dir(Path(run_dir).resolve())
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
         data = {key: value for key, value in recipe["data"].items() if value is not None}
         precision = recipe.get("training", {}).get("precision", "auto")
         return {"task": recipe.get("task"), "data": data, "precision": precision}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"task": None, "data": {}, "precision": "auto"}
 
 

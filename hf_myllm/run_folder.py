@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 
@@ -15,12 +14,14 @@ from . import checkpoint
 from .data import tokenizer as tokenizers
 from .distributed import any_rank, is_rank_zero, rank_name, train_command
 from .errors import CheckpointError, InputError, RankError, first_line
-from .files import write_text_atomically
+from .files import PARTIAL, read_yaml, write_text_atomically
 from .hub import BackgroundUploads, write_card
 from .models import lora
 from .optim import optimizer_tensors, to_local
 from .reporting import html, plots
 from .reporting.metrics_log import amend_run
+
+_RECIPE_HEADER = "# to repeat this run:"  # the first line of the recipe.yaml that a run writes
 
 # ---- before a run
 
@@ -37,6 +38,10 @@ def find_checkpoint(recipe):
     if recipe.evaluation.eval_only and not recipe.run.resume:
         return None
     _require_writable(run_dir)
+    if foreign := _foreign_files(run_dir):
+        raise CheckpointError(
+            f"save_model: {run_dir} holds files of another origin ({foreign[0]}) and no run; name another folder"
+        )
     if recipe.run.resume:
         latest = None
         if is_rank_zero():
@@ -70,11 +75,22 @@ def _require_writable(run_dir):
         raise CheckpointError(f"save_model: {run_dir} cannot be written; no permission in {existing}")
 
 
+def _foreign_files(run_dir):
+    """Return the names of the files in a folder that no run has written to; [] if one has."""
+    recipe = run_dir / "recipe.yaml"
+    if not run_dir.is_dir() or checkpoint.has_checkpoints(run_dir):
+        return []
+    if recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(_RECIPE_HEADER):
+        return []
+    names = [path.name for path in run_dir.iterdir() if path.is_symlink() or not path.is_dir()]
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(PARTIAL))
+
+
 def _init_from_of(path):
     """Return the `init_from` of a run that was stopped before its first checkpoint."""
     try:
-        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["init_from"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return str(read_yaml(path.read_text(encoding="utf-8"))["run"]["init_from"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: not the recipe that the run wrote; remove it to start again") from None
 
 
@@ -127,7 +143,7 @@ def write_recipe(run):
                 recipe, path = copy.deepcopy(run.recipe), run_dir / "recipe.yaml"
                 recipe.run.resume = recipe.run.allow_changed = False
                 command = f"{train_command(run.accelerator.num_processes)} {path} --save_model ANOTHER_FOLDER"
-                write_text_atomically(path, f"# to repeat this run: {command}\n{recipe.to_yaml()}")
+                write_text_atomically(path, f"{_RECIPE_HEADER} {command}\n{recipe.to_yaml()}")
         except OSError as error:
             raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None
     run.accelerator.wait_for_everyone()

@@ -25,7 +25,7 @@ from .distributed import (
     to_device,
 )
 from .errors import RecipeError
-from .evaluation import evaluate_all, evaluate_run
+from .evaluation import check_metric_for_best, evaluate_all, evaluate_run
 from .optim import learning_rate, step_if, to_full
 from .recipe import Recipe
 from .reporting import plots
@@ -101,8 +101,9 @@ def fit(run, on_log=None, on_evaluate=None):
     state = RunState(run)
     if run.resume_from is not None and state.must_stop and run_folder.is_complete(run, state):
         return result_of(run, state, run_folder.load_published(run))
-    run_folder.lock(run)
     model, optimizer = prepare_training(run)
+    check_metric_for_best(run, model)
+    run_folder.lock(run)
     run_folder.write_recipe(run)
     unigram = start_reporting(run, state, on_log, on_evaluate)
     run_folder.open_uploads(run)

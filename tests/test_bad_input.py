@@ -101,7 +101,7 @@ CASES = {
         {"val_fraction": 0.999},
         "(train|stories).* tokens, fewer|val_fraction .* leaves nothing",
     ),
-    "a prompt that is not UTF-8": ({"start_context": "caf\udce9"}, "prompt: it is not UTF-8 at character 3"),
+    "a prompt that is not UTF-8": ({"start_context": "caf\udce9"}, "'start_context' is not text that UTF-8 can hold"),
     "a local folder as a data set": (
         {"train_file": None, "dataset": "PLACE/mixed", "tokenizer": "PLACE/tokenizer"},
         "is a path here, .* give it as --train_file",
@@ -138,7 +138,7 @@ CASES = {
     "an invalid config.json": ({"init_from": "PLACE/bad_config"}, "is not a model's configuration"),
     "a model that does not fit into memory": ({"vocab_size": 10**14}, "of this config cannot be made"),
     "save_model is a file": ({"save_model": "PLACE/a_file"}, "a_file is a file"),
-    "warmup longer than the run": ({"warmup_steps": 10000}, "warmup_steps: 10000 is above the run's 52 steps"),
+    "warmup longer than the run": ({"warmup_steps": 10000}, "warmup_steps 10000 are more than the run's 52 steps"),
     "eval_only without a model": ({"eval_only": "true"}, "eval_only needs a trained model"),
     "no recipe": ("PLACE/nope.yaml", "nope.yaml does not exist"),
     "broken recipe": ("PLACE/broken.yaml", "broken.yaml: line 2: not valid YAML"),

@@ -8,7 +8,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "hf_myllm"
 ENTRY_POINTS = ("plot", "page", "prepare", "reference", "hub/__main__")
 LAYERS = (  # a module or subpackage imports from the layers above its own line only
-    {"errors", "files", "__version__"},
+    {"errors", "__version__"},
+    {"files"},
     {"recipe"},
     {"precision"},
     {"models", "optim", "distributed"},

@@ -40,6 +40,8 @@ class StridedRows:
                 f"{name} has {len(tokens)} tokens, fewer than one row of {length}{' and the token after' * ahead}; "
                 "give more text (of a part held out, a --val_file or a larger --val_fraction) or a smaller max_len"
             )
+        if length < stride >= len(tokens):
+            raise DataError(f"stride {stride} is beyond the {len(tokens)} tokens of {name}; lower it")
         self.tokens, self.length, self.stride, self.name, self.ahead = tokens, length, stride, name, ahead
         self.last_start = len(tokens) - ahead - length
         self.num_rows = -(-self.last_start // stride) + 1

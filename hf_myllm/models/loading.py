@@ -4,12 +4,12 @@ Training, prediction, generation and the Hub's stock check load their models her
 the weights of a head, which are then newly initialized, and its vocabulary may be extended.
 """
 
-import re
+import copy
+import os
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,10 +20,9 @@ from transformers import (
     AutoModelForTokenClassification,
     GenerationConfig,
 )
-from transformers.utils import cached_file
 
-from ..errors import ModelError, first_line, warn
-from . import FAMILIES, lora
+from ..errors import ModelError, first_line
+from . import FAMILIES, lora, weights
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
 STOCK_CLASSES = {  # end of a stock class name -> the class that loads it; any other is a causal LM
@@ -35,9 +34,6 @@ STOCK_CLASSES = {  # end of a stock class name -> the class that loads it; any o
 }
 # What a recipe may change of a checkpoint's configuration, besides dropout. The last two extend its context.
 _FREE_SETTINGS = {*SPECIAL_TOKENS, "use_cache", "initializer_range", "max_position_embeddings", "rope_parameters"}
-# Buffers in files of earlier versions of the stock classes: nothing in them was learned.
-_BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")
-_WRAPPERS = {r"^(?:(?:module|_orig_mod)\.)+": "", r"\._orig_mod\.": "."}  # names that DDP and torch.compile add
 _CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, AttributeError, OSError)
 
 
@@ -252,10 +248,10 @@ def load_model(model_class, folder, config, dtype="auto"):
     base = lora.base_of(folder)
     try:
         # The base model of an adapter may have another head, which the adapter replaces.
-        model, info = _load_weights(model_class, base or folder, config, dtype, ignore_mismatched_sizes=bool(base))
+        model, info = weights.load(model_class, base or folder, config, dtype, ignore_mismatched_sizes=bool(base))
         if info["missing_keys"] and not base:
-            raise ModelError(f"the model {folder} lacks weights: {list_names(sorted(info['missing_keys']))}")
-        _warn_unused(folder, info["unused"])
+            raise ModelError(f"the model {folder} lacks weights: {weights.list_names(sorted(info['missing_keys']))}")
+        weights.warn_unused(folder, info["unused"])
     except ModelError as error:
         raise _explain(error, folder, base) from None
     if not base:
@@ -273,68 +269,6 @@ def use_flex_attention(model, device_type):
         model.set_attn_implementation("flex_attention")
 
 
-def _load_weights(model_class, path, config, dtype, ignore_mismatched_sizes=True):
-    """Return the model of a folder or the Hub and the library's loading info.
-
-    Raises:
-        ModelError: it cannot be loaded, holds weights that the model has no place for, or weights that are no numbers.
-    """
-    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": ignore_mismatched_sizes}
-    options["output_loading_info"] = True
-    try:
-        model, loading_info = model_class.from_pretrained(str(path), **options)
-        if any(re.search(pattern, name) for name in loading_info["unexpected_keys"] for pattern in _WRAPPERS):
-            model, loading_info = model_class.from_pretrained(str(path), key_mapping=_WRAPPERS, **options)
-            model._weight_conversions = None  # saving would apply the renaming backwards
-    except Exception as error:
-        raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
-    loading_info["unused"] = _find_unused(model, path, loading_info["unexpected_keys"])
-    _check_numbers(model, path)
-    return model, loading_info
-
-
-def _find_unused(model, path, names):
-    """Return the names of the weights of other heads, which are not used; refuse any other weight that would be lost.
-
-    Args:
-        names: of the weights that the model has no place for.
-    """
-    names = sorted(name for name in names if not _BUFFERS.search(name))
-    body, modules = getattr(model, model.base_model_prefix, model), dict(model.named_modules())
-    parts = {model.base_model_prefix, *(name for name, _ in body.named_children())}
-    lost = [name for name in names if name.split(".")[0] in parts or name.rpartition(".")[0] in modules]
-    if lost := [name for name in lost if ".pooler." not in f".{name}"]:  # a head of BERT, in the part without a head
-        raise ModelError(
-            f"the model {path} has weights that its config.json leaves no place for: {list_names(lost)}; correct the "
-            "config (a number of layers, a bias), or the weights"
-        )
-    return names
-
-
-def _warn_unused(path, names):
-    if names:
-        warn(f"{path}: weights of another head are not used: {list_names(names)}")
-
-
-def list_names(names, limit=3):
-    """Return the first names of a list, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _check_numbers(model, path):
-    """Refuse weights that were rounded to integers, which load as if they were numbers, NaN and infinity."""
-    folder = Path(path) if Path(path).is_dir() else Path(cached_file(str(path), "config.json")).parent
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no dict
-                dtype = tensors.get_slice(name).get_dtype()
-                if dtype not in ("F16", "BF16", "F32", "F64") and not _BUFFERS.search(name):
-                    raise ModelError(f"{file}: {name} holds {dtype} numbers; give a model that is not quantized")
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ModelError(f"the model {path}: {name} holds NaN or infinity; give a model without them")
-
-
 def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, dtype):
     """Return a model without an adapter and the names of its newly initialized weights; see [`build_model`]."""
     vocab_size = config.vocab_size
@@ -343,9 +277,9 @@ def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, 
     except Exception as error:
         raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
     config.vocab_size = stored_config.vocab_size
-    model, loading_info = _load_weights(FAMILIES[family].tasks[task], path, config, dtype)
+    model, loading_info = weights.load(FAMILIES[family].tasks[task], path, config, dtype)
     new = _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config)
-    _warn_unused(path, loading_info["unused"])
+    weights.warn_unused(path, loading_info["unused"])
     if vocab_size > config.vocab_size:
         # New rows are drawn close to the mean of the old ones (Hewitt 2021), so that no token starts out likely.
         model.resize_token_embeddings(vocab_size)
@@ -372,6 +306,12 @@ def _explain(error, pretrained, base):
 
 
 def _initialize(model_class, config, dtype, family):
+    size, memory = count_parameters(model_class, config) * dtype.itemsize, physical_memory()
+    if memory and size > memory:  # otherwise it would be made layer by layer until the machine has no memory left
+        raise ModelError(
+            f"a {family} of this config cannot be made: its weights take {size / 1e9:,.1f} GB, and this machine has "
+            f"{memory / 1e9:,.1f} GB of memory; reduce its sizes"
+        )
     try:
         model = model_class(config)
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact, as when loaded
@@ -379,6 +319,28 @@ def _initialize(model_class, config, dtype, family):
         return model
     except (RuntimeError, MemoryError) as error:
         raise ModelError(f"a {family} of this config cannot be made; reduce its sizes: {first_line(error)}") from None
+
+
+def physical_memory():
+    """Return the bytes of memory of this machine, None if unknown."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def count_parameters(model_class, config):
+    """Return the number of parameters of a model, from one and two of its layers without making their weights."""
+
+    def count(num_layers):
+        small = copy.deepcopy(config)
+        small.num_hidden_layers = num_layers
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:num_layers]
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in model_class(small).parameters())
+
+    one, two = count(1), count(2) if config.num_hidden_layers > 1 else 0
+    return one + (two - one) * (config.num_hidden_layers - 1)
 
 
 def _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config):

@@ -15,6 +15,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "n_inner", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window",
 )  # fmt: skip
+_MAX_LAYERS = 1024
 # rope_type -> keys of rope_parameters that it needs, and that it may have, besides rope_theta
 _LENGTH = "original_max_position_embeddings"
 _ROPE_KEYS = {
@@ -82,6 +83,8 @@ class StockConfigMixin:
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{names[name]} is {size}; it must be at least 1")
+        if (layers := sizes["num_hidden_layers"]) > _MAX_LAYERS:  # each takes a millisecond to make, without weights
+            raise ValueError(f"{names['num_hidden_layers']} is {layers}; it must be at most {_MAX_LAYERS}")
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         # A family whose head_dim has a default of its own (Qwen3) does not derive it from the width.
         if getattr(type(self), "head_dim", None) is None and width % heads:

@@ -9,19 +9,22 @@ nearest known key.
 """
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
 
-from ..errors import RecipeError
-from .fields import Section, UniqueKeys, convert, members
+from ..errors import RecipeError, show
+from ..files import read_yaml
+from .fields import Section, convert, members
 from .messages import explain, unknown_key
 from .sections import (
     ALIASES,
     EXCLUSIVE,
     FIELDS,
+    MANY,
     SECTION_OF,
     SECTIONS,
     TASKS,
@@ -33,6 +36,7 @@ from .sections import (
     Training,
 )
 
+_MAX_BATCH_TOKENS = 1 << 27  # of a micro-batch; more are a mistake
 RECIPES = Path(__file__).parent.parent / "recipes"  # the recipes that ship with the package
 
 
@@ -57,6 +61,7 @@ class Recipe(BaseModel):
     lora: Lora = Field(default_factory=Lora)
     run: Run = Field(default_factory=Run)
     hub: Hub = Field(default_factory=Hub)
+    _overrides: set | None = PrivateAttr(None)  # keys that `load` got beside a file; None if there was no file
 
     @classmethod
     def load(cls, path_or_name=None, **overrides):
@@ -65,6 +70,9 @@ class Recipe(BaseModel):
         Example: `Recipe.load("quickstart", max_steps=100, config={"n_layer": 2})`.
         """
         return _load(path_or_name, overrides, "Recipe.load")
+
+    def __eq__(self, other):
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
 
     def to_dict(self):
         """Return the recipe as nested dictionaries of plain values."""
@@ -104,9 +112,7 @@ class Recipe(BaseModel):
             families: name -> family, with its configuration class `config` and its `tasks`.
             origins: key -> where its value came from, for messages.
         """
-        if self.model not in families:
-            raise RecipeError(f"model '{self.model}' is not known; there is {', '.join(families)}")
-        family = families[self.model]
+        family = families[check_model(self.model, families)]
         self.task = self.task or next(iter(family.tasks))
         if self.task not in family.tasks:
             raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
@@ -133,15 +139,32 @@ class Recipe(BaseModel):
             _check_streaming(self)
         return self
 
-    def check_sources(self):
-        """Check that there is data to train or evaluate on; not for runs on in-memory data."""
+    def check_sources(self, has_train_data=False, has_eval_data=False):
+        """Check that there is data to train or evaluate on, from the recipe or in memory, and not from both.
+
+        Data in memory may replace what a recipe file names, but not what Python code names beside it.
+        """
         data = self.data
-        has_training_data = bool(data.train_file or data.dataset or data.datasets)
+        for name in ("train_file", "dataset", "val_file"):
+            is_given = has_eval_data if name == "val_file" else has_train_data
+            if is_given and getattr(data, name) and (self._overrides is None or name in self._overrides):
+                raise RecipeError(f"{name}: data in memory is given too; leave out one of the two")
+        has_training_data = has_train_data or bool(data.train_file or data.dataset or data.datasets)
         if not self.evaluation.eval_only and not has_training_data:
             raise RecipeError("there is nothing to train on; give --train_file FILE, or --dataset ID of the Hub")
-        if self.evaluation.eval_only and not (data.val_file or has_training_data):
+        if self.evaluation.eval_only and not (data.val_file or has_training_data or has_eval_data):
             raise RecipeError("there is nothing to evaluate on; give --val_file FILE")
         return self
+
+    def check_batch(self):
+        """Check that a micro-batch and a step have a size that a machine can hold, once no size is left open."""
+        section = self.training
+        tokens = min(section.batch_size, section.total_batch_size) * self.data.max_len
+        if tokens > _MAX_BATCH_TOKENS or section.total_batch_size > MANY:
+            raise RecipeError(
+                f"batch_size: {tokens:,} tokens at once and {section.total_batch_size:,} rows per step are too many; "
+                "lower it, or gradient_accumulation_steps"
+            )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -175,6 +198,15 @@ class Recipe(BaseModel):
         if self.evaluation.eval_only and not starts_from_model:
             raise RecipeError("eval_only needs a trained model; give --load_model FOLDER, or --init_from resume")
         return self
+
+
+def check_model(name, families):
+    """Return the name of a family if it is one, else raise RecipeError."""
+    if name not in families:
+        nearest = difflib.get_close_matches(str(name), families, n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise RecipeError(f"model {show(name)} is not known; there is {', '.join(families)}{hint}")
+    return name
 
 
 def config_types(config_class):
@@ -243,15 +275,13 @@ def read_file(path):
     """Return the content of a recipe file: a dictionary of sections."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, UniqueKeys)
+            content = read_yaml(file.read(1 << 21))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; `hf-myllm recipes` lists the ones that ship") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path!r} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise RecipeError(f"recipe {path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:
+        raise RecipeError(f"recipe {path}: {error}; correct it") from None
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} holds no keys; a recipe is a YAML mapping, see recipes/quickstart.yaml")
     return content
@@ -277,6 +307,8 @@ def _load(path_or_name, overrides, where, families=None):
     flat = {}
     for name, value in overrides.items():
         flat |= value if name in SECTIONS and isinstance(value, dict) else {name: value}
+    if families:  # first: its keys are those of no family
+        check_model(flat.get("model", sections.get("model", "gpt")), families)
     of_config = {name for family in (families or {}).values() for name in config_types(family.config)}
     for name, value in _resolve_aliases(flat, where).items():
         section = SECTION_OF.get(name, "config" if name in of_config else None)
@@ -293,6 +325,7 @@ def _load(path_or_name, overrides, where, families=None):
         if convert(value, str | None) is not None:
             _drop_replaced(name, sections, origins, where)
     recipe = Recipe.model_validate(sections, context=origins)
+    recipe._overrides = set(overrides) if path is None else {name for name, place in origins.items() if place == where}
     return recipe if families is None else recipe.check_family(families, origins)
 
 

@@ -5,14 +5,16 @@ validated by pydantic in strict mode, so that `batch_size: true` or `2.5` is ref
 """
 
 import os
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import is_typeddict
+
+from ..files import read_yaml
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
@@ -46,17 +48,8 @@ def one_or_many(item, schema):
 
 
 Texts = one_or_many(str, {"type": "string"})
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a repeated key; plain YAML keeps the last value without a warning."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key_node, deep=deep) for key_node, _ in node.value]
-        for name in keys:
-            if keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+# A file or folder, or what may name one. A shell expands ~ in a flag, but nothing does in a recipe.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -68,8 +61,11 @@ class Section(BaseModel):
     @classmethod
     def _convert(cls, value, info):
         value = convert(value, cls.model_fields[info.field_name].annotation)
-        if value == "" and info.field_name != "start_context":
+        texts = value if isinstance(value, list) else [value]
+        if "" in texts and info.field_name != "start_context":
             raise PydanticCustomError("empty", "is empty")
+        if any(isinstance(text, str) and re.search("[\ud800-\udfff]", text) for text in texts):
+            raise PydanticCustomError("not_text", "is not text")
         return value
 
 
@@ -133,15 +129,15 @@ def _convert_text(text, options):
         return None
     if (dict in options and stripped[:1] == "{") or (list in options and str not in options and stripped[:1] == "["):
         try:
-            return yaml.load(stripped, UniqueKeys)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            return read_yaml(stripped)
+        except ValueError:
             return text
     if str in options:
         return text
     if bool in options and stripped.lower() in ("true", "false", "yes", "no"):
         return stripped.lower() in ("true", "yes")
     for number in (int, float):
-        if int in options or float in options:
+        if (int in options or float in options) and not re.match(r"[-+]?0[0-9_]+$", stripped):  # octal in YAML 1.1
             try:
                 return number(stripped)
             except ValueError:

@@ -3,7 +3,7 @@
 from argparse import SUPPRESS
 
 from ..errors import Parser, RecipeError
-from . import _load, config_types
+from . import _load, check_model, config_types
 from .fields import choices, members, plain_type
 from .messages import COMMAND_LINE, unknown_key
 from .sections import ALIASES, FIELDS, SECTIONS
@@ -39,8 +39,8 @@ def parse(argv, families, prog="hf-myllm train"):
     values, rest = build_parser(families, prog).parse_known_args(flags)
     if rest and rest[0].startswith("--"):
         name = rest[0][2:].partition("=")[0]
-        model = getattr(values, "model", "gpt")
-        raise unknown_key(name, COMMAND_LINE, more=config_types(families[model].config) if model in families else ())
+        family = families[check_model(getattr(values, "model", "gpt"), families)]
+        raise unknown_key(name, COMMAND_LINE, more=config_types(family.config))
     if rest:
         raise RecipeError(
             f"unexpected argument '{rest[0]}'; a recipe comes first, then --key value, with one value for most keys"

@@ -2,7 +2,7 @@
 
 import difflib
 
-from ..errors import RecipeError
+from ..errors import RecipeError, show
 from .fields import choices, describe_type
 from .sections import ALIASES, FIELDS, SECTION_OF, SECTIONS, Source
 
@@ -14,6 +14,7 @@ LIMITS = {
     "less_than_equal": ("at most", "le"),
 }
 EXPECTED = {"tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece)"}
+TOP_LEVEL = (*SECTIONS, "model", "task", "config")
 # key -> its names in nanoGPT, transformers' TrainingArguments and example scripts
 _FOREIGN_NAMES = {
     "batch_size": "per_device_train_batch_size",
@@ -52,16 +53,18 @@ FOREIGN_NAMES = {foreign: name for name, names in _FOREIGN_NAMES.items() for for
 
 def unknown_key(name, where, section=None, more=()):
     """Return the error for a key that does not exist, or not in this section; `more` are further known names."""
-    if name in SECTION_OF:
+    place = SECTION_OF.get(ALIASES.get(name, name), "" if name in TOP_LEVEL else None)
+    if place is not None and section != place:
         instead = f", not in '{section}:'" if section else ""
-        return RecipeError(f"{where}: '{name}' belongs in the section '{SECTION_OF[name]}:'{instead}; move it there")
-    shown = f"unknown key '{name}'" + (f" in {section}" if section else "")
+        target = f"in the section '{place}:'" if place else "at the top of a recipe"
+        return RecipeError(f"{where}: {show(name)} belongs {target}{instead}; move it there")
+    shown = f"unknown key {show(name)}" + (f" in {section}" if section else "")
     if where == COMMAND_LINE:
         shown = f"unknown key --{name}"
     if name in FOREIGN_NAMES:
         return RecipeError(f"{where}: {shown}; it is called '{FOREIGN_NAMES[name]}' here")
-    known = [*FIELDS, *ALIASES, *SECTIONS, "model", "task", "config", *more]
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    known = {*FIELDS, *ALIASES, *TOP_LEVEL, *more} - {name}
+    nearest = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
     return RecipeError(
         f"{where}: {shown}; " + (f"did you mean '{nearest[0]}'?" if nearest else "--help lists the keys")
     )
@@ -92,15 +95,17 @@ def explain(error, origins, default_origin, fields=FIELDS):
 def _requirement(path, code, value, hint, details):
     """Return what a value must be, and what it is."""
     if len(path) == 1 and code in ("model_type", "dict_type") and path[0] in (*SECTIONS, "config"):
-        return f"is a section and must hold keys, not {value!r}"
+        return f"is a section and must hold keys, not {show(value)}"
+    if code == "not_text":
+        return "is not text that UTF-8 can hold; correct it"
     if code == "empty":
         return "is empty; give a value, or remove it"
     if value is None:
         return "has no value; give one, or remove the key"
     if code in LIMITS:
         words, bound = LIMITS[code]
-        return f"must be {words} {details[bound]:.12g}, not {value}"
+        return f"must be {words} {details[bound]:.12g}, not {show(value)}"
     if code == "literal_error" and choices(hint):
-        return f"must be one of {', '.join(choices(hint))}, not {value!r}"
+        return f"must be one of {', '.join(choices(hint))}, not {show(value)}"
     expected = next((EXPECTED[name] for name in path if name in EXPECTED), describe_type(hint))
-    return f"must be {expected}, not {value!r}"
+    return f"must be {expected}, not {show(value)}"

@@ -6,9 +6,10 @@ from pydantic import Field, WithJsonSchema, model_validator
 from typing_extensions import TypedDict
 
 from ..errors import RecipeError
-from .fields import STRICT, Section, Texts, changeable, fixed, one_or_many
+from .fields import STRICT, PathText, Section, Texts, changeable, fixed, one_or_many
 
 MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
+Paths = one_or_many(PathText, {"type": "string"})
 TEXT_TASKS = ("causal", "mlm", "mlm_nsp")
 MLM_TASKS = ("mlm", "mlm_nsp")
 GENERATING_TASKS = ("causal", "instruction")
@@ -31,7 +32,7 @@ class Source(TypedDict, total=False):
     """One of several data sources; `weight` is its share of the rows, in any unit."""
 
     __pydantic_config__ = STRICT
-    train_file: str | list[str] | None
+    train_file: PathText | list[PathText] | None
     dataset: str | None
     weight: Annotated[float, Field(gt=0)]
     dataset_config: str | None
@@ -42,12 +43,12 @@ class Source(TypedDict, total=False):
 
 
 class Data(Section):
-    train_file: str | list[str] | None = changeable(
+    train_file: PathText | list[PathText] | None = changeable(
         None,
         "Training text: .txt files (or any text files, by a glob), .jsonl, .parquet, a folder of one of these, or a "
         ".bin file of token ids. {stdlib} stands for the folder of Python's standard library.",
     )
-    val_file: str | list[str] | None = changeable(None, "Validation text, in the same formats.")
+    val_file: PathText | list[PathText] | None = changeable(None, "Validation text, in the same formats.")
     datasets: list[Source] | None = changeable(
         None,
         "Several weighted sources instead of train_file: a list of {train_file or dataset, weight}, optionally with "
@@ -85,7 +86,7 @@ class Data(Section):
     max_answer_len: int = changeable(
         30, "Longest predicted answer, in tokens.", ge=1, le=MANY, tasks=("question_answering",)
     )
-    chat_template: str | None = fixed(
+    chat_template: PathText | None = fixed(
         None, "Jinja file with a chat template; replaces the tokenizer's own.", tasks=("instruction",)
     )
     skip_bad_rows: bool = changeable(
@@ -100,7 +101,7 @@ class Data(Section):
     bin_dtype: Literal["auto", "uint16", "uint32"] = changeable(
         "auto", "Integer type of a .bin file.", tasks=TEXT_TASKS
     )
-    tokenizer: str | TrainedTokenizer | None = fixed(
+    tokenizer: PathText | TrainedTokenizer | None = fixed(
         None,
         "A Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (bpe or unigram; "
         "wordpiece for BERT). Default: the tokenizer of the model in init_from.",
@@ -169,7 +170,7 @@ class Training(Section):
     batch_size: int = changeable(8, "Rows per micro-batch on each rank.", ge=1, le=MANY)
     total_batch_size: int | None = fixed(None, "Rows per optimizer step over all ranks.", ge=1, le=MANY)
     gradient_accumulation_steps: int | None = changeable(
-        None, "Micro-batches per optimizer step, instead of total_batch_size.", ge=1
+        None, "Micro-batches per optimizer step, instead of total_batch_size.", ge=1, le=1 << 16
     )
     optimizer: Literal["adamw", "muon"] = fixed(
         "adamw", "adamw, or muon: Muon for the weight matrices of the layers and AdamW for all other parameters."
@@ -266,7 +267,7 @@ class Evaluation(Section):
         tasks=GENERATING_TASKS,
         needs="start_context",
     )
-    metrics: Texts | None = changeable(
+    metrics: Paths | None = changeable(
         None, "Additional metrics of the `evaluate` library, by name or path.", tasks=LABELLED_TASKS
     )
     metric_for_best: str | None = changeable(
@@ -310,9 +311,9 @@ class Evaluation(Section):
 
 class Lora(Section):
     r: int | None = fixed(
-        None, "Rank of the LoRA matrices; the model's own weights are frozen. Default: no LoRA.", ge=1
+        None, "Rank of the LoRA matrices; the model's own weights are frozen. Default: no LoRA.", ge=1, le=1 << 12
     )
-    lora_alpha: int | None = fixed(None, "LoRA's scale is lora_alpha / r. Default: 2 * r.", ge=1, needs="r")
+    lora_alpha: int | None = fixed(None, "LoRA's scale is lora_alpha / r. Default: 2 * r.", ge=1, le=MANY, needs="r")
     lora_dropout: float = fixed(0.0, "Dropout in front of the LoRA matrices.", ge=0, lt=1, needs="r")
     target_modules: Texts | None = fixed(
         None, "Modules that get LoRA matrices, or all-linear. Default: peft's choice for the family.", needs="r"
@@ -330,8 +331,8 @@ class Lora(Section):
 
 
 class Run(Section):
-    save_model: str = changeable("out", "The run's folder.")
-    init_from: str = changeable(
+    save_model: PathText = changeable("out", "The run's folder.")
+    init_from: PathText = changeable(
         "scratch",
         "scratch; resume: continue the run in save_model from its newest checkpoint, or start it if there is none; or "
         "a folder or Hub id of a model of this family to start from.",

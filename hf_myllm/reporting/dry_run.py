@@ -3,7 +3,6 @@
 For large data that is not tokenized yet it samples the beginning and reports estimates, marked "about".
 """
 
-import os
 import re
 import shlex
 from collections import Counter
@@ -13,7 +12,7 @@ import yaml
 
 from ..data.sampler import micro_batches
 from ..distributed import train_command
-from ..models import lora
+from ..models import loading, lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
 from .console import plural
@@ -132,11 +131,9 @@ def _estimate_memory(run):
     per_logit = (4 if is_16_bit else 8) if section.compile else (10 if is_16_bit else 12)
     logits = tokens * run.task.logits_share * config.vocab_size * per_logit
     parts = f"weights and optimizer {_size(state)}, activations {_size(activations)}, logits {_size(logits)}"
-    device, available = accelerator.device, None
+    device, available = accelerator.device, loading.physical_memory()
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     has = f"; this {'GPU' if device.type == 'cuda' else 'machine'} has {_size(available)}" if available else ""
     return f"about {_size(state + activations + logits)} per rank: {parts}{has}"
 

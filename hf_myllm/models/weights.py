@@ -1,0 +1,76 @@
+"""The weights of a checkpoint: no weight is lost or misread without a word."""
+
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from ..errors import ModelError, first_line, warn
+
+# Buffers in files of earlier versions of the stock classes: nothing in them was learned.
+_BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")
+_WRAPPERS = {r"^(?:(?:module|_orig_mod)\.)+": "", r"\._orig_mod\.": "."}  # names that DDP and torch.compile add
+
+
+def load(model_class, path, config, dtype, ignore_mismatched_sizes=True):
+    """Return the model of a folder or the Hub and the library's loading info.
+
+    Raises:
+        ModelError: it cannot be loaded, holds weights that the model has no place for, or weights that are no numbers.
+    """
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+    options["output_loading_info"] = True
+    try:
+        model, loading_info = model_class.from_pretrained(str(path), **options)
+        if any(re.search(pattern, name) for name in loading_info["unexpected_keys"] for pattern in _WRAPPERS):
+            model, loading_info = model_class.from_pretrained(str(path), key_mapping=_WRAPPERS, **options)
+            model._weight_conversions = None  # saving would apply the renaming backwards
+    except Exception as error:
+        raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
+    loading_info["unused"] = _find_unused(model, path, loading_info["unexpected_keys"])
+    _check_numbers(model, path)
+    return model, loading_info
+
+
+def _find_unused(model, path, names):
+    """Return the names of the weights of other heads, which are not used; refuse any other weight that would be lost.
+
+    Args:
+        names: of the weights that the model has no place for.
+    """
+    names = sorted(name for name in names if not _BUFFERS.search(name))
+    body, modules = getattr(model, model.base_model_prefix, model), dict(model.named_modules())
+    parts = {model.base_model_prefix, *(name for name, _ in body.named_children())}
+    lost = [name for name in names if name.split(".")[0] in parts or name.rpartition(".")[0] in modules]
+    if lost := [name for name in lost if ".pooler." not in f".{name}"]:  # a head of BERT, in the part without a head
+        raise ModelError(
+            f"the model {path} has weights that its config.json leaves no place for: {list_names(lost)}; correct the "
+            "config (a number of layers, a bias), or the weights"
+        )
+    return names
+
+
+def warn_unused(path, names):
+    """Print which weights of a checkpoint are not used; nothing if there are none."""
+    if names:
+        warn(f"{path}: weights of another head are not used: {list_names(names)}")
+
+
+def list_names(names, limit=3):
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _check_numbers(model, path):
+    """Refuse weights that were rounded to integers, which load as if they were numbers, NaN and infinity."""
+    folder = Path(path) if Path(path).is_dir() else Path(cached_file(str(path), "config.json")).parent
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                dtype = tensors.get_slice(name).get_dtype()
+                if dtype not in ("F16", "BF16", "F32", "F64") and not _BUFFERS.search(name):
+                    raise ModelError(f"{file}: {name} holds {dtype} numbers; give a model that is not quantized")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"the model {path}: {name} holds NaN or infinity; give a model without them")
