@@ -20,7 +20,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"reporting"},
     {"hub"},
     {"run_state", "run_folder"},
-    {"build_data"},
+    {"build_data", "resume"},
     {"build"},
     {"train", "predict"},
     {"cli"},
