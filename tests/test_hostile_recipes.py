@@ -6,11 +6,11 @@ import pytest
 from conftest import train
 from test_recipe import read
 
-from hf_myllm import Recipe
-from hf_myllm import train as train_from_python
+import hf_myllm
 from hf_myllm.data.tokenizer import train_bpe
 from hf_myllm.errors import RecipeError
 from hf_myllm.files import read_yaml
+from hf_myllm.recipe import Recipe
 
 
 def bomb(levels=8, width=10):
@@ -153,8 +153,8 @@ def test_data_from_two_places_is_refused(tmp_path, stories):
     options = {"max_steps": 1, "max_len": 16, "save_model": tmp_path / "run", "val_fraction": 0.25}
     options |= {"config": {"n_layer": 1, "n_head": 2, "n_embd": 16}}
     with pytest.raises(RecipeError, match="train_file: data in memory is given too"):
-        train_from_python(Recipe.load(tmp_path / "recipe.yaml", train_file="x.txt", **options), texts)
+        hf_myllm.train(Recipe.load(tmp_path / "recipe.yaml", train_file="x.txt", **options), texts)
     with pytest.raises(RecipeError, match="val_file: data in memory is given too"):
-        train_from_python(Recipe(data={"val_file": "x.txt"}), texts, eval_data=texts)
+        hf_myllm.train(Recipe(data={"val_file": "x.txt"}), texts, eval_data=texts)
     assert not (tmp_path / "run").exists()
-    assert train_from_python(Recipe.load(tmp_path / "recipe.yaml", **options), texts).step == 1  # of a file: replaced
+    assert hf_myllm.train(Recipe.load(tmp_path / "recipe.yaml", **options), texts).step == 1  # of a file: replaced
