@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import time
 
 
 def log_compilation():
@@ -58,3 +59,18 @@ def fail_while_building():
         return build_run(*arguments, **options)
 
     build.build_run = failing_build
+
+
+def train_online_and_slowly():
+    """Use the network, and leave the processor to the process that pushes."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    train = importlib.import_module("hf_myllm.train")
+    step = train.training_step
+
+    def slow_step(*arguments):
+        time.sleep(0.1)
+        return step(*arguments)
+
+    train.training_step = slow_step

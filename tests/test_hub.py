@@ -3,16 +3,22 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, command, run_command, train, write_story
+from conftest import run_command, train, write_story
 from hub_server import STAGES, TOKEN, serve
+from launching import start
+from patches import train_online_and_slowly
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -58,6 +64,30 @@ def run(tmp_path_factory, stories):
     words += ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--max_steps", 20, "--eval_freq", 10, "--eval_iter", 1]
     assert train(*words, "--save_freq", 10, "--license", "mit", "--save_model", folder / "run") == 0
     return folder / "run"
+
+
+@pytest.fixture
+def stock_here(monkeypatch):
+    """Let the check run stock transformers in this process, where this package hides: imports take seconds."""
+
+    def run(arguments, cwd, env, **options):
+        script, *rest = arguments[1:]
+        with monkeypatch.context() as patch:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "hf_myllm"]:
+                patch.delitem(sys.modules, name)
+            patch.setattr(sys, "argv", [script, *rest])
+            patch.setattr(sys, "path", [str(Path(script).parent), *sys.path])
+            patch.chdir(cwd)
+            try:
+                runpy.run_path(script, run_name="__main__")
+                code, error = 0, ""
+            except SystemExit as exit:
+                code, error = 1, str(exit)
+            except Exception:
+                code, error = 1, traceback.format_exc()
+        return subprocess.CompletedProcess(arguments, code, "", error)
+
+    monkeypatch.setattr(stock_check, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
@@ -348,7 +378,7 @@ def test_a_model_that_stock_transformers_cannot_load_is_not_pushed(run, fake_hub
 
 
 @pytest.mark.parametrize("harm", ["tokenizer", "more tokens", "weights", "code"])
-def test_a_damaged_folder_is_not_pushed(run, tmp_path, harm):
+def test_a_damaged_folder_is_not_pushed(run, stock_here, tmp_path, harm):
     other = tmp_path / "other"
     shutil.copytree(run / "checkpoint-10" if harm == "weights" else run, other)
     if harm == "tokenizer":
@@ -376,7 +406,7 @@ def test_a_damaged_folder_is_not_pushed(run, tmp_path, harm):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_difference_in_logits_is_found(run, tmp_path, monkeypatch):
+def test_a_difference_in_logits_is_found(run, stock_here, tmp_path, monkeypatch):
     stock_check.check(run)
     script = stock_check.SCRIPT.read_text().replace(
         "    with torch", "    model.lm_head.weight.data[3] += 1.0\n    with torch"
@@ -498,13 +528,18 @@ def test_a_refused_push_is_reported_at_the_end_of_the_run(tiny, tmp_path, logged
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def start_online(address, home, *words):
+    """Start a run that pushes to the server, in a forked process."""
+    return start(
+        *words, environment=environment(address, home) | {"HF_HUB_OFFLINE": "0"}, patch=train_online_and_slowly
+    )
+
+
 def test_a_signal_cancels_an_upload(tiny, tmp_path, server):
     state, address = server
     state.slowly = 30
     words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
-    job = subprocess.Popen(
-        command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"), stderr=subprocess.PIPE, text=True
-    )
+    job = start_online(address, tmp_path / "home", *words)
     deadline = time.monotonic() + 120
     while not any(stage == "upload" for stage, _ in state.requests) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -519,11 +554,11 @@ def test_the_upload_of_a_killed_run_ends_with_it(tiny, tmp_path, server):
     state, address = server
     state.slowly = 3
     words = [*tiny(epochs=None, eval_freq=None, save_freq=5), "--max_steps", "100000", "--push_to_hub", NAME]
-    job = subprocess.Popen(command(*words), cwd=ROOT, env=environment(address, tmp_path / "home"))
+    job = start_online(address, tmp_path / "home", *words)
     deadline = time.monotonic() + 120
     while not any(stage == "upload" for stage, _ in state.requests) and time.monotonic() < deadline:
         time.sleep(0.1)
-    job.kill()
+    job.send_signal(signal.SIGKILL)
     job.wait()
     time.sleep(4)
     assert state.repos[NAME]["commits"] == []  # it could overwrite what the resumed run pushes
