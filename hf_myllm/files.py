@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -61,6 +62,11 @@ def render_template(path, **values):
 
     The filter `thousands` formats an integer with thousands separators.
     """
+    return _load_template(path).render(values)
+
+
+@cache
+def _load_template(path):
     environment = jinja2.Environment(
         autoescape=path.name.endswith(".html.jinja"),
         trim_blocks=True,
@@ -68,7 +74,7 @@ def render_template(path, **values):
         keep_trailing_newline=True,
     )
     environment.filters["thousands"] = "{:,}".format
-    return environment.from_string(path.read_text(encoding="utf-8")).render(values)
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _remove(path):
