@@ -32,7 +32,7 @@ from .evaluation import load_metric
 from .hub import check_target
 from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
-from .precision import cast_to_bf16, precision_name
+from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
 from .resume import check_resumable, check_same_data, check_same_recipe
 from .tasks import TASKS
@@ -150,6 +150,8 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     section, eval_only = recipe.run, recipe.evaluation.eval_only
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
+    if recipe.lora.r and accelerator.precision == "fp8":
+        raise InputError("precision: fp8 does not work with lora; use bf16")
     for name in recipe.evaluation.metrics or []:
         load_metric(name)
     data_sources = find_sources(recipe, train_data, eval_data)
@@ -214,14 +216,16 @@ def check_tokenizer(recipe, config, tokenizer, task):
 
 
 def adapt_model(recipe, accelerator, model, task):
-    """Set gradient checkpointing, the dtype between layers, and the attention kernel for separate documents."""
+    """Set gradient checkpointing, the dtype between and in layers, and the attention kernel for separate documents."""
     # The model's own checkpointing draws the same dropout when it recomputes a layer; accelerate's does not.
     fsdp_checkpoints_activations = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
     if recipe.training.gradient_checkpointing or fsdp_checkpoints_activations:
         # transformers renamed the method in 5.23
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    if accelerator.mixed_precision in ("bf16", "fp8") and not accelerator.is_fsdp2:
+    if accelerator.mixed_precision == "bf16" and not accelerator.is_fsdp2:
         cast_to_bf16(model)
+    if accelerator.precision == "fp8":
+        convert_to_fp8(model, emulate=accelerator.device.type != "cuda")
     if task.isolates_documents:
         loading.use_flex_attention(model, accelerator.device.type)
 
@@ -376,11 +380,11 @@ def prepare_training(run):
         run.resume_warnings.append(
             f"{'':<12}the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
         )
-    before, now = trainer_state.get("mixed_precision", accelerator.mixed_precision), accelerator.mixed_precision
+    now = accelerator.precision
+    before = trainer_state.get("precision", trainer_state.get("mixed_precision", now)).replace("no", "fp32")
     if before != now:
         run.resume_warnings.append(
-            f"{'':<12}the precision changed from {precision_name(before)} to {precision_name(now)}; the result differs "
-            "from an uninterrupted run"
+            f"{'':<12}the precision changed from {before} to {now}; the result differs from an uninterrupted run"
         )
     if accelerator.scaler is not None and "scaler" in trainer_state:
         accelerator.scaler.load_state_dict(trainer_state["scaler"])

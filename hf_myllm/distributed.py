@@ -215,7 +215,7 @@ def signals_received():
 
 
 def create_accelerator(precision="auto", trains=True, compile_model=False, log_with=None, run_dir=None):
-    """Return the Accelerator of this process.
+    """Return the Accelerator of this process; its attribute `precision` is what [`choose_precision`] returned.
 
     Args:
         precision, trains: see [`choose_precision`].
@@ -239,8 +239,9 @@ def create_accelerator(precision="auto", trains=True, compile_model=False, log_w
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
         device = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), **timeout.to_kwargs()).device
+        precision = choose_precision(precision, device, trains)
         accelerator = Accelerator(
-            mixed_precision=choose_precision(precision, device, trains),
+            mixed_precision={"fp32": "no", "fp8": "bf16"}.get(precision, precision),  # fp8: see convert_to_fp8
             dynamo_plugin=TorchDynamoPlugin(backend="inductor") if compile_model else None,
             kwargs_handlers=[timeout, ddp],
             log_with=log_with,
@@ -254,8 +255,9 @@ def create_accelerator(precision="auto", trains=True, compile_model=False, log_w
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise InputError("FSDP1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
-        if accelerator.mixed_precision not in ("no", "bf16"):
-            raise InputError(f"precision: {accelerator.mixed_precision} does not work with FSDP2; use bf16")
+        if precision == "fp16":
+            raise InputError("precision: fp16 does not work with FSDP2; use bf16")
+    accelerator.precision = precision
     allow_tf32(accelerator.device)
     return accelerator
 

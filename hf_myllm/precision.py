@@ -7,13 +7,15 @@ from contextlib import contextmanager
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_torchao_available
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from .errors import InputError
 
 
 def choose_precision(precision, device, trains=True):
-    """Return accelerate's name for the precision that a recipe asks for on a device: "no", "bf16", "fp16" or "fp8".
+    """Return the precision that a recipe asks for on a device: "fp32", "bf16", "fp16" or "fp8".
 
     "auto" is bf16 where the GPU computes in it, else fp32. A setting of the launcher comes first.
 
@@ -32,7 +34,7 @@ def choose_precision(precision, device, trains=True):
     if precision == "auto" or problem or (precision == "fp8" and not trains):
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp32"
-    return "no" if precision == "fp32" else precision
+    return precision
 
 
 def _launched_precision():
@@ -41,7 +43,8 @@ def _launched_precision():
     `accelerate launch` passes "no" if it was not told a precision, so "no" leaves the choice to the recipe.
     """
     if AcceleratorState._shared_state:
-        return precision_name(AcceleratorState().mixed_precision)
+        mixed_precision = AcceleratorState().mixed_precision
+        return "fp32" if mixed_precision == "no" else mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return None if launched == "no" else launched
 
@@ -57,14 +60,9 @@ def _problem(precision, device):
     return None
 
 
-def precision_name(mixed_precision):
-    """Return a recipe's name for a `mixed_precision` of accelerate."""
-    return "fp32" if mixed_precision == "no" else mixed_precision
-
-
 def describe_precision(accelerator, precision):
     """Return what an Accelerator computes in and, if a recipe's `precision` is auto, why."""
-    name, is_cuda = precision_name(accelerator.mixed_precision), accelerator.device.type == "cuda"
+    name, is_cuda = accelerator.precision, accelerator.device.type == "cuda"
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == name:
         reason = "set by the launcher"
     elif name == "fp32" and is_cuda:
@@ -149,3 +147,90 @@ def _cast_hidden_states(layer, inputs):
 def layers(model):
     """Return the layers of a model, which are sharded and compiled one by one."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+# ---- fp8
+
+
+class _FP8Linear(nn.Linear):
+    """A linear layer that multiplies in fp8; [`convert_to_fp8`] makes a layer one, with its own parameters."""
+
+    def forward(self, inputs):
+        return _multiply_in_fp8(self, inputs, self.weight.t())
+
+
+class _FP8Conv1D(Conv1D):
+    """The same of the layer whose weight is (in, out), as GPT-2's."""
+
+    def forward(self, inputs):
+        return _multiply_in_fp8(self, inputs, self.weight)
+
+
+_FP8_CLASSES = {nn.Linear: _FP8Linear, Conv1D: _FP8Conv1D}
+
+
+def _multiply_in_fp8(layer, inputs, weight):
+    """Return inputs @ weight + bias. Each tensor of the product and of its backward pass has one scale, of its own
+    largest value."""
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args as multiply
+
+    if torch.is_autocast_enabled(inputs.device.type):
+        inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
+    output = multiply.apply(inputs, weight, *layer.fp8_settings)
+    return output if layer.bias is None else output + layer.bias.to(output.dtype)
+
+
+def convert_to_fp8(model, emulate=False):
+    """Let the linear layers of a model multiply in fp8, with torchao.
+
+    For stability the first and the last of them and the head stay as they are; so do those with a size that is not a
+    multiple of 16, which the kernels need. The parameters stay the same, so what is saved does not change.
+    [`restore_from_fp8`] undoes it.
+
+    Args:
+        emulate: round as fp8 does and multiply in a wider type, for devices without fp8.
+    Raises:
+        InputError: there is no layer to convert.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # Without accelerate's default enable_fsdp_float8_all_gather, which wraps weights in other parameters.
+    config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    # A layer of torchao's own, for its settings; the call also prepares the compiler.
+    settings = convert_to_float8_training(nn.Sequential(nn.Linear(16, 16)), config=config)[0].linear_mm_config, config
+    inner = [layer for layer in _linear_layers(model) if layer not in _outer_layers(model)]
+    converted = [layer for layer in inner if all(size % 16 == 0 for size in layer.weight.shape)]
+    if not converted:
+        raise InputError(
+            "precision: fp8 has no effect on this model: none of its linear layers between the first and the head has "
+            "sizes that are multiples of 16; use bf16"
+        )
+    for layer in converted:
+        layer.__class__, layer.fp8_settings = _FP8_CLASSES[type(layer)], settings
+
+
+def restore_from_fp8(model):
+    """Undo [`convert_to_fp8`], if it was done."""
+    for layer in _linear_layers(model):
+        if type(layer) in _FP8_CLASSES.values():
+            layer.__class__ = type(layer).__base__
+            del layer.fp8_settings
+
+
+def describe_fp8(model):
+    """Return how many linear layers multiply in fp8, and which do not."""
+    layers = _linear_layers(model)
+    count = sum(type(layer) in _FP8_CLASSES.values() for layer in layers)
+    others = len(layers) - len(_outer_layers(model)) - count
+    odd = f", and in {others} whose sizes are not multiples of 16" if others else ""
+    return f"fp8 in {count} of {len(layers)} linear layers; bf16 in the first and the head{odd}"
+
+
+def _outer_layers(model):
+    layers = _linear_layers(model)
+    return {*layers[:1], *layers[-1:], model.get_output_embeddings()} - {None}
+
+
+def _linear_layers(model):
+    classes = (*_FP8_CLASSES, *_FP8_CLASSES.values())
+    return [module for module in model.modules() if type(module) in classes]

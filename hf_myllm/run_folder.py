@@ -18,6 +18,7 @@ from .files import PARTIAL, read_yaml, write_text_atomically
 from .hub import BackgroundUploads, write_card
 from .models import lora
 from .optim import optimizer_tensors, to_local
+from .precision import restore_from_fp8
 from .reporting import html, plots
 from .reporting.metrics_log import amend_run
 
@@ -197,7 +198,7 @@ def _trainer_state(run, state):
     content = {
         "step": state.step,
         "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "precision": accelerator.precision,
         "recipe": run.recipe.identity(),
         "data": run.data_fingerprints(),
         "skipped": state.skipped_steps,
@@ -224,6 +225,7 @@ def publish_model(run, state):
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
     chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
+    restore_from_fp8(model)
     merges = lora.is_added(model) and run.recipe.lora.merge_lora
     is_last = chosen is not None and checkpoint.step_of(chosen) == state.step
     stays_merged = chosen is None and merges

@@ -1,15 +1,30 @@
 """`precision` of a recipe, the launcher's mixed_precision, TF32, and deterministic algorithms."""
 
 import os
+import shutil
 
 import pytest
 import torch
 import yaml
 from conftest import read_metrics, read_weights, train
+from families import CASES
+from transformers import AutoModelForCausalLM
 
+import hf_myllm
+from hf_myllm import Recipe
 from hf_myllm.errors import InputError
 from hf_myllm.generate import generate, generate_text, load
-from hf_myllm.precision import allow_tf32, choose_precision, explain_nondeterminism, inference_precision, preserved_tf32
+from hf_myllm.optim import build_optimizer
+from hf_myllm.precision import (
+    allow_tf32,
+    choose_precision,
+    convert_to_fp8,
+    describe_fp8,
+    explain_nondeterminism,
+    inference_precision,
+    preserved_tf32,
+    restore_from_fp8,
+)
 from hf_myllm.tasks.base import Task
 from hf_myllm.train import evaluate
 
@@ -32,14 +47,9 @@ def gpu(monkeypatch):
 
 def test_auto_is_bf16_on_a_gpu_that_has_it(gpu):
     assert choose_precision("auto", CUDA) == "bf16"
-    assert choose_precision("auto", CPU) == "no"
+    assert choose_precision("auto", CPU) == "fp32"
     gpu(has_bf16=False, capability=(7, 5))
-    assert choose_precision("auto", CUDA) == "no"
-
-
-@pytest.mark.parametrize(("precision", "name"), [("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp8", "fp8")])
-def test_a_precision_of_the_recipe_is_what_accelerate_gets(gpu, precision, name):
-    assert choose_precision(precision, CUDA) == name
+    assert choose_precision("auto", CUDA) == "fp32"
 
 
 def test_the_launcher_s_precision_replaces_auto_and_contradicts_others(gpu, monkeypatch):
@@ -176,3 +186,80 @@ def test_a_gpu_that_was_used_without_determinism_is_one_line():
     )
     assert "set CUBLAS_WORKSPACE_CONFIG=:4096:8 when it starts" in explain_nondeterminism(error)
     assert explain_nondeterminism(ValueError("another")) is None
+
+
+# ---- fp8, emulated on a CPU
+
+
+@pytest.fixture
+def fp8(monkeypatch):
+    pytest.importorskip("torchao", reason="fp8 needs torchao")
+    monkeypatch.setattr("hf_myllm.precision._problem", lambda precision, device: None)
+
+
+FP8_SIZES = {
+    "gpt": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1},
+    "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "converted", "total"), [("gpt", 7, 9), ("llama", 13, 15), ("bert", 12, 14)])
+def test_fp8_converts_the_inner_layers_and_every_parameter_moves(fp8, family, converted, total):
+    case = CASES[family]
+    model_class = case.family.tasks["mlm" if family == "bert" else "causal"]
+    torch.manual_seed(0)
+    model = model_class(case.make_config(**FP8_SIZES[family])).train()
+    optimizer = build_optimizer(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    state = list(model.state_dict())
+    ids = torch.arange(64).view(2, 32)
+    exact = model(input_ids=ids, labels=ids)
+    convert_to_fp8(model, emulate=True)
+    assert describe_fp8(model) == f"fp8 in {converted} of {total} linear layers; bf16 in the first and the head"
+    outputs = model(input_ids=ids, labels=ids)
+    assert outputs.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
+    assert not torch.equal(outputs.logits, exact.logits)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    stays = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert not stays
+    assert list(model.state_dict()) == state
+    restore_from_fp8(model)
+    assert not any("FP8" in type(module).__name__ for module in model.modules())
+    assert (model(input_ids=ids).logits - outputs.logits).abs().max() > 1e-3
+
+
+def test_an_fp8_run_saves_and_resumes_like_any_other(fp8, tiny, tmp_path, capsys):
+    flags = tiny(max_steps=12, save_freq=6, eval_freq=12, learning_rate=1e-3)
+    assert train(*flags, "--precision", "bf16", "--save_model", tmp_path / "bf16") == 0
+    run = tmp_path / "run"
+    result = hf_myllm.train(Recipe.load(tmp_path / "bf16" / "recipe.yaml", precision="fp8", save_model=str(run)))
+    out = capsys.readouterr().out
+    assert "precision fp8\n            fp8 in 7 of 9 linear layers; bf16 in the first and the head\n" in out
+    losses = read_metrics(run, "loss")
+    assert losses == pytest.approx(read_metrics(tmp_path / "bf16", "loss"), rel=0.02)
+    assert losses != read_metrics(tmp_path / "bf16", "loss")
+    stock, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert type(stock).__name__ == "GPT2LMHeadModel"
+    assert not any(loading.values())
+    ids = torch.arange(20)[None]
+    assert torch.allclose(stock(ids).logits, result.model(ids).logits, atol=1e-5)  # no fp8 is left in the result
+    reference = read_weights(run)
+    shutil.rmtree(run / "checkpoint-12")
+    (run / "model.safetensors").unlink()
+    assert train(*flags, "--precision", "fp8", "--init_from", "resume") == 0
+    assert "the precision changed" not in capsys.readouterr().out
+    assert read_weights(run) == reference
+    shutil.rmtree(run / "checkpoint-12")
+    (run / "model.safetensors").unlink()
+    assert train(*flags, "--init_from", "resume") == 0
+    assert "the precision changed from fp8 to fp32" in capsys.readouterr().out
+
+
+def test_fp8_that_would_have_no_effect_is_one_line(fp8, tiny, capsys):
+    assert train(*tiny(precision="fp8", n_embd=36)) == 2
+    assert "precision: fp8 has no effect on this model" in capsys.readouterr().err

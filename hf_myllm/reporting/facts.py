@@ -16,7 +16,6 @@ import transformers
 
 from .. import __version__
 from ..models import lora
-from ..precision import precision_name
 from ..recipe import Recipe
 from .console import plural
 
@@ -66,7 +65,7 @@ def launch_facts(run):
         "time": round(time.time()),
         "processes": run.accelerator.num_processes,
         "device": device,
-        "precision": precision_name(run.accelerator.mixed_precision),
+        "precision": run.accelerator.precision,
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions | {name: package.__version__ for name, package in packages.items()},
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..distributed import train_command
 from ..evaluation import unigram_loss
 from ..models import lora
-from ..precision import describe_precision, precision_name
+from ..precision import describe_fp8, describe_precision
 from .console import describe_loss, format_loss, indent, plural
 
 _INDENT = " " * 12  # lines have a label of 12 columns; continuation lines have none
@@ -55,6 +55,9 @@ def _print_model(run, reporter):
     if recipe.training.dtype != "float32":
         precision += f", weights in {recipe.training.dtype}"
     reporter.info(f"hardware    {accelerator.num_processes} x {accelerator.device.type}, precision {precision}")
+    if accelerator.precision == "fp8":
+        for line in indent(describe_fp8(model)):
+            reporter.info(line)
 
 
 def _print_training_data(run, reporter):
@@ -92,7 +95,7 @@ def print_evaluation(run, metrics):
     count = f"{metrics['tokens']:,} tokens" if has_perplexity else plural(len(run.val_rows), "row")
     perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
     print(f"validation loss {describe_loss(run.task, metrics)}{perplexity}")
-    precision = precision_name(run.accelerator.mixed_precision)
+    precision = run.accelerator.precision
     print(f"over all {count} of {run.val_rows.name}{'' if precision == 'fp32' else f', in {precision}'}")
 
 
