@@ -366,3 +366,37 @@ def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
         train(*flags, "--streaming_window", "900", "--max_steps", 40, "--init_from", "resume", "--allow_changed") == 2
     )
     assert "streaming_window: 800 when the run started, 900 now; give 800" in capsys.readouterr().err
+
+
+SETTINGS = [
+    {"tie_word_embeddings": True},
+    {"tie_word_embeddings": False},
+    {"attention_bias": True, "mlp_bias": True},
+    {"num_labels": 1},
+]
+HEADS = [(family, task) for family in CASES for task in CASES[family].family.tasks if task != "instruction"]
+
+
+@pytest.mark.parametrize(("family", "task"), HEADS)
+def test_each_trained_parameter_gets_a_gradient(family, task, tmp_path):
+    """DDP waits in the second step for the gradient of a parameter that has none in the first."""
+    case, ids = CASES[family], torch.arange(5, 37).view(2, 16)
+    targets = {"labels": ids % 2 if task == "token_classification" else ids}
+    if task == "classification":
+        targets = {"labels": torch.zeros(2, dtype=torch.long)}
+    elif task == "question_answering":
+        targets = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([2, 3])}
+    elif task == "mlm_nsp":
+        targets["next_sentence_label"] = torch.tensor([0, 1])
+    known = type(case.make_config()).__dataclass_fields__
+    for settings in [*SETTINGS, *case.variants]:
+        settings = {key: value for key, value in settings.items() if key in known or "attn" in key}
+        if task == "classification" and settings.get("num_labels") == 1:
+            targets = {"labels": torch.zeros(2)}
+        model_class = case.family.tasks[task]
+        model = model_class(case.make_config(**{"pad_token_id": 0, **settings}))
+        model.save_pretrained(tmp_path)
+        for trained in (model, model_class.from_pretrained(tmp_path)):
+            trained.train()(input_ids=ids, **targets).loss.backward()
+            missing = [name for name, value in trained.named_parameters() if value.requires_grad and value.grad is None]
+            assert not missing, (settings, missing)

@@ -207,6 +207,7 @@ def build_model(
         if is_trained:
             return model, new
         model = model.merge_and_unload().requires_grad_(True)
+        model.tie_weights()  # leaves out what no output depends on
     has_head = not any(name.startswith(head) for name in new for head in _heads(model))
     if has_head and not labels_fit and not is_trained:
         new += _initialize_heads(model)

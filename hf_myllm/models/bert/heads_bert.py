@@ -73,6 +73,11 @@ class MyBertWithLMHead(MyBertPreTrainedModel):
         if isinstance(module, MyBertLMPredictionHead):
             init.zeros_(module.bias)
 
+    def tie_weights(self, *arguments, **options):
+        super().tie_weights(*arguments, **options)
+        # Untied, nothing reads it, as in the stock class; DDP would wait for its gradient.
+        self.cls.predictions.bias.requires_grad_(self.config.tie_word_embeddings)
+
     def get_output_embeddings(self):
         return self.cls.predictions.decoder
 
