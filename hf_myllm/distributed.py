@@ -46,26 +46,6 @@ try:
 except ImportError:  # on Windows
     resource = None
 
-# Peak dense 16-bit FLOP/s by device name; the first name that the device's name contains. Sources: NVIDIA data sheets
-# of A100 (2021), A10 (2021), H100 (2023), L4 and L40S (2023), H200 (2024), B200 (2024); the architecture papers of
-# Ampere (RTX 3090), Ada (RTX 4090) and Blackwell (RTX 5090, fp32 accumulation).
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-
 _RUN_LOCK = threading.RLock()  # held while a run is open: runs share torch's random state and accelerate's state
 
 # ---- the process
@@ -395,27 +375,6 @@ class AsyncHostCopy:
         if self.event is not None:
             self.event.synchronize()
         return [tensor.tolist() for tensor in self.tensors]
-
-
-def peak_flops(accelerator):
-    """Return the peak 16-bit FLOP/s of all devices together, or 0 if unknown."""
-    if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
-        return 0.0
-    device_name = torch.cuda.get_device_name(accelerator.device)
-    return accelerator.num_processes * next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), 0.0)
-
-
-def flops_per_token(model, length):
-    """Return the FLOPs of a training step per token (Chowdhery et al. 2022, "PaLM", appendix B).
-
-    Frozen parameters need no weight gradient.
-
-    Args:
-        length: tokens per row.
-    """
-    config, trained = model.config, model.num_parameters(only_trainable=True)
-    attention = 12 * config.num_hidden_layers * config.hidden_size * length
-    return 4 * model.num_parameters() + 2 * trained + attention
 
 
 def peak_memory(accelerator):

@@ -1,8 +1,11 @@
 """Start what reports a run: the terminal, metrics.jsonl, run.json and the trackers."""
 
-from ..distributed import flops_per_token, peak_flops, peak_memory
+import torch
+
+from ..distributed import peak_memory
 from .console import Reporter
 from .facts import launch_facts, run_facts
+from .flops import flops_per_token, peak_flops
 from .metrics_log import write_run
 from .summary import print_summary
 from .trackers import start_trackers
@@ -14,14 +17,14 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
     Returns:
         the validation metrics of predicting tokens by their frequency, or None; see [`evaluation.unigram_loss`].
     """
-    recipe, accelerator, peak = run.recipe, run.accelerator, peak_flops(run.accelerator)
+    recipe, accelerator = run.recipe, run.accelerator
     run.reporter = reporter = Reporter(
         recipe.run.save_model,
         state.step,
         state.last_step,
         accelerator.is_main_process,
         recipe.run.log_level,
-        flops=flops_per_token(run.model, recipe.data.max_len) / peak if peak else 0.0,
+        flops=_utilization_per_speed(run),
         memory=lambda: peak_memory(accelerator),
         on_log=on_log,
         on_evaluate=on_evaluate,
@@ -36,3 +39,14 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
     for line in run.resume_warnings:
         reporter.warning(line)
     return unigram
+
+
+def _utilization_per_speed(run):
+    """Return the model FLOPs utilization (MFU) divided by the tokens per second; 0 if the GPU's peak is unknown."""
+    accelerator, peak = run.accelerator, None
+    if accelerator.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.precision)
+    if peak is None:
+        return 0.0
+    head_share = run.task.logits_share or 1.0  # other heads are small
+    return flops_per_token(run.model, run.recipe.data.max_len, head_share) / (peak * accelerator.num_processes)

@@ -1,0 +1,69 @@
+"""The FLOPs of a training step and the peak of a GPU, for the model FLOPs utilization (MFU)."""
+
+import re
+
+from torch import nn
+
+# GPU, as a pattern for its whole name without the maker -> peak dense tensor-core TFLOP/s with fp32 accumulation, by
+# precision. From NVIDIA's data sheets, and for GeForce from the architecture papers; where they state the rate with
+# sparsity, half of it.
+_PEAK_TFLOPS = {
+    r"GB200": {"bf16": 2500, "fp8": 5000},
+    r"B200": {"bf16": 2250, "fp8": 4500},
+    r"H200|GH200 \d+GB?( HBM3e)?|H100 \d+GB HBM\w+": {"bf16": 989, "fp8": 1979},
+    r"H200 NVL|H100 NVL": {"bf16": 835, "fp8": 1671},
+    r"H100 PCIe": {"bf16": 756, "fp8": 1513},
+    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": {"bf16": 312},
+    r"A40": {"bf16": 149.7},
+    r"A30": {"bf16": 165},
+    r"A10": {"bf16": 125},
+    r"A10G": {"bf16": 70},
+    r"L40S": {"bf16": 362, "fp8": 733},
+    r"L40": {"bf16": 181, "fp8": 362},
+    r"L4": {"bf16": 121, "fp8": 242},
+    r"RTX 6000 Ada Generation": {"bf16": 364, "fp8": 728},
+    r"RTX A6000": {"bf16": 154.8},
+    r"GeForce RTX 5090": {"bf16": 209.5, "fp8": 419},
+    r"GeForce RTX 4090": {"bf16": 165.2, "fp8": 330.3},
+    r"GeForce RTX 3090": {"bf16": 71},
+    r"T4": {"fp16": 65},
+    r"V100-SXM\d-\d+GB": {"fp16": 125},
+    r"V100-PCIE-\d+GB": {"fp16": 112},
+}
+
+
+def peak_flops(device_name, precision):
+    """Return the peak FLOP/s of a GPU in a precision, or None if it is unknown.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` returns it.
+        precision: "bf16", "fp16" or "fp8"; of others nothing is known.
+    """
+    name = re.sub("^(NVIDIA|Tesla) ", "", device_name)
+    for pattern, peaks in _PEAK_TFLOPS.items():
+        if re.fullmatch(pattern, name):
+            peaks = {"fp16": peaks.get("bf16")} | peaks
+            return peaks[precision] * 1e12 if peaks.get(precision) else None
+    return None
+
+
+def flops_per_token(model, length, head_share=1.0):
+    """Return the FLOPs of a training step per token (Chowdhery et al. 2022, "PaLM", appendix B).
+
+    A token costs 6 FLOPs for each parameter that it is multiplied with, 4 if the parameter is frozen, and the attention
+    scores. Looking up an embedding costs nothing, unless the head multiplies with it too.
+
+    Args:
+        length: tokens per row.
+        head_share: the share of the tokens that the language-modeling head runs on.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body, head = set(model.base_model.parameters()), getattr(model.get_output_embeddings(), "weight", None)
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    flops = 0
+    for parameter in {*body, *model.parameters()} - (looked_up - {head}):
+        share = head_share if parameter is head or parameter not in body else 1.0
+        flops += share * (6 if parameter.requires_grad else 4) * parameter.numel()
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flops + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
