@@ -150,8 +150,6 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     section, eval_only = recipe.run, recipe.evaluation.eval_only
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
-    if recipe.lora.r and accelerator.precision == "fp8":
-        raise InputError("precision: fp8 does not work with lora; use bf16")
     for name in recipe.evaluation.metrics or []:
         load_metric(name)
     data_sources = find_sources(recipe, train_data, eval_data)
@@ -380,11 +378,10 @@ def prepare_training(run):
         run.resume_warnings.append(
             f"{'':<12}the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
         )
-    now = accelerator.precision
-    before = trainer_state.get("precision", trainer_state.get("mixed_precision", now)).replace("no", "fp32")
-    if before != now:
+    before = trainer_state.get("precision") or trainer_state.get("mixed_precision", "fp32").replace("no", "fp32")
+    if before != accelerator.precision:
         run.resume_warnings.append(
-            f"{'':<12}the precision changed from {before} to {now}; the result differs from an uninterrupted run"
+            f"{'':<12}the precision changed from {before} to {accelerator.precision}, so the result differs"
         )
     if accelerator.scaler is not None and "scaler" in trainer_state:
         accelerator.scaler.load_state_dict(trainer_state["scaler"])

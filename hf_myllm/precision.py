@@ -190,10 +190,12 @@ def convert_to_fp8(model, emulate=False):
     Args:
         emulate: round as fp8 does and multiply in a wider type, for devices without fp8.
     Raises:
-        InputError: there is no layer to convert.
+        InputError: there is no layer to convert, or the model has LoRA matrices.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    if hasattr(model, "get_base_model"):
+        raise InputError("precision: fp8 does not work with lora; use bf16")
     # Without accelerate's default enable_fsdp_float8_all_gather, which wraps weights in other parameters.
     config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     # A layer of torchao's own, for its settings; the call also prepares the compiler.
