@@ -27,6 +27,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
+    gather_object,
     parse_flag_from_env,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -237,6 +238,9 @@ def create_accelerator(precision="auto", trains=True, compile_model=False, log_w
             raise InputError("FSDP1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
         if precision == "fp16":
             raise InputError("precision: fp16 does not work with FSDP2; use bf16")
+    precisions = sorted(set(gather_object([precision])))
+    if len(precisions) > 1:
+        raise InputError(f"precision: auto is {' on some GPUs and '.join(precisions)} on others; choose one")
     accelerator.precision = precision
     allow_tf32(accelerator.device)
     return accelerator

@@ -9,6 +9,8 @@ from .distributed import any_rank
 from .errors import InputError
 from .reporting.metrics_log import best_evaluation
 
+MAX_SCALE_STEPS = 24  # in a row that halve the loss scale of fp16, from 65,536 to 1/256
+
 
 class RunState:
     """The progress of a run.
@@ -83,15 +85,17 @@ class RunState:
             InputError: more consecutive steps were skipped than `max_skipped_steps`.
         """
         self.stop_requested |= stop_requested
-        # With fp16, an infinite gradient only makes the scaler lower its scale. All ranks see the same values.
-        is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self.run.accelerator.scaler is not None)
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         self.skipped_steps = 0 if is_finite else self.skipped_steps + 1
-        if is_finite:
+        limit = self.run.recipe.training.max_skipped_steps
+        # With fp16, an infinite gradient first of all makes the scaler lower its scale. All ranks see the same values.
+        lowers_scale = self.run.accelerator.scaler is not None and math.isfinite(loss)
+        if is_finite or (lowers_scale and self.skipped_steps <= max(limit, MAX_SCALE_STEPS)):
             return
-        rows, limit = self.run.sampler.rows_of_step(step - 1).tolist(), self.run.recipe.training.max_skipped_steps
+        rows = self.run.sampler.rows_of_step(step - 1).tolist()
         shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         problem = f"step {step}: loss {loss}, gradient norm {grad_norm} (rows {shown} of {self.run.train_rows.name})"
-        if self.skipped_steps > limit:
+        if lowers_scale or self.skipped_steps > limit:
             consecutive = f", {self.skipped_steps} skipped steps in a row" if self.skipped_steps > 1 else ""
             raise InputError(
                 f"{problem}{consecutive}; lower learning_rate, raise warmup_steps or set grad_clip and resume with "
