@@ -236,7 +236,7 @@ def test_fp8_converts_the_inner_layers_and_every_parameter_moves(fp8, family, co
     assert not any("FP8" in type(module).__name__ for module in model.modules())
 
 
-def test_an_fp8_run_saves_and_resumes_like_any_other(fp8, tiny, tmp_path, capsys):
+def test_an_fp8_run_saves_and_resumes_like_any_other(fp8, tiny, tmp_path, capsys, monkeypatch):
     flags = tiny(max_steps=12, save_freq=6, eval_freq=12, learning_rate=1e-3)
     assert train(*flags, "--precision", "bf16", "--save_model", tmp_path / "bf16") == 0
     run = tmp_path / "run"
@@ -254,7 +254,9 @@ def test_an_fp8_run_saves_and_resumes_like_any_other(fp8, tiny, tmp_path, capsys
     reference = read_weights(run)
     shutil.rmtree(run / "checkpoint-12")
     (run / "model.safetensors").unlink()
-    assert train(*flags, "--precision", "fp8", "--init_from", "resume") == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert train(*flags, "--init_from", "resume") == 0
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert "the precision changed" not in capsys.readouterr().out
     assert read_weights(run) == reference
     shutil.rmtree(run / "checkpoint-12")
