@@ -115,7 +115,7 @@ def _estimate_memory(run):
     scores, which the attention kernels do not store); and the logits with their gradient.
     """
     config, section, accelerator = run.model.config, run.recipe.training, run.accelerator
-    is_16_bit = accelerator.mixed_precision in ("fp16", "bf16", "fp8") or section.dtype == "bfloat16"
+    is_16_bit = accelerator.mixed_precision in ("fp16", "bf16") or section.dtype == "bfloat16"
     bytes_per_weight = 2 if section.dtype == "bfloat16" else 4
     trained = run.model.num_parameters(only_trainable=True)
     moments = 2 * trained
@@ -135,7 +135,7 @@ def _estimate_memory(run):
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     has = f"; this {'GPU' if device.type == 'cuda' else 'machine'} has {_size(available)}" if available else ""
-    return f"about {_size(state + activations + logits)} per rank: {parts}{has}"
+    return f"about {_size(state + activations + logits)} per rank in {accelerator.precision}: {parts}{has}"
 
 
 def _size(num_bytes):
