@@ -12,8 +12,6 @@ from conftest import read_metrics, read_weights, train
 from families import CASES
 from transformers import AutoModelForCausalLM
 
-import hf_myllm
-from hf_myllm import Recipe
 from hf_myllm.distributed import create_accelerator, process_settings
 from hf_myllm.errors import InputError
 from hf_myllm.generate import generate, generate_text, load
@@ -28,9 +26,11 @@ from hf_myllm.precision import (
     preserved_tf32,
     restore_from_fp8,
 )
+from hf_myllm.recipe import Recipe
 from hf_myllm.run_state import MAX_SCALE_STEPS, RunState
 from hf_myllm.tasks.base import Task
 from hf_myllm.train import evaluate
+from hf_myllm.train import train as hf_train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -240,7 +240,7 @@ def test_an_fp8_run_saves_and_resumes_like_any_other(fp8, tiny, tmp_path, capsys
     flags = tiny(max_steps=12, save_freq=6, eval_freq=12, learning_rate=1e-3)
     assert train(*flags, "--precision", "bf16", "--save_model", tmp_path / "bf16") == 0
     run = tmp_path / "run"
-    result = hf_myllm.train(Recipe.load(tmp_path / "bf16" / "recipe.yaml", precision="fp8", save_model=str(run)))
+    result = hf_train(Recipe.load(tmp_path / "bf16" / "recipe.yaml", precision="fp8", save_model=str(run)))
     out = capsys.readouterr().out
     assert "precision fp8\n            fp8 in 7 of 9 linear layers; bf16 in the first and the head\n" in out
     losses = read_metrics(run, "loss")
