@@ -36,6 +36,7 @@ from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
 from .resume import check_resumable, check_same_data, check_same_recipe
 from .tasks import TASKS
+from .terminal import plural
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Run:
         for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.mixture, shares, strict=False):
             rows = round(rows / max(1e-9, share))
             part = weight / total
-            yield f"{part:6.1%} from {source.name}: its {rows:,} rows {part * rows_read / rows:.2f} times"
+            yield f"{part:6.1%} from {source.name}: its {plural(rows, 'row')} {part * rows_read / rows:.2f} times"
 
     def close(self):
         """Release the lock and stop uploads."""

@@ -7,7 +7,7 @@ from . import tasks
 from .data import cache, corpus, readers, sources, streaming
 from .data import tokenizer as tokenizers
 from .data.discovery import TOKEN_ID_FORMATS
-from .errors import DataError, InputError, ModelError
+from .errors import DataError, InputError, ModelError, printable
 from .models import FAMILIES
 
 DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
@@ -196,6 +196,9 @@ def _train_tokenizer(recipe, texts_from):
         texts, task_key = tasks.LabelledTexts(texts_from, recipe.task, **columns), [recipe.task, columns]
 
     def train(folder):
+        if recipe.run.log_level in ("debug", "info"):
+            text = ", ".join(source.name for source in texts_from)
+            print(f"tokenizer   training {algorithm} with {vocab_size:,} tokens on {printable(text)}", flush=True)
         tokenizers.save(tokenizers.TRAINERS[algorithm](texts, vocab_size), folder)
 
     whole = [replace(source, max_chars=0) for source in texts_from]

@@ -20,10 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from typing_extensions import Required, TypedDict
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .files import PARTIAL, atomic_path, flush, link_or_copy
 
 _MARKER = "trainer_state/complete.json"
@@ -31,6 +33,29 @@ _STATE = "trainer_state/state.json"
 _OPTIMIZER = "trainer_state/optimizer"
 _WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
 _MODEL_FILES = _WEIGHTS | {"config.json", "generation_config.json", "adapter_config.json", "model_config.json"}
+
+
+class _RecipeIdentity(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")
+    total_batch_size: PositiveInt
+
+
+class _TrainerState(TypedDict, total=False):
+    """The keys of trainer_state/state.json that resuming reads."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    step: Required[PositiveInt]
+    num_processes: Required[PositiveInt]
+    recipe: Required[_RecipeIdentity]
+    data: Required[dict[str, str]]
+    skipped: Required[NonNegativeInt]
+    mixed_precision: str
+    best_since: NonNegativeInt
+    scaler: dict
+    stream: dict
+
+
+_STATE_TYPE = TypeAdapter(_TrainerState)
 
 
 # ---- writing
@@ -282,8 +307,23 @@ def _digest(path):
 
 
 def load_trainer_state(path):
-    """Return the trainer's state of a checkpoint, as it was passed to [`save`]."""
-    return json.loads((Path(path) / _STATE).read_text())
+    """Return the trainer's state of a checkpoint, as it was passed to [`save`].
+
+    Raises:
+        CheckpointError: the file has another content than this package writes.
+    """
+    try:
+        return _STATE_TYPE.validate_json((Path(path) / _STATE).read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{path}/{_STATE}: it cannot be used: {_problem(error)}; remove {path}") from None
+
+
+def _problem(error):
+    """Return the first problem of a file's content in words."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 class OptimizerFiles:

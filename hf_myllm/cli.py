@@ -8,30 +8,68 @@ import difflib
 import os
 import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
-from .errors import InputError, Parser, PeerFailure, RankError, RecipeError, printable
+from .errors import InputError, Parser, PeerFailure, RankError, RecipeError, os_problem, printable
+from .terminal import plural
 
 
 def main(argv=None):
     """Run a command and exit with its code."""
     arguments = list(map(str, sys.argv[1:] if argv is None else argv))
+    for stream in (sys.stdout, sys.stderr):  # text that the terminal's encoding cannot show is replaced
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        code = _dispatch(arguments) or 0
+        with _noted_interrupt() as interrupts:
+            code = _dispatch(arguments) or 0
     except InputError as error:
         # all ranks of a launch read the same recipe: one per machine prints its mistakes
         is_printed = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
         if is_printed and not isinstance(error, PeerFailure):
-            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            _print_error(" ".join(str(error).split()))
         code = 2
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except (KeyboardInterrupt, Exception) as error:
+        if interrupts or isinstance(error, KeyboardInterrupt):  # an import that it interrupts may raise anything
+            print("stopped by Ctrl-C", file=sys.stderr)
+            code = 128 + signal.SIGINT
+        elif isinstance(error, OSError):
+            _print_error(os_problem(error))
+            code = 2
+        else:
+            raise
     sys.exit(code)
+
+
+def _print_error(text):
+    print(f"error: {printable(text)}", file=sys.stderr)
+
+
+@contextmanager
+def _noted_interrupt():
+    """Raise KeyboardInterrupt at Ctrl-C, as Python does, and note it in the list that this yields."""
+    interrupts = []
+
+    def receive(signum, frame):
+        interrupts.append(signum)
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or a caller's
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _dispatch(arguments):
@@ -108,7 +146,8 @@ def _evaluate(argv):
     if not recipe.is_file():
         raise RecipeError(f"{recipe} does not exist; give the folder of a run")
     folders = ["--save_model", str(recipe.parent), "--init_from", str(find_model(run_dir))]
-    return _train([str(recipe), *folders, "--eval_only", *flags])
+    arguments = [str(recipe), *folders, "--eval_only", *flags]
+    return _run_recipe(_parse(arguments, prog="hf-myllm evaluate").check_evaluation(), arguments)
 
 
 def _prepare(argv):
@@ -118,10 +157,18 @@ def _prepare(argv):
 
 
 def _parse(argv, prog="hf-myllm train"):
+    _say_start(argv)
     from .models import FAMILIES
     from .recipe.flags import parse
 
     return parse(argv, FAMILIES, prog)
+
+
+def _say_start(argv):
+    """Say that the command has started, because the imports take seconds."""
+    is_quiet = any(argument.startswith(("--quiet", "--log_level", "--log-level", "--help", "-h")) for argument in argv)
+    if "torch" not in sys.modules and not is_quiet and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"hf-myllm    {__version__}, loading PyTorch and transformers ...", flush=True)
 
 
 def _run_recipe(recipe, argv):
@@ -219,7 +266,7 @@ def _predict(args):
         print(f"left out: {message}", file=sys.stderr)
     if args.output or skipped:
         more = f", {len(skipped):,} left out" if skipped else ""
-        print(f"{count:,} rows judged{more}{f': {args.output}' if args.output else ''}", file=sys.stderr)
+        print(f"{plural(count, 'row')} judged{more}{f': {args.output}' if args.output else ''}", file=sys.stderr)
 
 
 def _plot_arguments(parser):

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from .errors import InputError, PeerFailure, RankError, first_line
+from .errors import InputError, PeerFailure, RankError, first_line, os_problem
 from .precision import (
     allow_tf32,
     choose_precision,
@@ -134,8 +135,30 @@ def _set_num_threads():
 
 
 def train_command(num_processes):
-    """Return the start of a command that trains on one rank, or on as many as the launcher's settings give."""
-    return "hf-myllm train" if num_processes == 1 else "accelerate launch -m hf_myllm.train"
+    """Return the start of a command that trains, up to the recipe: as this process was started, if it is training."""
+    words, program = _launcher_command(), Path(sys.argv[0])
+    ends = [i for i, word in enumerate(words) if word.endswith(("hf_myllm.train", "hf_myllm/train.py"))]
+    if num_processes > 1:
+        return shlex.join(words[: ends[0] + 1]) if ends else "accelerate launch -m hf_myllm.train"
+    module = f"{program.parent.name}.{program.stem}"
+    if module in ("hf_myllm.train", "hf_myllm.cli"):
+        return f"python -m {module}{' train' * module.endswith('cli')}"
+    return "hf-myllm train"
+
+
+def _launcher_command():
+    """Return the words of the command line of this process' launcher, [] without one; a shell is none."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
+    index = next((i for i, word in enumerate(words[:4]) if Path(word).name in launchers), None)
+    if index is None:
+        return []
+    if words[index - 1] == "-m":
+        return ["python", *words[index - 1 :]]
+    return [Path(words[index]).name, *words[index + 1 :]]
 
 
 def exit_with_parent(parent, signum=signal.SIGKILL):
@@ -154,13 +177,9 @@ def exit_with_launcher():
     Raises:
         InputError: the launcher has already exited.
     """
-    parent = os.getppid()
-    try:
-        command_line = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
+    if not os.path.exists("/proc/self/cmdline"):
         return
-    launchers = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
-    has_launcher = bool(launchers & {Path(argument).name for argument in command_line[:4]})
+    parent, has_launcher = os.getppid(), bool(_launcher_command())
     if has_launcher:
         exit_with_parent(parent, signal.SIGTERM)
     if os.getppid() != parent or (parent == 1 and not has_launcher and "TORCHELASTIC_RUN_ID" in os.environ):
@@ -304,6 +323,10 @@ def explain_failures(accelerator, phase):
             problem = f"out of memory; lower batch_size and set total_batch_size to keep the step's size ({error})"
         elif message := explain_nondeterminism(error):
             problem = message
+        elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of the output
+            problem = os_problem(error)
+            if accelerator.num_processes == 1:
+                raise InputError(problem) from None
         elif accelerator.num_processes == 1:
             raise
         elif _is_peer_failure(error):

@@ -1,9 +1,9 @@
 """The exceptions that this package raises on purpose."""
 
 import argparse
-import os
-import sys
+import errno
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_MESSAGE = 2000  # characters: a message may quote a user's value
 
 
@@ -59,6 +59,12 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def os_problem(error):
+    """Return an OSError in words: the file, the problem and, of a full disk, what to do."""
+    text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
+    return f"{text}; free some space, then use --init_from resume" if error.errno in _DISK_FULL else text
+
+
 def show(value, limit=80):
     """Return a value for a message: its repr, cut to a length. A huge integer has none."""
     try:
@@ -66,12 +72,6 @@ def show(value, limit=80):
     except ValueError:
         return f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
-
-
-def warn(text):
-    """Print a warning on stderr, once per machine of a launch."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def printable(text):

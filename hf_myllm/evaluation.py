@@ -14,6 +14,7 @@ from .data.sampler import derive_seed, micro_batches
 from .distributed import any_rank, shard_model, to_device
 from .errors import InputError, RecipeError, first_line
 from .tasks.base import language_metrics
+from .terminal import Status
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def evaluate_rows(
     batch_size,
     accelerator,
     token_bytes=None,
-    should_stop=lambda: False,
+    should_stop=lambda done, total: False,
     with_predictions=True,
     extra_metrics=(),
 ):
@@ -35,7 +36,8 @@ def evaluate_rows(
         task, rows: a [`Task`] and its rows.
         indices: array of the rows to evaluate.
         token_bytes: bytes of text per token id, for bits per byte.
-        should_stop: called before each batch, by all ranks together; True ends the evaluation.
+        should_stop: called before each batch, by all ranks together, with the number of batches done and their total;
+            True ends the evaluation.
         with_predictions: whether to compute the metrics of the task's predictions too, if it has any.
         extra_metrics: names of metrics of the library `evaluate`, see [`library_metrics`].
     Returns:
@@ -49,8 +51,9 @@ def evaluate_rows(
     losses, sums, predictions = [], Counter(tokens=0, bytes=0), []
     rounds = math.ceil(len(indices) / (batch_size * accelerator.num_processes))
     # every rank takes part in every round, with an empty batch once its rows have run out
-    for _, share in micro_batches(indices, batch_size, accelerator.process_index, accelerator.num_processes, rounds):
-        if should_stop():
+    shares = micro_batches(indices, batch_size, accelerator.process_index, accelerator.num_processes, rounds)
+    for done, (_, share) in enumerate(shares):
+        if should_stop(done, rounds):
             model.train(was_training)
             return None
         batch = task.batch(rows, share, size=batch_size)
@@ -211,11 +214,22 @@ def evaluate_all(run):
         model = run.model
     else:
         model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
-    return _evaluate_some(run, model, run.val_rows, None)
+    with Status(run.accelerator.is_local_main_process) as status:
+        return _evaluate_some(run, model, run.val_rows, None, status=status)
 
 
-def _evaluate_some(run, model, rows, count, first=0, with_predictions=True):
-    """Return the metrics of `count` rows, evenly spaced (None: all), counted from row `first`."""
+def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, status=None):
+    """Return the metrics of `count` rows, evenly spaced (None: all), counted from row `first`.
+
+    Args:
+        status: called with a text about the progress; default: the reporter's, if there is one.
+    """
+    show = status or (run.reporter.status if run.reporter else lambda text: None)
+
+    def should_stop(done, total):
+        show(f"evaluating {done}/{total}")
+        return any_rank(run.accelerator, bool(run.signals))
+
     return evaluate_rows(
         model,
         run.task,
@@ -224,7 +238,7 @@ def _evaluate_some(run, model, rows, count, first=0, with_predictions=True):
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,
-        lambda: any_rank(run.accelerator, bool(run.signals)),
+        should_stop,
         with_predictions,
         run.recipe.evaluation.metrics or (),
     )

@@ -1,7 +1,13 @@
 """Generate text with a trained model, or let a masked language model fill in a prompt's [MASK]."""
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from .cli import main
+
+    main(["generate", *sys.argv[1:]])
+
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -285,9 +291,3 @@ def _check_utf8(name, text):
 def _check_length(name, ids, limit):
     if len(ids) > limit:
         raise InputError(f"{name}: it has {len(ids)} tokens and the model takes at most {limit}; shorten it")
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    main(["generate", *sys.argv[1:]])

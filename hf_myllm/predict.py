@@ -4,6 +4,13 @@ RUN is any folder whose model classifies texts or words, or answers questions. T
 reads, without labels (labels are ignored); a .txt holds one text per line. The output is JSON Lines.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from .cli import main
+
+    main(["predict", *sys.argv[1:]])
+
 import json
 import os
 import sys
@@ -123,9 +130,3 @@ def _opened(path):
             yield file
     except OSError as error:
         raise DataError(f"--output {path} cannot be written: {error}") from None
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    main(["predict", *sys.argv[1:]])

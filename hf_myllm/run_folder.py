@@ -21,6 +21,7 @@ from .optim import optimizer_tensors, to_local
 from .precision import restore_from_fp8
 from .reporting import html, plots
 from .reporting.metrics_log import amend_run
+from .terminal import plural
 
 _RECIPE_HEADER = "# to repeat this run:"  # the first line of the recipe.yaml that a run writes
 
@@ -162,6 +163,7 @@ def save_checkpoint(run, optimizer, state):
         InputError: a weight is not finite, or the checkpoint cannot be written.
     """
     accelerator, recipe, run.phase = run.accelerator, run.recipe, f"the save after step {state.step}"
+    run.reporter.status(f"saving checkpoint-{state.step}")
     is_sharded, model = accelerator.is_fsdp2, run.model
     if any_rank(accelerator, not all(bool(to_local(p).isfinite().all()) for p in model.parameters())):
         raise InputError(
@@ -223,6 +225,7 @@ def publish_model(run, state):
         the published model; None if it is sharded (FSDP2).
     """
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
+    run.reporter.status("publishing the model")
     chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
     restore_from_fp8(model)
@@ -300,7 +303,7 @@ def is_complete(run, state):
         if not (run_dir / "report.html").exists():
             write_reports(run_dir, lambda line: print(line, file=sys.stderr))
         keys = "max_steps or epochs with --allow_changed" if state.step == run.total_steps else "patience"
-        print(f"{run_dir} is finished, after {state.step} steps; raise {keys} to train longer")
+        print(f"{run_dir} is finished, after {plural(state.step, 'step')}; raise {keys} to train longer")
     return True
 
 

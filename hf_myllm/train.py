@@ -5,8 +5,14 @@ computed from (recipe, s), never carried along. The only state is what training 
 optimizer's moments. So a killed run resumes bit for bit.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from .cli import main
+
+    main(["train", *sys.argv[1:]])
+
 import math
-import sys
 from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -32,7 +38,7 @@ from .reporting import plots
 from .reporting.metrics_log import last_evaluation
 from .reporting.profiling import Profiler
 from .reporting.start import start_reporting
-from .reporting.summary import print_result
+from .reporting.summary import print_result, resume_command
 from .run_state import RunState
 
 # Steps queued on the device before the result of the oldest is read, by device type. Reading a result waits for it.
@@ -89,8 +95,11 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
     with open_run(recipe, train_data, eval_data) as run, signals_received() as run.signals:
         try:
             return fit(run, on_log, on_evaluate)
-        except Exception:
-            if run.lock is not None:  # rank 0, while training: show how the loss went until here
+        except BaseException as error:
+            if run.reporter is not None:  # an error begins on a line of its own
+                run.reporter.close()
+            # rank 0, while training: show how the loss went until here
+            if run.lock is not None and isinstance(error, Exception):
                 with suppress(Exception):
                     plots.write_plot(run.recipe.run.save_model)
             raise
@@ -234,12 +243,15 @@ def finish(run, model, state, unigram):
         state.record_final(evaluate_run(run, model, state.step, is_final=True))
     if state.was_interrupted:
         where = "in an evaluation" if state.step in (run.start_step, state.last_step) else "and saved"
-        reporter.info(f"stopped by a signal after step {state.step}, {where}; --init_from resume continues from there")
+        reporter.info(f"stopped by a signal after step {state.step}, {where}; to continue:")
+        reporter.info(f"resume      {resume_command(run)}")
     else:
         published = run_folder.publish_model(run, state)
-    reporter.close()
+    reporter.status("drawing loss.png and report.html")
     if run.accelerator.is_main_process and not state.was_interrupted:
         run_folder.write_reports(run_dir, reporter.warning)
+    reporter.close()
+    if run.accelerator.is_main_process and not state.was_interrupted:
         print_result(run, reporter, state.step, state.val_metrics, unigram)
     run_folder.finish_uploads(run, state)
     return result_of(run, state, published)
@@ -264,22 +276,16 @@ def evaluate(run_dir, eval_data=None, **overrides):
     Args:
         run_dir: the folder of a run, or of one of its checkpoints.
         eval_data: data in place of the run's own validation data; see [`train`].
-        overrides: keys of the recipe with other values, such as `batch_size=32`; those of training have no effect.
+        overrides: keys of the recipe with other values, such as `batch_size=32`.
 
     Returns:
         a dict of metrics: `loss` (nats per token or label) and those of the task.
 
     Raises:
-        InputError: the folder holds no model, or there is nothing to evaluate on.
+        InputError: the folder holds no model, there is nothing to evaluate on, or a key has no effect.
     """
     model_dir, run_dir = str(find_model(run_dir)), find_run_dir(run_dir)
     keys = {"save_model": str(run_dir), "init_from": model_dir, "eval_only": True} | overrides
-    recipe = Recipe.load(run_dir / "recipe.yaml", **keys)
+    recipe = Recipe.load(run_dir / "recipe.yaml", **keys).check_evaluation()
     with open_run(recipe, eval_data=eval_data) as run:
         return evaluate_all(run)
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    main(["train", *sys.argv[1:]])

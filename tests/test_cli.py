@@ -85,7 +85,7 @@ def test_python_m_works(name, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt, 130, ""),
+        (KeyboardInterrupt, 130, "stopped by Ctrl-C\n"),
         (cli.InputError("a\nb \x1b[31m"), 2, "error: a b \ufffd[31m\n"),
         (cli.PeerFailure("another rank prints the cause"), 2, ""),
     ],

@@ -5,17 +5,25 @@ import json
 import os
 import pty
 import re
+import shlex
+import signal
 import struct
 import subprocess
 import termios
 
 import pytest
-from conftest import ROOT, command, run_command, train
+from conftest import ROOT, command, run_cli, run_command, train
 
+import hf_myllm
+from hf_myllm import distributed
+from hf_myllm.errors import RecipeError
+from hf_myllm.models import FAMILIES
+from hf_myllm.recipe.flags import parse
 from hf_myllm.reporting.console import Reporter
 from hf_myllm.reporting.metrics_log import read_metrics
 from hf_myllm.reporting.profiling import category_of
 from hf_myllm.tasks import TASKS
+from hf_myllm.terminal import plural
 
 
 def write(folder, lines, tail=""):
@@ -92,11 +100,82 @@ def test_a_terminal_of_80_columns_has_one_line_of_progress(tiny):
     assert all(
         re.match(r"step \d+/60 \|.*\| \S+ left, loss [\d.]+, lr [\d.e-]+, \S+ tokens/s$", bar)
         for bar in bars
-        if "starting" not in bar
+        if not re.search("starting|evaluating|saving|publishing|drawing", bar)
     )
+    assert any("evaluating 1/2" in bar for bar in bars)
+    assert any("saving checkpoint-30" in bar for bar in bars)
+    assert any(line.startswith("hf-myllm ") and "loading" in line for line in lines[:1])
     assert all(len(bar) <= 80 for bar in bars)
     assert all(len(line) <= 80 for line in lines if line.startswith("  | "))  # samples
     assert not any("warning" in line.lower() or "Traceback" in line for line in lines)
+
+
+def test_an_error_begins_on_a_line_of_its_own(tiny):
+    output, code = in_a_terminal(tiny(max_steps=6, learning_rate=1e38, grad_clip=0, warmup_steps=0, eval_freq=None))
+    assert code == 2
+    shown = re.split(r"\r\n|\r|\x1b\[K", output)
+    errors = [line for line in shown if "error: " in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: step 2: loss nan"), errors
+
+
+def test_ctrl_c_while_importing_ends_in_one_line(tiny):
+    job = subprocess.Popen(command(*tiny()), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout.readline().startswith("hf-myllm ")
+    job.send_signal(signal.SIGINT)
+    _, error = job.communicate(timeout=60)
+    assert (error, job.returncode) == ("stopped by Ctrl-C\n", 130)
+
+
+@pytest.mark.parametrize(
+    ("program", "launcher", "ranks", "expected"),
+    [
+        ("/bin/hf-myllm", "", 1, "hf-myllm train"),
+        ("/x/hf_myllm/train.py", "", 1, "python -m hf_myllm.train"),
+        ("/x/hf_myllm/cli.py", "", 1, "python -m hf_myllm.cli train"),
+        ("/x/notebook.py", "", 1, "hf-myllm train"),
+        ("/x/hf_myllm/train.py", "", 4, "accelerate launch -m hf_myllm.train"),
+        ("/x/hf_myllm/train.py", "accelerate launch --num_processes 2 -m hf_myllm.train a.yaml --seed 1", 2,
+         "accelerate launch --num_processes 2 -m hf_myllm.train"),
+        ("/x/hf_myllm/train.py", "torchrun --nproc_per_node 2 -m hf_myllm.train a.yaml", 2,
+         "torchrun --nproc_per_node 2 -m hf_myllm.train"),
+    ],
+)  # fmt: skip
+def test_the_command_to_continue_is_the_one_that_was_used(monkeypatch, program, launcher, ranks, expected):
+    monkeypatch.setattr("sys.argv", [program])
+    monkeypatch.setattr(distributed, "_launcher_command", launcher.split)
+    assert distributed.train_command(ranks) == expected
+
+
+def test_a_stopped_run_prints_the_command_that_resumes_it(tiny, tmp_path, capsys):
+    stop = lambda line: os.kill(os.getpid(), signal.SIGINT) if line["step"] == 3 else None  # noqa: E731
+    recipe = parse(list(map(str, tiny(max_steps=9))), FAMILIES)
+    assert hf_myllm.train(recipe, on_log=stop).stop_signal == signal.SIGINT
+    lines = capsys.readouterr().out.splitlines()
+    stopped = next(index for index, line in enumerate(lines) if line.startswith("stopped by a signal after step"))
+    (resume,) = re.findall(r"^resume      hf-myllm (train .*)$", lines[stopped + 1])
+    assert run_cli(*shlex.split(resume)) == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 9
+
+
+def test_evaluations_fit_80_columns(tiny_family, tmp_path, capsys):
+    labels = tmp_path / "a_file_with_a_name_that_is_rather_long.jsonl"
+    labels.write_text("".join(f'{{"text": "Anna likes {i}", "label": "{i % 3}"}}\n' for i in range(30)))
+    flags = {"task": "classification", "train_file": labels, "val_file": labels, "max_len": 16, "max_steps": 2}
+    assert train(*tiny_family("bert")(**flags, eval_freq=1, start_context=None)) == 0
+    assert run_cli("evaluate", tmp_path / "run", "--batch_size", 8) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 and "/" not in line] == []  # a path is not cut
+    assert run_cli("evaluate", tmp_path / "run", "--learning_rate", 1) == 2
+    assert "learning_rate has no effect on an evaluation; remove it" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="save_freq has no effect on an evaluation"):
+        hf_myllm.evaluate(tmp_path / "run", save_freq=3)
+
+
+def test_the_hardware_is_counted_in_words(tiny, capsys):
+    assert train(*tiny(max_steps=1, eval_freq=None)) == 0
+    assert re.search(r"^hardware    1 CPU, precision fp32", capsys.readouterr().out, re.MULTILINE)
+    assert (plural(1, "GPU"), plural(2000, "row")) == ("1 GPU", "2,000 rows")
 
 
 def test_without_a_terminal_the_output_is_aligned_lines(tiny, capfd):

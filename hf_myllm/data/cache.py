@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ from filelock import FileLock
 from ..errors import DataError
 from ..files import atomic_path
 
+_SIZES = "sizes.json"  # written last: name of each file -> its bytes
 _FORMAT = 6  # raise this number when the content of cached folders changes
 
 
@@ -26,21 +28,36 @@ def key_digest(key):
 def cached_folder(key, make):
     """Return the cached folder for a key; `make(folder)` fills it if it does not exist. It is complete or absent.
 
-    Every rank may call this: one rank of each machine makes the folder while the others wait.
+    Every rank may call this: one rank of each machine makes the folder while the others wait. A folder that has lost a
+    file, or a part of one, is made again.
 
     Raises:
         DataError: the cache cannot be written.
     """
     folder = cached_path(key)
-    if folder.exists():
+    if _is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not folder.exists():
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
                 with atomic_path(folder) as partial:
                     partial.mkdir()
                     make(partial)
+                    (partial / _SIZES).write_text(json.dumps(_sizes(partial)))
     except OSError as error:
         raise DataError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
     return folder
+
+
+def _is_whole(folder):
+    """Return whether a cached folder has all its files, of the size that they were written with."""
+    try:
+        return json.loads((folder / _SIZES).read_text()) == _sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != _SIZES}

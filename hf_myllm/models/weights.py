@@ -6,7 +6,8 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from ..errors import ModelError, first_line, warn
+from ..errors import ModelError, first_line
+from ..terminal import warn
 
 # Buffers in files of earlier versions of the stock classes: nothing in them was learned.
 _BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")

@@ -22,6 +22,7 @@ from .fields import Section, convert, members
 from .messages import explain, unknown_key
 from .sections import (
     ALIASES,
+    EVALUATION_KEYS,
     EXCLUSIVE,
     FIELDS,
     MANY,
@@ -154,6 +155,13 @@ class Recipe(BaseModel):
             raise RecipeError("there is nothing to train on; give --train_file FILE, or --dataset ID of the Hub")
         if self.evaluation.eval_only and not (data.val_file or has_training_data or has_eval_data):
             raise RecipeError("there is nothing to evaluate on; give --val_file FILE")
+        return self
+
+    def check_evaluation(self):
+        """Check that no key which was given beside the run's recipe is one that an evaluation does not use."""
+        for name in self._overrides or ():
+            if name in FIELDS and name not in EVALUATION_KEYS:
+                raise RecipeError(f"{name} has no effect on an evaluation; remove it")
         return self
 
     def check_batch(self):

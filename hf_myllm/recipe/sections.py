@@ -374,6 +374,12 @@ class Hub(Section):
 SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "lora": Lora, "run": Run, "hub": Hub}
 FIELDS = {name: field for section in SECTIONS.values() for name, field in section.model_fields.items()}
 SECTION_OF = {name: section for section, model in SECTIONS.items() for name in model.model_fields}
+# Keys that an evaluation uses; other keys have no effect on it.
+EVALUATION_KEYS = {
+    *(set(Data.model_fields) - {"stride", "streaming", "streaming_window"}),
+    *("batch_size", "compile", "dtype", "precision", "deterministic", "metrics", "eval_only"),
+    *("save_model", "init_from", "resume", "seed", "log_level"),
+}
 ALIASES = {
     "num_epochs": "epochs",
     "save_path": "save_model",

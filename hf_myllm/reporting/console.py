@@ -11,10 +11,10 @@ from collections import deque
 from tqdm import tqdm
 
 from ..errors import first_line, printable
+from ..terminal import PIPE_INTERVAL, Status, encodable
 from .metrics_log import MetricsLog, read_metrics
 
 UNTRACKED = ("step", "rows", "time")  # keys of a logged dict that are not metrics
-PIPE_INTERVAL = 10  # seconds between progress lines if the output is not a terminal
 SPEED_WINDOW = 50  # steps over which tokens per second are averaged
 COLUMNS = 80
 
@@ -53,7 +53,7 @@ class Reporter:
         self.prints_info = is_main and log_level in ("debug", "info")
         self.prints_warnings = is_main and log_level != "error"
         self.flops, self.memory, self.on_log, self.on_evaluate = flops, memory, on_log, on_evaluate
-        self.trackers, self.bar = {}, None
+        self.trackers, self.bar, self.status_line = {}, None, Status(self.prints_info)
         self.is_terminal = sys.stderr.isatty()
         writes_file = is_main and run_dir is not None
         self.metrics_log = MetricsLog(run_dir, start_step, total_steps) if writes_file else None
@@ -85,7 +85,14 @@ class Reporter:
     def error(self, text):
         """Print a line on stderr: a request failed, but the run did not."""
         if self.is_main:
-            print(printable(text), file=sys.stderr, flush=True)
+            tqdm.write(encodable(printable(text), sys.stderr), file=sys.stderr)
+
+    def status(self, text):
+        """Show what goes on between steps, such as an evaluation."""
+        if self.bar is not None:
+            self.bar.set_description_str(text)
+        else:
+            self.status_line(text)
 
     def show_evaluation(self, step, train_metrics, val_metrics, details=""):
         """Print the losses of an evaluation, and its metrics, in lines of at most 80 columns.
@@ -114,7 +121,8 @@ class Reporter:
                 self.info(f"  | {piece}".rstrip())
 
     def _print(self, text):
-        text = printable(text)
+        text = encodable(printable(text), sys.stdout)
+        self.status_line.clear()
         if self.bar is not None:
             tqdm.write(text)
         else:
@@ -197,6 +205,7 @@ class Reporter:
 
     def close(self):
         """Close the progress bar and metrics.jsonl."""
+        self.status_line.clear()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -214,11 +223,6 @@ def describe_loss(task, metrics):
 def indent(text):
     """Return a text as lines of at most 80 columns, below the column of labels."""
     return textwrap.wrap(text, COLUMNS, initial_indent=" " * 12, subsequent_indent=" " * 12)
-
-
-def plural(count, noun):
-    """Return a count with its noun: "1 row", "2 rows"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def format_loss(value, width=0):

@@ -15,7 +15,7 @@ from ..distributed import train_command
 from ..models import loading, lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
-from .console import plural
+from ..terminal import plural
 
 
 def show(run, arguments):
@@ -89,7 +89,10 @@ def _show_data(run, about):
         if part == "training" and stats.get("bytes"):
             documents, tokens = stats["documents"], stats["tokens"]
             length, num_bytes = tokens / max(1, documents), stats["bytes"] / tokens
-            print(f"            {about}{documents * run.scale:,.0f} documents of {length:,.0f} tokens", end="; ")
+            print(
+                f"            {about}{plural(round(documents * run.scale), 'document')} of {length:,.0f} tokens",
+                end="; ",
+            )
             print(f"{num_bytes:.2f} bytes per token")
     for line in run.mixture():
         print(f"            {line}")

@@ -17,7 +17,7 @@ import transformers
 from .. import __version__
 from ..models import lora
 from ..recipe import Recipe
-from .console import plural
+from ..terminal import plural
 
 
 def run_facts(run, unigram):

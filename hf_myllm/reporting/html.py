@@ -1,6 +1,6 @@
 """RUN/report.html: a run on one page, in one file without scripts or links to other files.
 
-It is rendered from report.html.jinja with what the run's folder holds: recipe.yaml, run.json and metrics.jsonl.
+It is rendered from report.html.jinja with what the run's folder holds: run.json and metrics.jsonl.
 """
 
 import base64
@@ -8,6 +8,8 @@ import shlex
 import tempfile
 import time
 from pathlib import Path
+
+import yaml
 
 from ..distributed import train_command
 from ..errors import printable
@@ -28,12 +30,7 @@ def write_report(run_dir):
         OSError: the file cannot be written.
     """
     run_dir = Path(run_dir)
-    run, lines, last, recipe = (
-        read_run(run_dir),
-        read_metrics(run_dir),
-        last_evaluation(run_dir),
-        run_dir / "recipe.yaml",
-    )
+    run, lines, last = read_run(run_dir), read_metrics(run_dir), last_evaluation(run_dir)
     metrics = validation_metrics(last)
     text = render_template(
         TEMPLATE,
@@ -48,9 +45,9 @@ def write_report(run_dir):
         printable=_printable,
         format_time=lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
         count_names=list(dict.fromkeys(name for counts in run.get("data", {}).values() for name in counts)),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True) if run.get("recipe") else "",
         run_dir=shlex.quote(str(run_dir)),
-        train_command=train_command(run.get("launches", [{}])[-1].get("processes", 1)),
+        train_command=train_command((run.get("launches") or [{}])[-1].get("processes", 1)),
     )
     write_text_atomically(run_dir / "report.html", text)
 
@@ -72,7 +69,7 @@ def _summary(run, steps, metrics):
         ("steps", step.get("step"), "{:,}"),
         ("training time", _duration(step.get("train_seconds")), "{}"),
         ("tokens per second", step.get("tokens_per_second"), "{:,.0f}"),
-        ("peak memory", max((line.get("peak_memory_gb", 0) for line in steps), default=0) or None, "{:.2f} GB"),
+        ("peak memory", max((line.get("peak_memory_gb") or 0 for line in steps), default=0) or None, "{:.2f} GB"),
         ("model FLOPs utilization", step.get("mfu"), "{:.1%}"),
     ]
     return {label: text.format(value) for label, value, text in numbers if value is not None}

@@ -3,10 +3,51 @@
 import json
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from ..errors import CheckpointError
 from ..files import write_text_atomically
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+
+
+class _Launch(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")
+    step: _Count
+    time: Annotated[float, Field(ge=0, le=1e11)]
+    processes: Annotated[int, Field(ge=1, lt=1 << 31)]
+    device: str
+    precision: str
+    system: str
+    versions: dict[str, str]
+
+
+class _Source(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")
+    name: str
+    is_hub: bool
+
+
+class _Part(TypedDict):
+    """The facts about the training or the validation data."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    sources: list[_Source]
+
+
+_FACTS = {  # key of run.json -> its type
+    **dict.fromkeys(("model", "task", "class", "init_from", "base_model", "license", "language", "unit", "id"), str),
+    **dict.fromkeys(("parameters", "trained_parameters", "lora_r", "total_steps", "tokens_per_step"), _Count),
+    **{"published_step": _Count, "unigram_loss": _Number, "labels": list[str], "recipe": dict[str, Any]},
+    **{"data": dict[str, _Part], "launches": list[_Launch]},
+}
+_FACTS = {name: TypeAdapter(kind) for name, kind in _FACTS.items()}
 
 
 class MetricsLog:
@@ -45,16 +86,24 @@ class MetricsLog:
 
 
 def read_metrics(run_dir):
-    """Return the lines of RUN/metrics.jsonl as dicts; [] without the file. Lines that are not complete are skipped."""
+    """Return the lines of RUN/metrics.jsonl as dicts; [] without the file.
+
+    Lines that are not complete are skipped, and so are values of a type that this package does not write.
+    """
     path, lines = Path(run_dir) / "metrics.jsonl", []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and 0 <= line["step"] < 1 << 53:
-            lines.append(line)
+        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 1 << 53:
+            lines.append({name: value for name, value in line.items() if _is_logged(name, value)})
     return lines
+
+
+def _is_logged(name, value):
+    is_number = value is None or (type(value) in (int, float) and abs(value) < 1e300)  # no NaN, no infinity
+    return isinstance(value, str) if name == "sample" else is_number
 
 
 def last_evaluation(run_dir, step=None):
@@ -99,12 +148,20 @@ def best_evaluation(run_dir, metric, last_step, greater_is_better=None, first_st
 
 
 def read_run(run_dir):
-    """Return RUN/run.json: the model, the data and each launch of the run; {} without a valid file."""
+    """Return RUN/run.json: the model, the data and each launch of the run; {} without a valid file.
+
+    Facts of a type that this package does not write are left out.
+    """
     try:
         content = json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    facts = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        with suppress(ValidationError):
+            if value is not None:  # unknown
+                facts[name] = _FACTS[name].validate_python(value, strict=True) if name in _FACTS else value
+    return facts
 
 
 def write_run(run_dir, facts, launch, resumes):

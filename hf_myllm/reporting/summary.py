@@ -1,13 +1,15 @@
 """What a run prints before its first step and after its last."""
 
 import shlex
+import textwrap
 from pathlib import Path
 
 from ..distributed import train_command
 from ..evaluation import unigram_loss
 from ..models import lora
 from ..precision import describe_fp8, describe_precision
-from .console import describe_loss, format_loss, indent, plural
+from ..terminal import plural
+from .console import COLUMNS, describe_loss, format_loss, indent
 
 _INDENT = " " * 12  # lines have a label of 12 columns; continuation lines have none
 
@@ -54,7 +56,8 @@ def _print_model(run, reporter):
     precision = describe_precision(accelerator, recipe.training.precision)
     if recipe.training.dtype != "float32":
         precision += f", weights in {recipe.training.dtype}"
-    reporter.info(f"hardware    {accelerator.num_processes} x {accelerator.device.type}, precision {precision}")
+    device = {"cuda": "GPU", "cpu": "CPU"}.get(accelerator.device.type, accelerator.device.type)
+    reporter.info(f"hardware    {plural(accelerator.num_processes, device)}, precision {precision}")
     if accelerator.precision == "fp8":
         for line in indent(describe_fp8(model)):
             reporter.info(line)
@@ -94,9 +97,17 @@ def print_evaluation(run, metrics):
     has_perplexity = "perplexity" in metrics
     count = f"{metrics['tokens']:,} tokens" if has_perplexity else plural(len(run.val_rows), "row")
     perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
-    print(f"validation loss {describe_loss(run.task, metrics)}{perplexity}")
     precision = run.accelerator.precision
-    print(f"over all {count} of {run.val_rows.name}{'' if precision == 'fp32' else f', in {precision}'}")
+    loss = f"validation loss {describe_loss(run.task, metrics)}{perplexity}"
+    rows = f"over all {count} of {run.val_rows.name}{'' if precision == 'fp32' else f', in {precision}'}"
+    for line in (loss, rows):
+        print("\n".join(textwrap.wrap(line, COLUMNS, break_long_words=False, break_on_hyphens=False)))
+
+
+def resume_command(run):
+    """Return the command that continues a run, started as this one was."""
+    recipe = shlex.quote(f"{run.recipe.run.save_model}/recipe.yaml")
+    return f"{train_command(run.accelerator.num_processes)} {recipe} --resume"
 
 
 def print_result(run, reporter, step, metrics, unigram):
@@ -123,8 +134,8 @@ def print_result(run, reporter, step, metrics, unigram):
     if run.tokenizer is not None:
         label, command = run.task.usage(name, shlex.quote(prompt) if prompt else None)
         reporter.info(f"{label:<12}{command}")
-    longer = f"--max_steps {2 * run.total_steps} --resume --allow_changed"
+    longer = f"--max_steps {2 * run.total_steps} --allow_changed"
     if step < run.total_steps:
-        longer = f"--patience {2 * recipe.evaluation.patience} --resume"
-    reporter.info(f"continue    {train_command(run.accelerator.num_processes)} {name}/recipe.yaml {longer}")
+        longer = f"--patience {2 * recipe.evaluation.patience}"
+    reporter.info(f"continue    {resume_command(run)} {longer}")
     reporter.info(f"load        {lora.how_to_load(run_dir)}")

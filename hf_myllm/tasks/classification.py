@@ -21,7 +21,7 @@ class Classification(LabelNames, PredictionTask):
     The labels of a batch are (rows,), or (rows, classes) of 0.0 and 1.0 for several classes.
     """
 
-    cut_message = "are cut"
+    cut_message = "cut"
 
     def __init__(self, tokenizer=None, seed=0, **settings):
         super().__init__(tokenizer, seed, **settings)

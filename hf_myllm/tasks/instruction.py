@@ -11,6 +11,7 @@ from ..data.packing import DocumentRows, best_fit, group_offsets
 from ..data.readers import check_text
 from ..data.tokenizer import end_of_document, render_chat
 from ..errors import InputError
+from ..terminal import plural
 from .causal_lm import CausalLM
 from .labelled import LabelledTask
 from .labels import BadRowError
@@ -226,8 +227,8 @@ class Instruction(LabelledTask, CausalLM):
         if not stats.get("unlearned"):
             return []
         return [
-            f"{stats['unlearned']:,} turns of the assistant are read and not learned: the chat template renders them "
-            "differently when other turns follow"
+            f"{plural(stats['unlearned'], 'turn')} of the assistant read and not learned: the chat template renders "
+            "them differently when other turns follow"
         ]
 
     def usage(self, run_dir, prompt=None):

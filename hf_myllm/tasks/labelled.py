@@ -13,6 +13,7 @@ from ..data.sampler import evenly_spaced
 from ..data.tokenizer import end_of_document
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import printable
+from ..terminal import plural
 from .base import IGNORE_INDEX, Task, padded_width, require_tokens, to_tensors
 from .labelled_rows import load_rows
 from .labels import CLASSIFICATION, REGRESSION, BadRowError, LabelCollector, Labels
@@ -35,7 +36,7 @@ class LabelledTask(Task):
     label_feature = datasets.Value("int64")  # type of a row's `labels`
     record_features = None  # columns of what `record` keeps of each training example; None: nothing is kept
     default_text_column = "text"  # `text_column` if the recipe does not set it
-    cut_message = "make several rows"  # what happens to examples that are longer than a row
+    cut_message = "split into several rows"  # what happens to examples that are longer than a row
 
     def __init__(self, tokenizer=None, seed=0, **settings):
         super().__init__(tokenizer, seed, **settings)
@@ -89,7 +90,7 @@ class LabelledTask(Task):
         """Add an example to the statistics of the data."""
 
     def summary_lines(self, train_rows, val_rows, stats):
-        return [f"{stats['cut']:,} texts are longer than max_len and {self.cut_message}"] if stats.get("cut") else []
+        return [f"{plural(stats['cut'], 'text')} longer than max_len: {self.cut_message}"] if stats.get("cut") else []
 
     def read_text(self, record, where, column, flag=None):
         """Return the text in a column of a record.

@@ -8,6 +8,7 @@ import torch
 
 from ..data.readers import check_text
 from ..errors import InputError
+from ..terminal import plural
 from .base import cross_entropy_sum, require_tokens, show_tokens
 from .labelled import PredictionTask
 from .labels import BadRowError
@@ -218,7 +219,9 @@ class QuestionAnswering(PredictionTask):
 
     def summary_lines(self, train_rows, val_rows, stats):
         lines = super().summary_lines(train_rows, val_rows, stats)
-        return lines + [f"{stats['unanswerable']:,} questions have no answer"] * bool(stats.get("unanswerable"))
+        return lines + [f"{plural(stats['unanswerable'], 'question')} without an answer"] * bool(
+            stats.get("unanswerable")
+        )
 
     def describe_target(self, batch, index):
         first, last = batch["labels"][index].tolist()

@@ -1,0 +1,66 @@
+"""What is printed outside of a run's own lines: warnings, and a line that says what goes on."""
+
+import os
+import shutil
+import sys
+import time
+
+from .errors import printable
+
+PIPE_INTERVAL = 10  # seconds between the lines of a [`Status`] if the output is not a terminal
+
+
+def warn(text):
+    """Print a warning on stderr, once per machine of a launch."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def encodable(text, stream):
+    """Return a text with a replacement for each character that a stream's encoding does not have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="replace").decode(encoding)
+
+
+def plural(count, noun):
+    """Return a count with its noun: "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+class Status:
+    """One line on a terminal, which the next one replaces; without a terminal, a line every few seconds.
+
+    Args:
+        is_shown: False shows nothing.
+    """
+
+    def __init__(self, is_shown=True):
+        self.is_shown, self.is_terminal, self.has_line = is_shown, sys.stderr.isatty(), False
+        self.phase, self.shown_at = None, 0.0
+
+    def __call__(self, text):
+        if not self.is_shown:
+            return
+        text = encodable(printable(text), sys.stderr)
+        if self.is_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
+            self.has_line = True
+        elif (phase := text.split(" ")[0]) != self.phase:
+            self.phase, self.shown_at = phase, time.monotonic()
+        elif time.monotonic() - self.shown_at > PIPE_INTERVAL:
+            print(text, file=sys.stderr, flush=True)
+            self.shown_at = time.monotonic()
+
+    def clear(self):
+        """Remove the line from the terminal."""
+        self.phase = None
+        if self.has_line:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.has_line = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.clear()
