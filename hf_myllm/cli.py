@@ -231,17 +231,12 @@ def _generate_arguments(parser):
     parser.add_argument("run_dir", metavar="RUN", help="folder of a run, a checkpoint or any model")
     parser.add_argument("--prompt", default="", help="text to continue, or to fill in (default: start from nothing)")
     parser.add_argument("--chat", action="store_true", help="apply the chat template to the prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy decoding (default: 0.8)")
-    parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest tokens; 0: all")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="sample from the likeliest tokens up to this total",
-    )
-    parser.add_argument("--num_samples", type=int, default=1, help="number of texts (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first text; each next one adds 1 (default: 0)")
+    parser.add_argument("--max_new_tokens", type=int, help="maximum number of tokens (default: 200)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy decoding (default: 0.8)")
+    parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens; 0: all (default: 50)")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens up to this total (default: 1)")
+    parser.add_argument("--num_samples", type=int, help="number of texts (default: 1)")
+    parser.add_argument("--seed", type=int, help="seed of the first text; each next one adds 1 (default: 0)")
 
 
 def _predict_arguments(parser):

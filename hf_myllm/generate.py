@@ -22,6 +22,7 @@ from .files import read_yaml
 from .models import loading, lora
 from .precision import inference_precision
 
+_COMMAND_DEFAULTS = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1, "seed": 0}
 _LIMITS = {  # option -> its lowest and highest value
     "max_new_tokens": (1, math.inf),
     "temperature": (0, 100),
@@ -105,16 +106,22 @@ def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, 
         return generate_text(model, tokenizer, prompt, max_new_tokens, **sampling)
 
 
-def print_texts(run_dir, prompt, chat, num_samples, seed, **sampling):
+def print_texts(run_dir, prompt="", chat=False, **options):
     """Print generated texts while they are generated, or the prompt with its mask tokens filled in.
 
     Args:
         chat: make the prompt a user's message by the tokenizer's chat template.
-        num_samples: number of texts; text i has the seed `seed + i`.
-        sampling: see [`generate_text`].
+        options: num_samples, the number of texts (text i has the seed `seed + i`), and those of [`generate`]; None is
+            the default.
     """
-    _check_limits(num_samples=num_samples, seed=seed, **sampling)
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = _COMMAND_DEFAULTS | given
+    _check_limits(**sampling)
+    num_samples, seed = sampling.pop("num_samples"), sampling.pop("seed")
     model, tokenizer = _load_generator(run_dir)
+    if not model.can_generate() and (given or chat):
+        name = next(iter(given), "chat")
+        raise InputError(f"--{name}: it has no effect, because the model of {run_dir} fills in masks; leave it out")
     with inference_precision(read_recipe(run_dir)["precision"], model.device):
         if not model.can_generate():
             print(fill_mask(model, tokenizer, prompt))

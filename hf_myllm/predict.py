@@ -28,6 +28,7 @@ from .files import atomic_path
 from .generate import load_tokenizer, read_recipe
 from .models import loading
 from .precision import inference_precision
+from .recipe.sections import FIELDS
 from .tasks import TASKS
 from .tasks.labelled_rows import read_examples, rows_in_memory
 
@@ -92,6 +93,8 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     recipe = read_recipe(run_dir)
     name = recipe["task"] if recipe["task"] in TASKS else name
     settings = {key: value for key, value in settings.items() if value is not None}
+    if settings.get("text_pair_column") and name not in FIELDS["text_pair_column"].json_schema_extra["tasks"]:
+        raise InputError(f"--text_pair_column: it has no effect with task {name}; leave it out")
     settings = recipe["data"] | {"skip_bad_rows": False} | settings
     positions = getattr(model.config, "max_position_embeddings", 512)
     max_len = max_len or settings.get("max_len") or positions
@@ -114,7 +117,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
             if rows is None:
                 continue
             for line in task.describe_predictions(rows, predict(model, task, rows, batch_size)):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=escapes) + "\n")
                 count += 1
     return count, skipped
 

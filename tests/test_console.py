@@ -102,7 +102,7 @@ def test_a_terminal_of_80_columns_has_one_line_of_progress(tiny):
         for bar in bars
         if not re.search("starting|evaluating|saving|publishing|drawing", bar)
     )
-    assert any("evaluating 1/2" in bar for bar in bars)
+    assert any(re.search(r"evaluating \d/\d", bar) for bar in bars)
     assert any("saving checkpoint-30" in bar for bar in bars)
     assert any(line.startswith("hf-myllm ") and "loading" in line for line in lines[:1])
     assert all(len(bar) <= 80 for bar in bars)

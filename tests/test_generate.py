@@ -2,10 +2,12 @@
 
 import shutil
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, train
+from conftest import ROOT, command, run_cli, train
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -112,3 +114,15 @@ def test_an_unfinished_run_generates_from_its_newest_checkpoint(run_dir, tmp_pat
     (tmp_path / "run" / "model.safetensors").unlink()
     model, _ = load(tmp_path / "run")
     assert model.config.n_embd == 32
+
+
+def test_options_without_effect_are_refused(monkeypatch, capsys):
+    module = sys.modules["hf_myllm.generate"]
+    model = SimpleNamespace(can_generate=lambda: False, device="cpu")
+    monkeypatch.setattr(module, "_load_generator", lambda run_dir: (model, None))
+    monkeypatch.setattr(module, "fill_mask", lambda model, tokenizer, prompt: f"filled: {prompt}")
+    assert run_cli("generate", "run", "--prompt", "a [MASK]") == 0
+    assert capsys.readouterr().out == "filled: a [MASK]\n"
+    for option in (["--temperature", "0.8"], ["--chat"], ["--num_samples", "2"]):
+        assert run_cli("generate", "run", *option) == 2
+        assert f"{option[0]}: it has no effect" in capsys.readouterr().err

@@ -106,8 +106,10 @@ def print_evaluation(run, metrics):
 
 def resume_command(run):
     """Return the command that continues a run, started as this one was."""
-    recipe = shlex.quote(f"{run.recipe.run.save_model}/recipe.yaml")
-    return f"{train_command(run.accelerator.num_processes)} {recipe} --resume"
+    recipe = f"{run.recipe.run.save_model}/recipe.yaml"
+    if any(source.format == "memory" for source in run.sources.all):
+        return f"train(Recipe.load({recipe!r}, resume=True), train_data=...)"
+    return f"{train_command(run.accelerator.num_processes)} {shlex.quote(recipe)} --resume"
 
 
 def print_result(run, reporter, step, metrics, unigram):
@@ -137,5 +139,6 @@ def print_result(run, reporter, step, metrics, unigram):
     longer = f"--max_steps {2 * run.total_steps} --allow_changed"
     if step < run.total_steps:
         longer = f"--patience {2 * recipe.evaluation.patience}"
-    reporter.info(f"continue    {resume_command(run)} {longer}")
+    if not any(source.format == "memory" for source in run.sources.all):
+        reporter.info(f"continue    {resume_command(run)} {longer}")
     reporter.info(f"load        {lora.how_to_load(run_dir)}")
