@@ -112,6 +112,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     skipped, count = [], 0
     examples = read_examples(source, task, skipped)
     with _opened(output) as file, inference_precision(recipe["precision"], device):
+        escapes = (file.encoding or "utf-8").lower().replace("-", "") != "utf8"  # a terminal that lacks characters
         while chunk := list(islice(examples, _CHUNK)):
             rows = rows_in_memory(chunk, task, source.name, skipped)
             if rows is None:
