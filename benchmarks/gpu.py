@@ -27,7 +27,7 @@ from pathlib import Path
 
 from processes import Forked, run_items, tail
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pyarrow", "pandas", "xxhash", "numpy", "torch", "transformers", "accelerate")
 MARGIN = 4  # seconds at the end
 
@@ -49,7 +49,7 @@ def main():
     if missing:
         raise SystemExit(f"{', '.join(missing)}: not installed here, and not among the wheels; install it first")
     if args.item:
-        return execute(find_items([args.item[0]])[0], Path(args.item[1]), args)
+        return execute(find_items([args.item[0]])[0], Path(args.item[1]), args, args.item[2])
     args.output.mkdir(parents=True, exist_ok=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
@@ -100,9 +100,12 @@ def run_all(items, work, args, deadline, report):
     """Run the items, each in a forked process, and report each when it ends."""
     cores = os.cpu_count() or 1
     limits = {"check": max(1, cores // 4), "warm": max(1, cores // 2), "memory": 60.0}
+    # Asked in a process of its own: the others could not use CUDA after it was started in this one.
+    probe = Forked(probe_device, work / "probe.log", has_group=True)
+    device = "cuda" if probe.wait(60) == 0 else "cpu"
 
     def start(item):
-        return Forked(partial(execute, item, work, args), work / f"{slug(item.name)}.log", has_group=True)
+        return Forked(partial(execute, item, work, args, device), work / f"{slug(item.name)}.log", has_group=True)
 
     def done(item, status, seconds):
         report.add(item.name, status, seconds)
@@ -114,25 +117,33 @@ def run_all(items, work, args, deadline, report):
     run_items(items, deadline, limits, start, done)
 
 
-def execute(item, work, args):
+def probe_device():
+    """Exit with 0 if there is a GPU."""
+    import torch
+
+    sys.exit(not torch.cuda.is_available())
+
+
+def execute(item, work, args, device):
     """Run an item in this process; its rows go to a file."""
     import torch
     from gpu_checks import Place
 
     faulthandler.dump_traceback_later(item.budget - 1)  # what it was doing when its time was up
     if torch.cuda._is_in_bad_fork():  # an import has started CUDA: begin in a new process
-        command = [sys.executable, __file__, "--output", str(args.output), "--item", item.name, str(work)]
+        command = [sys.executable, __file__, "--output", str(args.output), "--item", item.name, str(work), device]
         command += ["--data", str(args.data)] if args.data else []
         os.execv(sys.executable, command + ["--rehearse"] * args.rehearse)
     folder = work / slug(item.name)
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
     with open(work / f"{slug(item.name)}.jsonl", "a") as file:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        data = args.data.resolve() if args.data else None
-        item.function(
-            Place(folder, device, args.rehearse, data, lambda row: print(json.dumps(row), file=file, flush=True))
-        )
+        write = partial(print_row, file=file)
+        item.function(Place(folder, device, args.rehearse, args.data, write))
+
+
+def print_row(row, file):
+    print(json.dumps(row), file=file, flush=True)
 
 
 def slug(name):

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +282,7 @@ def check_waiting(place):
             try:
                 run_peer(peer, work, place.folder, "bf16", compiled, warmup=4, steps=4)
             except RuntimeError as error:
+                traceback.print_exc()
                 problem = str(error).splitlines()[0][:100]
         place.report(check, "0", (problem or "0") if place.on_gpu else HERE, problem is None if place.on_gpu else None)
 
@@ -306,7 +307,14 @@ def run_settings(place, name, **changed):
 
 def start_run(place, name, **changed):
     """Start a run in a forked process."""
-    return Forked(partial(run_command, run_settings(place, name, **changed)), place.folder / f"{name}.log")
+    line = run_settings(place, name, **changed)
+
+    def run():
+        if torch.cuda._is_in_bad_fork():
+            os.execv(sys.executable, [sys.executable, "-m", "hf_myllm.cli", *line])
+        run_command(line)
+
+    return Forked(run, place.folder / f"{name}.log")
 
 
 def finish_run(process, seconds=120):
