@@ -317,7 +317,7 @@ def start_run(place, name, **changed):
     return Forked(run, place.folder / f"{name}.log")
 
 
-def finish_run(process, seconds=120):
+def finish_run(process, seconds=600):
     """Wait for a run; raise RuntimeError with its last lines if it fails."""
     if process.wait(seconds):
         raise RuntimeError(f"exit code {process.code}: {tail(process.log)}")
@@ -330,7 +330,7 @@ def run_to_end(place, name, **how):
 def resume_after_kill(place, name, **how):
     """Kill a run with SIGKILL after its first checkpoint, and resume it."""
     process = start_run(place, name, **how)
-    run_dir, end = place.folder / name, time.monotonic() + 120
+    run_dir, end = place.folder / name, time.monotonic() + 600
     while not any(line["step"] >= 11 for line in read_metrics(run_dir)):
         if process.poll() is not None or time.monotonic() > end:
             raise RuntimeError(f"it did not reach step 11: {tail(process.log)}")
