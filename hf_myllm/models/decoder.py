@@ -30,6 +30,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .loss import fuses_head_and_loss, linear_cross_entropy
 from .stock import StockPreTrainedModel, eager_attention, get_field, make_document_mask
 
 
@@ -289,10 +290,13 @@ class CausalLMMixin:
             return_dict=True,
             **kwargs,
         )
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None or shift_labels is not None:
+        if skip_logits and shift_labels is not None and fuses_head_and_loss(self.lm_head, hidden_states):
+            loss = linear_cross_entropy(self.lm_head, hidden_states, shift_labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(hidden_states[:, keep, :])
+        if loss is None and (labels is not None or shift_labels is not None):
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
             )
