@@ -1,6 +1,7 @@
 """Train and fine-tune GPT, Llama, Qwen3 and BERT; the results are stock Hugging Face models."""
 
 import importlib
+import os
 import sys
 import types
 
@@ -42,3 +43,20 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def _sleep_on_a_busy_machine(loadavg="/proc/loadavg"):
+    """Let OpenMP's threads sleep while they wait for each other, if other processes want all cores already.
+
+    By default they spin, which is faster only while each has a core. torch reads the policy when it is imported, so
+    this must come first. docs/speed.md has the measurements.
+    """
+    is_set = any(name.startswith(("OMP_WAIT_POLICY", "GOMP_")) for name in os.environ)
+    if not is_set and "torch" not in sys.modules and os.path.exists(loadavg):  # on Linux
+        with open(loadavg) as file:
+            runnable = int(file.read().split()[3].partition("/")[0])  # threads that run or wait for a core, with this
+        if runnable > os.cpu_count():
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+_sleep_on_a_busy_machine()

@@ -131,6 +131,7 @@ def _set_num_threads():
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = max(cores, torch.get_num_threads())  # OMP_PROC_BIND leaves this thread one of the cores
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import time
 
 
@@ -74,3 +75,11 @@ def train_online_and_slowly():
         return step(*arguments)
 
     train.training_step = slow_step
+
+
+def import_again(script):
+    """Run a script that imports the package, as if nothing had imported it before, and end the process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hf_myllm"]:
+        del sys.modules[name]
+    exec(script, {"__name__": "__main__"})
+    sys.exit()

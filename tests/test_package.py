@@ -1,10 +1,14 @@
 """The public names of the package, and what importing them costs."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
+from launching import start
+from patches import import_again
 
 import hf_myllm
 
@@ -27,6 +31,28 @@ def test_every_public_name_exists():
 
 
 @pytest.mark.parametrize(
+    ("runnable", "variables", "policy"),
+    [
+        (1, {}, None),
+        (os.cpu_count() + 1, {}, "passive"),
+        (99, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (99, {"GOMP_SPINCOUNT": "1000"}, None),
+    ],
+)
+def test_threads_sleep_where_others_want_all_cores(monkeypatch, tmp_path, runnable, variables, policy):
+    """Unless the user chose how they wait."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    (tmp_path / "loadavg").write_text(f"0.50 0.40 0.30 {runnable}/103 4711\n")
+    hf_myllm._sleep_on_a_busy_machine(tmp_path / "loadavg")
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+@pytest.mark.parametrize(
     "script",
     [
         "import hf_myllm.train, hf_myllm.generate; from hf_myllm import train, generate",
@@ -38,4 +64,6 @@ def test_a_submodule_does_not_hide_the_function_of_its_name(script):
     script += (
         "; import hf_myllm as h; print(callable(train), callable(generate), h.train is train, h.generate is generate)"
     )
-    assert run(script).stdout == "True True True True\n"
+    process = start(patch=partial(import_again, script))
+    out, error = process.communicate(timeout=120)
+    assert out == "True True True True\n", error
