@@ -4,13 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, run_cli, run_command, train
+from conftest import run_cli, run_command, train
 from filelock import FileLock
+from launching import start, wait_for
 
 
 @pytest.fixture
@@ -274,10 +275,11 @@ def test_a_damaged_newer_checkpoint_does_not_replace_good_ones(tiny, tmp_path):
 
 
 def test_invalid_accelerate_settings_are_one_line(tiny):
-    result = run_command(*tiny(max_steps=5), env={**os.environ, "ACCELERATE_MIXED_PRECISION": "fp12"})
-    assert result.returncode == 2, result.stderr
-    assert "error: accelerate's settings do not work here" in result.stderr
-    assert "Traceback" not in result.stderr
+    process = start(*tiny(max_steps=5), environment={"ACCELERATE_MIXED_PRECISION": "fp12"})
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2, error
+    assert "error: accelerate's settings do not work here" in error
+    assert "Traceback" not in error
 
 
 def test_the_tokenizer_of_a_run_cannot_change(tiny, capsys):
@@ -295,16 +297,13 @@ def test_non_finite_weights_are_not_saved(tiny, capsys, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tiny, tmp_path, capsys):
-    with subprocess.Popen(
-        command(*tiny(epochs=1000)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as first:
-        while not (tmp_path / "run" / "checkpoint-10").exists():
-            assert first.poll() is None
-            time.sleep(0.05)
-        assert train(*tiny(epochs=1000, init_from="resume")) == 2
-        assert "another run is using it" in capsys.readouterr().err
-        assert first.poll() is None
-        first.kill()
+    first = start(*tiny(epochs=1000))
+    wait_for([first], (tmp_path / "run" / "checkpoint-10").exists)
+    assert train(*tiny(epochs=1000, init_from="resume")) == 2
+    assert "another run is using it" in capsys.readouterr().err
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.wait()
     with FileLock(tmp_path / "run" / ".lock", timeout=10):  # the lock of a dead process is free
         pass
 

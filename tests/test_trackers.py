@@ -1,11 +1,11 @@
 """Experiment trackers: each is started for real, and its files are read back."""
 
 import json
-import os
 import struct
 
 import pytest
-from conftest import run_command, train
+from conftest import train
+from launching import start
 
 from hf_myllm.reporting.console import Reporter
 from hf_myllm.reporting.metrics_log import read_metrics, read_run
@@ -32,11 +32,12 @@ def tracked(tmp_path_factory, stories):
     arguments += ["--log_with", "tensorboard", "wandb", "trackio", "--lr_schedule", "constant"]
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
     for more in (("--max_steps", 10), ("--max_steps", 20, "--resume", "--allow_changed")):
-        result = run_command(*arguments, *more, env=os.environ | environment)
-        assert result.returncode == 0, result.stderr
-        assert "tracked     by tensorboard, wandb, trackio, as " in result.stdout
-        assert result.stderr == ""  # no introductions
-        assert "Trackio" not in result.stdout
+        process = start(*arguments, *more, environment=environment)
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        assert "tracked     by tensorboard, wandb, trackio, as " in out
+        assert error == ""  # no introductions
+        assert "Trackio" not in out
     return folder
 
 
