@@ -164,11 +164,13 @@ def _parse(argv, prog="hf-myllm train"):
     return parse(argv, FAMILIES, prog)
 
 
-def _say_start(argv):
-    """Say that the command has started, because the imports take seconds."""
+def _say_start(argv=(), on_stdout=True):
+    """Say that the command has started, as the imports take seconds; on stderr only if that is a terminal."""
     is_quiet = any(argument.startswith(("--quiet", "--log_level", "--log-level", "--help", "-h")) for argument in argv)
-    if "torch" not in sys.modules and not is_quiet and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"hf-myllm    {__version__}, loading PyTorch and transformers ...", flush=True)
+    is_shown = not is_quiet and (on_stdout or sys.stderr.isatty()) and os.environ.get("LOCAL_RANK", "0") == "0"
+    if "torch" not in sys.modules and is_shown:
+        stream = sys.stdout if on_stdout else sys.stderr
+        print(f"hf-myllm    {__version__}, loading PyTorch and transformers ...", file=stream, flush=True)
 
 
 def _run_recipe(recipe, argv):
@@ -251,6 +253,7 @@ def _predict_arguments(parser):
 
 
 def _predict(args):
+    _say_start(on_stdout=False)
     from .distributed import silence_libraries
     from .predict import predict_file
 
@@ -305,6 +308,7 @@ def _push_arguments(parser):
 
 
 def _push(args):
+    _say_start(on_stdout=False)
     import huggingface_hub
 
     from .distributed import silence_libraries
@@ -317,6 +321,7 @@ def _push(args):
 
 
 def _generate(args):
+    _say_start(on_stdout=False)
     from .distributed import silence_libraries
     from .generate import print_texts
 

@@ -118,7 +118,7 @@ def test_an_unfinished_run_generates_from_its_newest_checkpoint(run_dir, tmp_pat
 
 def test_options_without_effect_are_refused(monkeypatch, capsys):
     module = sys.modules["hf_myllm.generate"]
-    model = SimpleNamespace(can_generate=lambda: False, device="cpu")
+    model = SimpleNamespace(can_generate=lambda: False, device=torch.device("cpu"))
     monkeypatch.setattr(module, "_load_generator", lambda run_dir: (model, None))
     monkeypatch.setattr(module, "fill_mask", lambda model, tokenizer, prompt: f"filled: {prompt}")
     assert run_cli("generate", "run", "--prompt", "a [MASK]") == 0

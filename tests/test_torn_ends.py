@@ -4,7 +4,6 @@ import errno
 import hashlib
 import io
 import json
-import re
 import shutil
 import threading
 
@@ -88,20 +87,20 @@ TEMPLATES = {
     "{% for": "the chat template refuses it",
     "{{ messages[9].content.x }}": "the chat template refuses it",
     "{{ 1 / 0 }}": "the chat template refuses it",
-    LOOPS: "the chat template does not end within 1 seconds",
+    LOOPS: "the chat template does not end within 0.3 seconds",
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template[:20])
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_a_template_that_raises_or_does_not_end_is_an_error(tokenizer, monkeypatch, template, in_thread):
-    monkeypatch.setattr("hf_myllm.data.tokenizer.TEMPLATE_SECONDS", 1)
-    tokenizer.chat_template, caught = template, []
+def test_a_template_that_raises_or_does_not_end_is_an_error(tokenizer, monkeypatch, in_thread):
+    monkeypatch.setattr("hf_myllm.data.tokenizer.TEMPLATE_SECONDS", 0.3)
+    caught = []
 
     def render():
-        with pytest.raises((ValueError, ModelError), match=TEMPLATES[template]) as error:
-            render_chat(tokenizer, [{"role": "user", "content": "hello"}])
-        caught.append(error)
+        for tokenizer.chat_template, message in TEMPLATES.items():
+            with pytest.raises((ValueError, ModelError), match=message) as error:
+                render_chat(tokenizer, [{"role": "user", "content": "hello"}])
+            caught.append(error)
 
     if in_thread:
         thread = threading.Thread(target=render)
@@ -109,23 +108,22 @@ def test_a_template_that_raises_or_does_not_end_is_an_error(tokenizer, monkeypat
         thread.join()
     else:
         render()
-    assert caught
+    assert len(caught) == len(TEMPLATES)
 
 
 def test_templates_of_commands_end_in_one_line(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hf_myllm.data.tokenizer.TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr("hf_myllm.data.tokenizer.TEMPLATE_SECONDS", 0.3)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = write_lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 9)
-    for template, message in TEMPLATES.items():
+    for template in (LOOPS, "{{ raise_exception('no') }}"):
         (run / "chat_template.jinja").write_text(template)
         assert run_cli("generate", run, "--chat", "--prompt", "hi") == 2
         (error,) = errors(capsys)
-        assert re.search(message, error), error
-        (tmp_path / "template.jinja").write_text(template)
-        flags = ["--task", "instruction", "--train_file", rows, "--chat_template", tmp_path / "template.jinja"]
+        assert TEMPLATES[template] in error
+        flags = ["--task", "instruction", "--train_file", rows, "--chat_template", run / "chat_template.jinja"]
         flags += ["--init_from", run, "--save_model", tmp_path / "chat", "--max_steps", 1, "--max_len", 16]
         assert train("--model", "gpt", *flags) == 2
-        assert re.search(message, errors(capsys)[-1])
+        assert TEMPLATES[template] in errors(capsys)[-1]
         assert not (tmp_path / "chat").exists()
 
 

@@ -34,7 +34,7 @@ STOCK_CLASSES = {  # end of a stock class name -> the class that loads it; any o
 }
 # What a recipe may change of a checkpoint's configuration, besides dropout. The last two extend its context.
 _FREE_SETTINGS = {*SPECIAL_TOKENS, "use_cache", "initializer_range", "max_position_embeddings", "rope_parameters"}
-_CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, AttributeError, OSError)
+_CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, AttributeError, OSError, ArithmeticError, KeyError)
 
 
 def read_config(family, pretrained):
@@ -92,6 +92,7 @@ def build_config(
     """
     config_class, recipe_settings, settings = FAMILIES[family].config, settings, dict(settings)
     try:
+        config_class.check_sizes(settings)
         if tokenizer is not None and (not pretrained or use_tokenizer_ids):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))

@@ -72,6 +72,13 @@ class StockConfigMixin:
 
     validate_rope = validate_architecture
 
+    @classmethod
+    def check_sizes(cls, values):
+        """Raise ValueError if a size among some fields is below 1; the stock class may divide by it."""
+        for name in {cls.attribute_map.get(name, name) for name in _SIZES} & set(values):
+            if values[name] is not None and values[name] < 1:
+                raise ValueError(f"{name} is {values[name]}; it must be at least 1")
+
     def check_architecture(self):
         """Check the values that every family has.
 
@@ -80,9 +87,7 @@ class StockConfigMixin:
         """
         names = {name: self.attribute_map.get(name, name) for name in _SIZES}
         sizes = {name: get_field(self, field) for name, field in names.items()}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{names[name]} is {size}; it must be at least 1")
+        self.check_sizes({names[name]: size for name, size in sizes.items()})
         if (layers := sizes["num_hidden_layers"]) > _MAX_LAYERS:  # each takes a millisecond to make, without weights
             raise ValueError(f"{names['num_hidden_layers']} is {layers}; it must be at most {_MAX_LAYERS}")
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]

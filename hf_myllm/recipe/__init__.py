@@ -210,7 +210,7 @@ class Recipe(BaseModel):
 
 def check_model(name, families):
     """Return the name of a family if it is one, else raise RecipeError."""
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         nearest = difflib.get_close_matches(str(name), families, n=1)
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
         raise RecipeError(f"model {show(name)} is not known; there is {', '.join(families)}{hint}")

@@ -122,6 +122,14 @@ def test_a_configuration_that_stock_accepts_is_refused_only_by_the_model(family,
         loading.build_config(family, {"hidden_size": 37})
 
 
+def test_a_size_of_zero_is_named_for_every_family():
+    for family in FAMILIES:
+        for name in ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size"):
+            field = FAMILIES[family].config.attribute_map.get(name, name)
+            with pytest.raises(ModelError, match=f"{field} is 0; it must be at least 1"):
+                loading.build_config(family, {field: 0})
+
+
 ROPE = {
     "rope_type 'lineer' is unknown; choose default, linear": {"rope_type": "lineer", "factor": 2.0},
     "rope_type linear needs factor": {"rope_type": "linear"},

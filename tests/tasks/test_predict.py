@@ -44,7 +44,7 @@ def test_predictions_of_lines_and_bad_rows(tmp_path, noise, capsys, entities_run
     assert "bad.jsonl line 2: column 'text' does not hold text: 3" in capsys.readouterr().err
     assert not list(tmp_path.glob("out.jsonl*"))  # no partial file
     assert predict(run, "--input", bad, "--output", tmp_path / "out.jsonl", "--skip_bad_rows") == 0
-    assert "1 rows judged, 2 left out" in capsys.readouterr().err
+    assert "1 row judged, 2 left out" in capsys.readouterr().err
     for arguments, message in (
         ((tmp_path / "nowhere", "--input", bad), "is not a folder"),
         ((run, "--input", tmp_path / "missing.csv"), "missing.csv does not exist"),
