@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint, run_folder, tasks
-from .build_data import find_sources, find_tokenizer, load_data, make_rows
+from .build_data import check_tokenizer, find_sources, find_tokenizer, keeps_old_split, load_data, make_rows
 from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
@@ -28,7 +28,7 @@ from .distributed import (
     silence_libraries,
 )
 from .errors import InputError, RecipeError
-from .evaluation import load_metric
+from .evaluation import load_metrics
 from .hub import check_target
 from .models import FAMILIES, loading
 from .optim import build_optimizer, load_optimizer_tensors
@@ -55,6 +55,7 @@ class Run:
     resume_from: Path | None
     resume_state: dict | None  # trainer_state/state.json of resume_from
     data_stats: dict
+    metrics: dict | None = None  # of the library `evaluate`, loaded
     token_bytes: np.ndarray | None = None  # bytes of text per token id
     # the plan
     start_step: int = 0
@@ -151,8 +152,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     section, eval_only = recipe.run, recipe.evaluation.eval_only
     if recipe.lora.r and accelerator.is_fsdp2:
         raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
-    for name in recipe.evaluation.metrics or []:
-        load_metric(name)
+    metrics = load_metrics(recipe.evaluation.metrics or [], recipe.evaluation.trust_metric_code)
     data_sources = find_sources(recipe, train_data, eval_data)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
     stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
@@ -190,6 +190,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         resume_from=resume_from,
         resume_state=trainer_state,
         data_stats=stats,
+        metrics=metrics,
     )
     if recipe.evaluation.metric_for_best and run.val_rows is None:
         raise RecipeError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
@@ -202,16 +203,6 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
 
 
 # ---- tokenizer, task and model
-
-
-def check_tokenizer(recipe, config, tokenizer, task):
-    """Check the prompt of samples, and limit the tokenizer to the model's positions, where stock pipelines truncate."""
-    if tokenizer is None:
-        return
-    positions = config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    if recipe.evaluation.start_context is not None:
-        task.check_prompt(recipe.evaluation.start_context, positions)
 
 
 def adapt_model(recipe, accelerator, model, task):
@@ -232,7 +223,8 @@ def adapt_model(recipe, accelerator, model, task):
 def build_task(recipe, data_sources, tokenizer, stored_config, is_trained):
     """Return the recipe's task, with the labels that the model was trained for, or those of the training data."""
     source = data_sources.training[0] if data_sources.training else None
-    return tasks.build(recipe.task, tokenizer, vars(recipe.data), recipe.run.seed, source, stored_config, is_trained)
+    settings = vars(recipe.data) | {"splits_by_position": is_trained and keeps_old_split(recipe)}
+    return tasks.build(recipe.task, tokenizer, settings, recipe.run.seed, source, stored_config, is_trained)
 
 
 def build_config(recipe, tokenizer, pretrained, task):

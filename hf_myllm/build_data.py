@@ -4,11 +4,13 @@ import os
 from dataclasses import dataclass, replace
 
 from . import tasks
+from .checkpoint import find_run_dir
 from .data import cache, corpus, readers, sources, streaming
 from .data import tokenizer as tokenizers
 from .data.discovery import TOKEN_ID_FORMATS
 from .errors import DataError, InputError, ModelError, printable
 from .models import FAMILIES
+from .reporting.metrics_log import read_run
 
 DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
 
@@ -45,9 +47,14 @@ def find_sources(recipe, train_data=None, eval_data=None):
     if recipe.evaluation.eval_only and validation:
         return Sources([], [], validation)
     if train_data is not None:
-        return Sources([sources.in_memory_source(train_data, "train_data", column, data.document)], [1.0], validation)
+        training = [sources.in_memory_source(train_data, "train_data", column, data.document)]
+        if validation:
+            sources.check_disjoint(training, validation)
+        return Sources(training, [1.0], validation)
     named = data.datasets or [data.model_dump()]
     training = [find_source(entry, data) for entry in named]
+    if validation:
+        sources.check_disjoint(training, validation)
     if recipe.run.dry_run and not data.streaming and not tasks.TASKS[recipe.task].is_labelled:
         training, validation = [first_part(source) for source in training], validation and first_part(validation)
     return Sources(training, [entry.get("weight", 1.0) for entry in named], validation)
@@ -136,7 +143,26 @@ def check_token_ids(tokens, vocab_size, name):
         )
 
 
+def keeps_old_split(recipe):
+    """Return whether a run that is resumed or evaluated began with version 0.1, which held out evenly spaced items.
+
+    It keeps them: of those that would be held out now, it has learned most.
+    """
+    facts = read_run(find_run_dir(recipe.run.save_model if recipe.run.resume else recipe.run.init_from))
+    return bool(facts) and facts.get("held_out_by") != "hash"
+
+
 # ---- the tokenizer
+
+
+def check_tokenizer(recipe, config, tokenizer, task):
+    """Check the prompt of samples, and limit the tokenizer to the model's positions, where stock pipelines truncate."""
+    if tokenizer is None:
+        return
+    positions = config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if recipe.evaluation.start_context is not None:
+        task.check_prompt(recipe.evaluation.start_context, positions)
 
 
 def find_tokenizer(recipe, data_sources, pretrained, keep):
@@ -201,7 +227,7 @@ def _train_tokenizer(recipe, texts_from):
             print(f"tokenizer   training {algorithm} with {vocab_size:,} tokens on {printable(text)}", flush=True)
         tokenizers.save(tokenizers.TRAINERS[algorithm](texts, vocab_size), folder)
 
-    whole = [replace(source, max_chars=0) for source in texts_from]
+    whole = [sources.known_whole(source) or source for source in texts_from]
     key = [algorithm, vocab_size, *task_key, *map(sources.source_key, whole)]
     if not cache.cached_path(key).exists():  # a dry run of large text trains one on its beginning
         key = [algorithm, vocab_size, *task_key, *map(sources.source_key, texts_from)]

@@ -11,7 +11,6 @@ A checkpoint is written under a temporary name, flushed to disk, marked, and ren
 complete even if the machine fails while it is written.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from typing_extensions import Required, TypedDict
 
 from .errors import CheckpointError, first_line
-from .files import PARTIAL, atomic_path, flush, link_or_copy
+from .files import PARTIAL, atomic_path, digest_file, flush, link_or_copy, regular_files
 
 _MARKER = "trainer_state/complete.json"
 _STATE = "trainer_state/state.json"
@@ -130,7 +129,7 @@ def _write_optimizer(folder, tensors, rank, world_size, all_gather):
     def write_file():
         save_file(tensors, folder / name)
         flush(folder / name)
-        return name, [(folder / name).stat().st_size, _digest(folder / name)]
+        return name, [(folder / name).stat().st_size, digest_file(folder / name)]
 
     _on_all_ranks(create_folder, all_gather)
     return dict(_on_all_ranks(write_file, all_gather))
@@ -157,7 +156,7 @@ def _write_marker(folder, step, records):
         name = str(path.relative_to(folder))
         if name not in records:
             flush(path)
-        files[name] = records.get(name) or [path.stat().st_size, _digest(path)]
+        files[name] = records.get(name) or [path.stat().st_size, digest_file(path)]
     (folder / _MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in (folder / _MARKER, folder / "trainer_state", folder):
         flush(path)
@@ -257,7 +256,7 @@ def find_corruption(path):
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _digest(file) != digest:
+        if digest_file(file) != digest:
             return f"{name} differs from what was written"
     return None
 
@@ -293,14 +292,6 @@ def _list(run_dir, with_marker=False):
 
 def _read_marker(path):
     return json.loads((Path(path) / _MARKER).read_text())["files"]
-
-
-def _digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- loading
@@ -364,7 +355,7 @@ def publish(checkpoint, run_dir):
         CheckpointError: a file cannot be written.
     """
     try:
-        files = sorted(path for path in Path(checkpoint).iterdir() if path.is_file())
+        files = regular_files(checkpoint)
         # The weights last, then their index: has_model() must not be true before everything is there.
         files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
         for name in _MODEL_FILES - {path.name for path in files}:  # an adapter's files, or a whole model's
@@ -397,7 +388,7 @@ def is_published(checkpoint, run_dir):
     """Return whether the model at the run's root is this checkpoint's, not that of a shorter run before it."""
     records = {name: record for name, record in _read_marker(checkpoint).items() if "/" not in name}
     return all(
-        (Path(run_dir) / name).is_file() and _digest(Path(run_dir) / name) == digest
+        (Path(run_dir) / name).is_file() and digest_file(Path(run_dir) / name) == digest
         for name, (_, digest) in records.items()
     )
 
@@ -410,7 +401,6 @@ def stage(checkpoint):
     folder = checkpoint.with_name(f"{checkpoint.name}.upload{PARTIAL}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for path in checkpoint.iterdir():
-        if path.is_file():
-            link_or_copy(path, folder / path.name)
+    for path in regular_files(checkpoint):
+        link_or_copy(path, folder / path.name)
     return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
-from .errors import InputError, Parser, PeerFailure, RankError, RecipeError, os_problem, printable
+from .errors import CONTROL, InputError, Parser, PeerFailure, RankError, RecipeError, os_problem, printable
 from .terminal import plural
 
 
@@ -24,6 +24,8 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # text that the terminal's encoding cannot show is replaced
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_PlainText, streams)
     try:
         with _noted_interrupt() as interrupts:
             code = _dispatch(arguments) or 0
@@ -45,6 +47,8 @@ def main(argv=None):
             code = 2
         else:
             raise
+    finally:
+        sys.stdout, sys.stderr = streams
     sys.exit(code)
 
 
@@ -70,6 +74,24 @@ def _noted_interrupt():
         yield interrupts
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _PlainText:
+    """A text stream without control characters but line breaks, carriage returns and tabs: what comes from files,
+    models and libraries must not steer a terminal."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._stream.write(CONTROL.sub("\ufffd", text))
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
 
 
 def _dispatch(arguments):

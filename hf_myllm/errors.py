@@ -2,9 +2,13 @@
 
 import argparse
 import errno
+import re
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_MESSAGE = 2000  # characters: a message may quote a user's value
+# control characters but tab, line feed, carriage return and the sequence that clears a line, and those that change the
+# direction of text
+CONTROL = re.compile(r"\x1b(?!\[K)|[\0-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class InputError(Exception):
@@ -55,8 +59,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def first_line(error):
-    """Return the first line of a library's error, or the name of its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of a library's error, or the name of its type if it has no message.
+
+    Advice to run the code in a file or a repository is not passed on.
+    """
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "Weights only load failed" in text:
+        return "it holds more than tensors"
+    return re.sub(r"[^.;:,(]*\b(trust_remote_code|weights_only)\b[^.;)]*[.;)]?", "", text).strip()
 
 
 def os_problem(error):

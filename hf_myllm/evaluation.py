@@ -1,6 +1,7 @@
 """Evaluation: exact sums over all rows and ranks, divided once."""
 
 import math
+import re
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -28,7 +29,7 @@ def evaluate_rows(
     token_bytes=None,
     should_stop=lambda done, total: False,
     with_predictions=True,
-    extra_metrics=(),
+    extra_metrics=None,
 ):
     """Return the metrics of some rows, each counted once, whatever the batch size and the number of ranks.
 
@@ -39,7 +40,7 @@ def evaluate_rows(
         should_stop: called before each batch, by all ranks together, with the number of batches done and their total;
             True ends the evaluation.
         with_predictions: whether to compute the metrics of the task's predictions too, if it has any.
-        extra_metrics: names of metrics of the library `evaluate`, see [`library_metrics`].
+        extra_metrics: metrics of the library `evaluate`, see [`load_metrics`].
     Returns:
         None if it was stopped; else a dict of loss and the task's metrics. Tasks on text have perplexity, tokens (the
         number of targets) and bits_per_byte (None without token_bytes).
@@ -76,7 +77,7 @@ def evaluate_rows(
         indices, predictions = zip(*sorted(predictions, key=lambda pair: pair[0]), strict=True)
         inputs = task.metric_inputs(rows, np.array(indices), predictions)
         metrics |= task.compute_metrics(*inputs)
-        metrics |= library_metrics(extra_metrics, *inputs, metrics)
+        metrics |= library_metrics(extra_metrics or {}, *inputs, metrics)
     return metrics
 
 
@@ -87,32 +88,47 @@ def _sum_over_ranks(sums, accelerator):
     return dict(zip(sums, accelerator.reduce(values).tolist(), strict=True))
 
 
-def load_metric(name):
-    """Return a metric of the library `evaluate`, by its Hub id or path.
+def load_metrics(names, trusts_code):
+    """Return metrics of the library `evaluate` as {name: metric}. A metric is a program, which runs when it is loaded.
 
+    Args:
+        names: Hub ids or paths.
+        trusts_code: whether to run programs beside those that the library's authors publish.
     Raises:
-        InputError: there is none by that name, or it needs a package that is not installed.
+        InputError: there is none by that name, it needs a package that is not installed, or its code is not trusted.
     """
+    for name in names:
+        path = Path(name)
+        is_here = path.is_file() or (path / f"{path.name}.py").is_file()  # as the library looks it up
+        if not trusts_code and (is_here or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+            owner = "is a file or folder here" if is_here else "belongs to a user of the Hub"
+            raise InputError(
+                f"metrics: {name} {owner}, and its code is not run; give --trust_metric_code if you have read it"
+            )
+    if not names:
+        return {}
     import evaluate  # slow to import, and only a recipe's `metrics` need it
 
-    try:
-        return evaluate.load(name, keep_in_memory=True)
-    except Exception as error:  # of the network, of the library, of the metric
-        raise InputError(f"metric {name} cannot be loaded: {first_line(error)[:300]}") from None
+    metrics = {}
+    for name in names:
+        try:
+            metrics[name] = evaluate.load(name, keep_in_memory=True)
+        except Exception as error:  # of the network, of the library, of the metric
+            raise InputError(f"metric {name} cannot be loaded: {first_line(error)[:300]}") from None
+    return metrics
 
 
-def library_metrics(names, predictions, references, known=()):
+def library_metrics(loaded, predictions, references, known=()):
     """Return the values of metrics of the library `evaluate`.
 
     Args:
-        names: their Hub ids or paths.
+        loaded: what [`load_metrics`] returned.
         known: names of metrics that exist already; another metric's value with such a name is called NAME_KEY.
     Raises:
-        InputError: a metric cannot be loaded, or does not accept the task's predictions.
+        InputError: a metric does not accept the task's predictions.
     """
     metrics = {}
-    for name in names:
-        metric = load_metric(name)
+    for name, metric in loaded.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about values that a few rows do not define
@@ -240,5 +256,5 @@ def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, stat
         run.token_bytes,
         should_stop,
         with_predictions,
-        run.recipe.evaluation.metrics or (),
+        run.metrics,
     )

@@ -1,5 +1,7 @@
 """Write files and folders so that they are complete or absent, render templates, and read YAML."""
 
+import errno
+import hashlib
 import math
 import os
 import re
@@ -11,9 +13,10 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from .errors import first_line
+from .errors import first_line, printable
 
 _MAX_YAML_CHARS, _MAX_YAML_NODES = 1 << 20, 100_000
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 PARTIAL = ".partial"  # suffix of the temporary names
 
 
@@ -23,8 +26,12 @@ def atomic_path(path):
 
     When the block ends, the temporary path is renamed to `path`, replacing a file that exists. When the block raises,
     it is removed. A leftover of a killed process is removed first.
+
+    Raises:
+        OSError: `path` is a link, which may lead out of its folder.
     """
     path = Path(path)
+    refuse_link(path)
     temporary = path.with_name(path.name + PARTIAL)
     _remove(temporary)
     try:
@@ -34,10 +41,27 @@ def atomic_path(path):
         _remove(temporary)
 
 
+def refuse_link(path):
+    """Raise OSError if a path is a link: what is written there would go elsewhere."""
+    if os.path.islink(path):
+        raise OSError(errno.ELOOP, "it is a link, and nothing is written through links; remove it", str(path))
+
+
+def open_new(path):
+    """Open a text file to write, which must not exist, not even as a link."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return open(handle, "w", encoding="utf-8")
+
+
 def write_text_atomically(path, text):
     """Write a text file in UTF-8, complete or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary, open_new(temporary) as file:
+        file.write(text)
+
+
+def regular_files(folder):
+    """Return the files of a folder, sorted, without links: they may lead to files that nobody meant to share."""
+    return sorted(path for path in Path(folder).iterdir() if path.is_file() and not path.is_symlink())
 
 
 def link_or_copy(source, target):
@@ -46,6 +70,22 @@ def link_or_copy(source, target):
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def find_lfs_pointer(folder):
+    """Return a message about the first file of a model's folder that is a Git LFS pointer; None if there is none."""
+    for path in sorted(Path(folder).glob("*")) if os.path.isdir(folder) else ():
+        if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(_LFS_POINTER):
+            return f"{path}: it is a Git LFS pointer; fetch it with git lfs pull"
+
+
+def digest_file(path):
+    """Return the SHA-256 digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path):
@@ -60,7 +100,8 @@ def flush(path):
 def render_template(path, **values):
     """Return the text of a Jinja template with its values filled in; in an HTML template they are escaped.
 
-    The filter `thousands` formats an integer with thousands separators.
+    The filter `thousands` formats an integer with thousands separators; `md` and `code` are [`markdown`] and
+    [`markdown_code`].
     """
     return _load_template(path).render(values)
 
@@ -73,8 +114,23 @@ def _load_template(path):
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["thousands"] = "{:,}".format
+    environment.filters |= {"thousands": "{:,}".format, "md": markdown, "code": markdown_code}
     return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def markdown(value):
+    """Return text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", printable(" ".join(str(value).split())))
+
+
+def markdown_code(value, is_block=False):
+    """Return text as code between marks that are longer than any in the text: in a line, or as a block of YAML."""
+    longest = max(map(len, re.findall("`+", value)), default=0)
+    if is_block:
+        fence = "`" * max(3, longest + 1)
+        return f"{fence}yaml\n{value.rstrip()}\n{fence}"
+    fence, pad = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{pad}{printable(' '.join(value.split()))}{pad}{fence}"
 
 
 def _remove(path):

@@ -54,7 +54,7 @@ def load(run_dir, device=None):
 def load_tokenizer(folder):
     """Return the tokenizer of a model's folder; raise ModelError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception:
         tokenizer = ()
     if len(tokenizer) < 2:  # from a config.json alone, AutoTokenizer makes an empty tokenizer

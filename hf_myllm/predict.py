@@ -23,8 +23,8 @@ import torch
 
 from . import checkpoint, tasks
 from .data.sources import file_source
-from .errors import DataError, InputError, ModelError
-from .files import atomic_path
+from .errors import CONTROL, DataError, InputError, ModelError
+from .files import atomic_path, open_new
 from .generate import load_tokenizer, read_recipe
 from .models import loading
 from .precision import inference_precision
@@ -118,7 +118,8 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
             if rows is None:
                 continue
             for line in task.describe_predictions(rows, predict(model, task, rows, batch_size)):
-                file.write(json.dumps(line, ensure_ascii=escapes) + "\n")
+                text = json.dumps(line, ensure_ascii=escapes)  # which leaves some control characters as they are
+                file.write(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
                 count += 1
     return count, skipped
 
@@ -130,7 +131,7 @@ def _opened(path):
         yield sys.stdout
         return
     try:
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with atomic_path(path) as temporary, open_new(temporary) as file:
             yield file
     except OSError as error:
         raise DataError(f"--output {path} cannot be written: {error}") from None

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from . import checkpoint
 from .data import tokenizer as tokenizers
 from .distributed import any_rank, is_rank_zero, rank_name, train_command
 from .errors import CheckpointError, InputError, RankError, first_line
-from .files import PARTIAL, read_yaml, write_text_atomically
+from .files import PARTIAL, read_yaml, refuse_link, write_text_atomically
 from .hub import BackgroundUploads, write_card
 from .models import lora
 from .optim import optimizer_tensors, to_local
@@ -101,6 +102,9 @@ def acquire_lock(run_dir):
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        for path in run_dir.iterdir():  # a link to another folder, such as latest, is not written to
+            if not path.is_dir() or re.match(r"checkpoint-|profile$|tensorboard$|wandb$", path.name):
+                refuse_link(path)
         lock = FileLock(run_dir / ".lock", thread_local=False)
         lock.acquire(timeout=0)
         return lock
@@ -144,6 +148,7 @@ def write_recipe(run):
             if run.start_step == 0 or run.recipe.run.allow_changed:
                 recipe, path = copy.deepcopy(run.recipe), run_dir / "recipe.yaml"
                 recipe.run.resume = recipe.run.allow_changed = False
+                recipe.evaluation.trust_metric_code = False  # who gets this recipe decides anew
                 command = f"{train_command(run.accelerator.num_processes)} {path} --save_model ANOTHER_FOLDER"
                 write_text_atomically(path, f"{_RECIPE_HEADER} {command}\n{recipe.to_yaml()}")
         except OSError as error:

@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import run_cli, run_command, train
+from conftest import read_metrics, run_cli, run_command, train
 from filelock import FileLock
 from launching import start, wait_for
 
@@ -100,7 +100,7 @@ CASES = {
     "a lone surrogate": ({"train_file": "PLACE/surrogate.jsonl"}, "line 1: half a character"),
     "no training rows left": (
         {"val_fraction": 0.999},
-        "(train|stories).* tokens, fewer|val_fraction .* leaves nothing",
+        "(train|stories).* tokens, fewer|val_fraction .* leaves nothing|warmup_steps 5 are more",
     ),
     "a prompt that is not UTF-8": ({"start_context": "caf\udce9"}, "'start_context' is not text that UTF-8 can hold"),
     "a local folder as a data set": (
@@ -349,3 +349,40 @@ def test_mistakes_of_generate(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+
+
+def test_training_on_the_validation_file_is_refused(tiny, tmp_path, stories, capsys):
+    for arguments in (tiny(val_file=stories / "00.txt"), [*tiny(val_file=f"{stories}/3*.txt"), "--dry_run"]):
+        assert train(*arguments) == 2
+        error = capsys.readouterr().err
+        assert re.search(r"val_file: .*/[03]0.txt is also a training file; name only the others in train_file", error)
+    assert run_cli("prepare", *tiny(val_file=stories / "00.txt")) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_version_0_1_keeps_its_validation_rows(tiny, tmp_path, monkeypatch, capsys):
+    """It held out evenly spaced documents, most of which are training documents by the hash."""
+    from hf_myllm import build
+    from hf_myllm.train import evaluate
+
+    build_task = build.tasks.build
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            build.tasks, "build", lambda *args: build_task(*args[:2], args[2] | {"splits_by_position": True}, *args[3:])
+        )
+        assert train(*tiny(max_steps=4)) == 0
+    path = tmp_path / "run" / "run.json"
+    facts = json.loads(path.read_text())
+    assert facts["held_out_by"] == "position"
+    before = read_metrics(tmp_path / "run", "val_loss")[-1]
+    del facts["held_out_by"]
+    path.write_text(json.dumps(facts))
+    assert evaluate(tmp_path / "run")["loss"] == pytest.approx(before, abs=1e-6)
+    assert train(*tiny(max_steps=6), "--init_from", "resume", "--allow_changed") == 0
+    assert "other tokens" not in capsys.readouterr().err
+    assert json.loads(path.read_text())["held_out_by"] == "position"
+    # it is not mixed with the new choice without a word
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_by": "hash"}))
+    assert evaluate(tmp_path / "run")["loss"] != pytest.approx(before, abs=1e-6)
+    assert train(*tiny(max_steps=6), "--init_from", "resume") == 2
+    assert "other tokens in the training data and the validation data now" in capsys.readouterr().err

@@ -22,9 +22,10 @@ from ..errors import DataError
 from ..models.loading import num_token_ids
 from .cache import cached_folder, cached_path
 from .discovery import TOKEN_ID_FORMATS
+from .hold_out import HoldOut
 from .pickled import read_token_ids
 from .readers import read_documents
-from .sources import source_key, total_size
+from .sources import known_whole, source_key, total_size
 from .tokenizer import end_of_document, safe_split_pattern
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
@@ -117,16 +118,17 @@ def merge_stats(stats):
     return merged
 
 
-def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False):
+def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False, by_position=False):
     """Return a source as token streams, tokenized now or loaded from the cache.
 
     Every rank may call this: a lock lets one rank of each machine do the work while the others wait.
 
     Args:
         tokenizer: for a `.bin`, only its size is used, to choose the integer type.
-        val_fraction: fraction of the documents to hold out, spread evenly over the corpus. With too few documents, and
-            for token ids, that fraction of the tokens is held out, at the end.
+        val_fraction: fraction of the documents to hold out. With too few documents, and for token ids, that fraction of
+            the tokens is held out, at the end.
         bin_dtype: the integer type of a `.bin`, or "auto".
+        by_position: see [`HoldOut`].
     Returns:
         The training and the validation [`TokenStream`] (None if val_fraction is 0), and the statistics: for each part
         the counts of documents, tokens, bytes of text and unknown tokens, and the share of the source that was read.
@@ -137,7 +139,7 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
         training, stats = _load_token_ids(source, tokenizer, bin_dtype)
         validation = None
     else:
-        training, validation, stats = _load_text(source, tokenizer, val_fraction, show_progress)
+        training, validation, stats = _load_text(source, tokenizer, (val_fraction, by_position), show_progress)
     if val_fraction and validation is None:
         training, validation = training.split(int(len(training) * (1 - val_fraction)))
         if len(training) == 0:
@@ -150,14 +152,14 @@ def _nothing_left(source, val_fraction):
     return DataError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
 
 
-def _load_text(source, tokenizer, val_fraction, show_progress):
-    settings = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), val_fraction]
-    whole = replace(source, max_chars=0)
-    if cached_path(["tokens", source_key(whole), *settings]).exists():  # prefer the whole corpus to a sample of it
+def _load_text(source, tokenizer, split, show_progress):
+    settings = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), *split]
+    whole = known_whole(source)
+    if whole and cached_path(["tokens", source_key(whole), *settings]).exists():  # prefer it to a sample
         source = whole
     folder = cached_folder(
         ["tokens", source_key(source), *settings],
-        lambda folder: _tokenize(source, tokenizer, val_fraction, folder, show_progress),
+        lambda folder: _tokenize(source, tokenizer, split, folder, show_progress),
     )
     stats = json.loads((folder / "stats.json").read_text())
     streams = {}
@@ -169,33 +171,39 @@ def _load_text(source, tokenizer, val_fraction, show_progress):
     return streams["train"], streams.get("validation"), stats
 
 
-def is_held_out(index, fraction):
-    """Return whether an item is held out, given its index: with 0.05, the 10th, 30th, 50th, ... item."""
-    return int((index + 1) * fraction + 0.5) > int(index * fraction + 0.5)
-
-
-def _tokenize(source, tokenizer, val_fraction, folder, show_progress):
+def _tokenize(source, tokenizer, split, folder, show_progress):
     """Write train.arrow, validation.arrow and stats.json."""
-    end = end_of_document(tokenizer)
+    end, split_pattern = end_of_document(tokenizer), safe_split_pattern(tokenizer)
+    hold_out = HoldOut(((None, text) for text in _first_pieces(source, split_pattern)), *split)
     parts = {part: _PartWriter(folder / f"{part}.arrow", tokenizer) for part in ("train", "validation")}
-    num_documents = 0
+    num_documents, is_first = 0, True
     with Progress(total_size(source), show_progress) as progress:
-        pieces = read_documents(source, safe_split_pattern(tokenizer), progress.add_read)
+        pieces = read_documents(source, split_pattern, progress.add_read)
         for batch in tokenize_pieces(pieces, tokenizer):
             for (text, is_end), ids in batch:
-                part = parts["validation" if is_held_out(num_documents, val_fraction) else "train"]
+                if is_first:
+                    part = parts["validation" if hold_out.chooses(num_documents, None, text) else "train"]
                 part.add(text, ids, end if is_end else [])
-                num_documents += is_end
-            for part in parts.values():
-                part.flush()
+                num_documents, is_first = num_documents + is_end, is_end
+            for writer in parts.values():
+                writer.flush()
             progress.add_tokens(sum(len(ids) for _, ids in batch))
     stats = {name: part.close() for name, part in parts.items()}
     stats["share"] = progress.fraction if source.max_chars else 1.0
     if not stats["train"]["tokens"]:
         if stats["validation"]["tokens"]:
-            raise _nothing_left(source, val_fraction)
+            raise _nothing_left(source, split[0])
         raise DataError(f"{source.name} holds no text")
     (folder / "stats.json").write_text(json.dumps(stats))
+
+
+def _first_pieces(source, split_pattern):
+    """Yield the first piece of each document of a source."""
+    is_first = True
+    for text, is_end in read_documents(source, split_pattern):
+        if is_first:
+            yield text
+        is_first = is_end
 
 
 class _PartWriter:

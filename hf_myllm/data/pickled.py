@@ -76,7 +76,7 @@ def _encode(text, encoding):
 
 
 def _load_from_bytes(content):
-    storage = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    storage = _load_torch(io.BytesIO(content), len(content))
     if not isinstance(storage, torch.storage.TypedStorage) or storage.dtype not in _INTEGERS:
         raise _RefusedError("a tensor of anything but whole numbers")
     return storage
@@ -156,8 +156,8 @@ def read_token_ids(path):
 
 def _load(path):
     """Return the objects of the pickles in a file."""
-    if zipfile.is_zipfile(path):  # torch.save; weights_only is a restricted unpickler too
-        return [torch.load(path, weights_only=True, map_location="cpu")]
+    if zipfile.is_zipfile(path):
+        return [_load_torch(path, os.path.getsize(path))]
     contents, size = [], os.path.getsize(path)
     with open(path, "rb") as file:
         while file.peek(1):
@@ -168,8 +168,19 @@ def _load(path):
             file.seek(start)
             contents.append(_Unpickler(file).load())
             if contents == [torch.serialization.MAGIC_NUMBER]:  # the old format of torch.save
-                return [torch.load(path, weights_only=True, map_location="cpu")]
+                return [_load_torch(path, size)]
     return contents
+
+
+def _load_torch(file, size):
+    """Return what torch.save wrote; weights_only is a restricted unpickler too."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:  # torch.save compresses nothing
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise _RefusedError("more bytes than it has, compressed")
+    if hasattr(file, "seek"):
+        file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def _flatten(content, size):

@@ -1,8 +1,11 @@
 """Data sources: files, data sets of the Hugging Face Hub, and data in memory."""
 
+import filecmp
 import functools
 import hashlib
+import json
 import os
+import time
 from dataclasses import asdict, dataclass, field, replace
 
 import datasets
@@ -10,7 +13,11 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from ..errors import DataError, first_line
+from ..files import digest_file
+from .cache import cached_folder, cached_path
 from .discovery import file_format, find_files
+
+_CLOCK_TICK = 2_000_000_000  # nanoseconds; the clocks of file systems are coarser than the processor's
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,29 @@ def file_source(spec, text_column="text", document="file"):
     return Source(formats.pop(), name, tuple(files.values()), text_column, document, num_duplicates=duplicates)
 
 
+def check_disjoint(training, validation):
+    """Raise DataError if the validation source is also trained on, in whole or in part.
+
+    Args:
+        training: list of sources.
+    """
+    by_size = {}
+    for source in training:
+        if source.data is not None and source.fingerprint == validation.fingerprint:
+            raise DataError(f"{validation.name}: it holds the same texts as {source.name}; leave it out or give others")
+        for file in source.files:
+            by_size.setdefault(os.path.getsize(file), []).append(file)
+    for file in validation.files:
+        size = os.path.getsize(file)
+        for other in by_size.get(size, ()) if size else ():
+            if os.path.samefile(file, other) or filecmp.cmp(file, other, shallow=False):
+                name = "" if os.path.abspath(file) == os.path.abspath(other) else f", as {other}"
+                raise DataError(
+                    f"val_file: {file} is also a training file{name}; name only the others in train_file, or leave out "
+                    "val_file to hold out a part"
+                )
+
+
 def hub_source(name, config=None, split="train", revision=None, text_column="text"):
     """Return the source for `dataset`, a data set of the Hub.
 
@@ -115,7 +145,9 @@ def in_memory_source(data, name, text_column="text", document="file"):
 def source_key(source):
     """Return what a cached result of this source depends on, as JSON values.
 
-    A file counts by its path, size and time of change, which are quick to look up.
+    A file counts by its path and content, so a copy in its place with other times is the same. The digest of its
+    content is cached by what changes with every write. What is too large to be read whole, a stream or a sample of the
+    beginning, counts by that instead.
 
     Raises:
         DataError: a file no longer exists.
@@ -123,12 +155,42 @@ def source_key(source):
     key = asdict(replace(source, files=(), data=None))
     if source.format == "hub":  # an unpinned revision may have changed
         return key if source.is_streamed else key | {"fingerprint": load_hub(source)._fingerprint}
+    key |= {"name": "", "num_duplicates": 0}
+    if source.is_streamed or source.max_chars:
+        return key | {"files": file_states(source)}
+    return key | {"files": list(zip(map(os.path.abspath, source.files), _digests(source), strict=True))}
+
+
+def known_whole(source):
+    """Return the whole of a sampled source, or None if nothing was made of the whole yet."""
+    keys = [["digests", file_states(source), is_final] for is_final in (True, False)] if source.max_chars else []
+    if keys and (not source.files or any(cached_path(key).exists() for key in keys)):
+        return replace(source, max_chars=0)
+
+
+def file_states(source):
+    """Return (path, size, times of modification and of any change, inode) of each file, which are quick to look up."""
     try:
         stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
     except OSError as error:
         raise DataError(f"{source.name} cannot be read: {error}") from None
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return key | {"name": "", "num_duplicates": 0, "files": files}
+    return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+
+
+def _digests(source):
+    """Return a digest of the content of each file."""
+    states, digests = file_states(source), []
+
+    def measure(folder):
+        digests.extend(map(digest_file, source.files))
+        (folder / "digests.json").write_text(json.dumps(digests))
+
+    # a write within the clock's tick after the last one would look the same
+    is_final = time.time_ns() - max((changed for *_, changed, _ in states), default=0) > _CLOCK_TICK
+    folder = cached_folder(["digests", states, is_final], measure)
+    if is_final:
+        return json.loads((folder / "digests.json").read_text())
+    return digests or [digest_file(file) for file in source.files]
 
 
 def total_size(source):

@@ -20,7 +20,7 @@ from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
 from .corpus import Progress, TokenStream, token_dtype, tokenize_pieces
 from .readers import resume_documents
-from .sources import source_key
+from .sources import file_states, source_key
 from .tokenizer import end_of_document, fingerprint, safe_split_pattern
 
 
@@ -40,9 +40,12 @@ class TokenWindows:
 
     def __init__(self, source, tokenizer, size, owner="", positions=None, is_maker=True):
         self.source, self.tokenizer, self.size, self.is_maker = source, tokenizer, size, is_maker
-        self.key = ["window", source_key(source), fingerprint(tokenizer), end_of_document(tokenizer), size]
-        self.fingerprint = key_digest(self.key)
-        self.key.append(owner)
+        key = source_key(source)
+        if source.files:  # a checkpoint outlives a copy of the files, which has other inodes
+            key = key | {"files": [state[:3] for state in key["files"]]}
+        key = ["window", key, fingerprint(tokenizer), end_of_document(tokenizer), size]
+        self.fingerprint = key_digest(key)
+        self.key = [*key, owner, file_states(source)]
         self.positions = {0: {}} | {int(window): position for window, position in (positions or {}).items()}
         self.opened, self.prefetch, self.is_closed = {}, None, threading.Event()
 
@@ -100,34 +103,46 @@ class TokenWindows:
         filled, skip, following = 0, position.get("tokens", 0), None
         is_awaited = self.is_maker and threading.current_thread() is threading.main_thread()
         with Progress(self.size, is_awaited) as progress:
-            for batch in tokenize_pieces(self._pieces_from(position), self.tokenizer):
-                if self.is_closed.is_set():
-                    raise DataError("the run has ended")
-                for (_, _, piece_position), piece_ids in batch:
-                    piece_ids = piece_ids[skip:]
-                    if following is None and filled + len(piece_ids) > self.size:
-                        following = piece_position | {"tokens": skip + self.size - filled}
-                    piece_ids = piece_ids[: len(ids) - filled]
-                    ids[filled : filled + len(piece_ids)] = piece_ids
-                    filled, skip = filled + len(piece_ids), 0
+            while filled < len(ids):  # each time from the position to the end of the corpus, then from its beginning
+                start = filled
+                for batch in self._tokenize_from(position):
+                    if self.is_closed.is_set():
+                        raise DataError("the run has ended")
+                    for (_, _, piece_position), piece_ids in batch:
+                        piece_ids = piece_ids[skip:]
+                        if following is None and filled + len(piece_ids) > self.size:
+                            following = piece_position | {"tokens": skip + self.size - filled}
+                        piece_ids = piece_ids[: len(ids) - filled]
+                        ids[filled : filled + len(piece_ids)] = piece_ids
+                        filled, skip = filled + len(piece_ids), 0
+                        if filled == len(ids):
+                            break
+                    progress.add_read(filled - progress.num_read)
+                    progress.add_tokens(filled - progress.num_tokens)
                     if filled == len(ids):
-                        ids.flush()
-                        (folder / "next.json").write_text(json.dumps(following))
-                        return
-                progress.add_read(filled - progress.num_read)
-                progress.add_tokens(filled - progress.num_tokens)
+                        break
+                if not position and filled == start:
+                    raise DataError(f"{self.source.name} holds no text")
+                if not position and filled < len(ids):  # the whole corpus is smaller: repeat its tokens
+                    following = self._position_of((self.size - start) % (filled - start))
+                    ids[filled:] = np.resize(ids[start:filled], len(ids) - filled)
+                    filled = len(ids)
+                position = {}
+        ids.flush()
+        (folder / "next.json").write_text(json.dumps(following))
 
-    def _pieces_from(self, position):
-        """Yield (text, is_end, position of the piece) from a position on, over and over again."""
-        split_pattern = safe_split_pattern(self.tokenizer)
-        while True:
-            is_empty = not position
-            for piece in resume_documents(self.source, split_pattern, position):
-                yield piece
-                is_empty = False
-            if is_empty:
-                raise DataError(f"{self.source.name} holds no text")
-            position = {}
+    def _tokenize_from(self, position):
+        """Yield lists of ((text, is_end, position), token ids) of the pieces from a position to the corpus' end."""
+        pieces = resume_documents(self.source, safe_split_pattern(self.tokenizer), position)
+        return tokenize_pieces(pieces, self.tokenizer)
+
+    def _position_of(self, token):
+        """Return the position of a token of the corpus, counted from its beginning."""
+        for batch in self._tokenize_from({}):
+            for (_, _, position), ids in batch:
+                if token < len(ids):
+                    return position | {"tokens": token}
+                token -= len(ids)
 
 
 class StreamedRows:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from ..errors import ModelError, first_line
+from ..files import find_lfs_pointer
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -37,12 +38,16 @@ def load(name, model_type=None):
     """
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception:
             if model_type is None:
                 raise
-            tokenizer = AutoTokenizer.from_pretrained(name, config=AutoConfig.for_model(model_type))
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, config=AutoConfig.for_model(model_type), trust_remote_code=False
+            )
     except Exception as error:  # the library raises many classes of errors
+        if pointer := find_lfs_pointer(name):
+            raise ModelError(pointer) from None
         raise ModelError(
             f"tokenizer '{name}' cannot be found: it is not a folder with tokenizer files here, and the Hugging Face "
             f"Hub did not give it ({first_line(error)[:200]}); give a folder, a Hub id, or "
@@ -153,7 +158,7 @@ def save(tokenizer, folder):
         raise OSError(first_line(error)) from None
     path = Path(folder) / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only"):  # how it was loaded here
+    for name in ("is_local", "local_files_only", "auto_map"):  # how it was loaded here, and code of somebody else
         config.pop(name, None)
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 does not have this class
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -1,5 +1,6 @@
 """The model card: README.md of a run, rendered from model_card.md.jinja with what the run's folder holds."""
 
+import json
 import re
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def _card_values(folder, run_dir, config, run, name, revision):
         "architecture": architecture,
         "step": step,
         "usage": _usage(folder, name),
-        "repo": name,
-        "revision": f', revision="{revision}"' if revision else "",
+        "repo": json.dumps(name),
+        "revision": f", revision={json.dumps(revision)}" if revision else "",
         "new_tokens": min(50, length // 2) if length else 50,  # the stock GPT-2 fails beyond its positions
         "metrics": metrics,
         "metrics_step": metrics_step,

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .. import checkpoint
 from ..distributed import exit_with_parent
 from ..errors import HubError, first_line
-from ..files import link_or_copy
+from ..files import link_or_copy, regular_files
 from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, step_of
 from .stock_check import check, single_process_environment
 
@@ -121,13 +121,13 @@ def _stage(folder, staging, repo, revision):
         HubError: a file contains what looks like an access token.
     """
     run_dir = checkpoint.find_run_dir(folder.resolve())
-    for path in folder.iterdir():
-        if _is_shared(path.name) and path.is_file() and not path.is_symlink():
+    for path in regular_files(folder):
+        if _is_shared(path.name):
             link_or_copy(path, staging / path.name)
-    for name in ("README.md", "loss.png"):
-        if folder != run_dir and (run_dir / name).is_file():
-            (staging / name).unlink(missing_ok=True)
-            link_or_copy(run_dir / name, staging / name)
+    for path in regular_files(run_dir) if folder != run_dir else ():
+        if path.name in ("README.md", "loss.png"):
+            (staging / path.name).unlink(missing_ok=True)
+            link_or_copy(path, staging / path.name)
     card = staging / "README.md"
     if not is_edited(card):
         card.unlink(missing_ok=True)

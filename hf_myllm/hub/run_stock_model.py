@@ -22,7 +22,7 @@ def load_model(folder, architecture, base, config_path):
         from peft import PeftModel
 
         config = transformers.AutoConfig.from_pretrained(config_path, trust_remote_code=False)
-        model = model_class.from_pretrained(base, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(base, config=config, dtype=torch.float32, trust_remote_code=False)
         return PeftModel.from_pretrained(model, folder)
     model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]) + sorted(info["mismatched_keys"]):

@@ -224,7 +224,8 @@ def load_stock_model(folder, dtype="auto"):
     architecture = read_architecture(folder)
     names = [ending for ending in STOCK_CLASSES if architecture.endswith(ending)]
     model_class = STOCK_CLASSES[names[0]] if names else AutoModelForCausalLM
-    return load_model(model_class, folder, AutoConfig.from_pretrained(lora.config_of(folder)), dtype)
+    config = AutoConfig.from_pretrained(lora.config_of(folder), trust_remote_code=False)
+    return load_model(model_class, folder, config, dtype)
 
 
 def read_architecture(folder):
@@ -234,7 +235,8 @@ def read_architecture(folder):
         ModelError: the configuration cannot be read.
     """
     try:
-        return (AutoConfig.from_pretrained(lora.config_of(folder)).architectures or [""])[0]
+        config = AutoConfig.from_pretrained(lora.config_of(folder), trust_remote_code=False)
+        return (config.architectures or [""])[0]
     except Exception as error:
         raise ModelError(f"{folder}/config.json is not a model's configuration: {first_line(error)[:200]}") from None
 

@@ -58,6 +58,7 @@ class StockConfigMixin:
     def to_dict(self):
         # Not in save_pretrained: push_to_hub and to_json_file must write the same.
         config = super().to_dict()
+        config.pop("auto_map", None)  # code of somebody else, which the model was trained without
         config["architectures"] = [self.stock_name(name) for name in config.get("architectures") or []] or None
         # transformers 4 reads rope_theta and rope_scaling; transformers 5 reads rope_parameters.
         rope = dict(config.get("rope_parameters") or {})

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..errors import ModelError, first_line
+from ..files import find_lfs_pointer
 from ..terminal import warn
 
 # Buffers in files of earlier versions of the stock classes: nothing in them was learned.
@@ -21,14 +22,15 @@ def load(model_class, path, config, dtype, ignore_mismatched_sizes=True):
         ModelError: it cannot be loaded, holds weights that the model has no place for, or weights that are no numbers.
     """
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": ignore_mismatched_sizes}
-    options["output_loading_info"] = True
+    options |= {"output_loading_info": True, "trust_remote_code": False}
     try:
         model, loading_info = model_class.from_pretrained(str(path), **options)
         if any(re.search(pattern, name) for name in loading_info["unexpected_keys"] for pattern in _WRAPPERS):
             model, loading_info = model_class.from_pretrained(str(path), key_mapping=_WRAPPERS, **options)
             model._weight_conversions = None  # saving would apply the renaming backwards
     except Exception as error:
-        raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
+        problem = find_lfs_pointer(path) or f"the model {path} cannot be loaded: {first_line(error)[:300]}"
+        raise ModelError(problem) from None
     loading_info["unused"] = _find_unused(model, path, loading_info["unexpected_keys"])
     _check_numbers(model, path)
     return model, loading_info

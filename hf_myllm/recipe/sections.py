@@ -1,5 +1,6 @@
 """The sections of a recipe: every key with its type, default, limits and help."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema, model_validator
@@ -96,7 +97,10 @@ class Data(Section):
     )
     document: Literal["file", "line"] = changeable("file", "What a document is in a text file.", tasks=TEXT_TASKS)
     val_fraction: float = fixed(
-        0.05, "Fraction of the documents held out for validation when there is no val_file.", ge=0, lt=1
+        0.05,
+        "Fraction of the documents, or of the rows of each label, held out for validation when there is no val_file.",
+        ge=0,
+        lt=1,
     )
     bin_dtype: Literal["auto", "uint16", "uint32"] = changeable(
         "auto", "Integer type of a .bin file.", tasks=TEXT_TASKS
@@ -270,6 +274,12 @@ class Evaluation(Section):
     metrics: Paths | None = changeable(
         None, "Additional metrics of the `evaluate` library, by name or path.", tasks=LABELLED_TASKS
     )
+    trust_metric_code: bool = changeable(
+        False,
+        "Run the code of metrics that are files or folders here, or belong to a user of the Hub.",
+        tasks=LABELLED_TASKS,
+        needs="metrics",
+    )
     metric_for_best: str | None = changeable(
         None,
         "Validation metric that selects the best checkpoint, such as val_loss or val_f1. Every evaluation then reads "
@@ -357,6 +367,12 @@ class Run(Section):
         le=1000,
     )
     seed: int = fixed(1337, "Seed of the initial weights, the order of rows and dropout.", ge=0, le=1 << 62)
+
+    @model_validator(mode="after")
+    def _check_project(self):
+        if ".." in re.split(r"[/\\]", self.project_name) or self.project_name.startswith(("/", "\\")):
+            raise RecipeError(f"project_name: {self.project_name!r:.100} leads out of the run's folder; give a name")
+        return self
 
 
 class Hub(Section):

@@ -47,6 +47,7 @@ def run_facts(run, unigram):
         "unigram_loss": None if unigram is None else unigram["loss"],
         "labels": list(run.task.labels.names) if run.task.labels else [],
         "data": _data_facts(run),
+        "held_out_by": "position" if run.task.settings.splits_by_position else "hash",
     }
 
 

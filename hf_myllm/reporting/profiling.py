@@ -13,6 +13,8 @@ import torch
 from accelerate import PartialState
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from ..files import refuse_link
+
 WARMUP_STEPS = 10  # not recorded: they compile and fill caches
 _CATEGORIES = {  # the first whose pattern matches
     "communication": r"nccl|gloo|all_?reduce|all_?gather|reduce_?scatter",
@@ -73,6 +75,8 @@ class Profiler:
             return
         folder = self.run_dir / "profile"
         folder.mkdir(exist_ok=True)
+        for name in ("trace.json", "summary.txt"):
+            refuse_link(folder / name)
         recorded.export_chrome_trace(str(folder / "trace.json"))
         self.summary = summarize(recorded.key_averages(), self.steps, self.device)
         (folder / "summary.txt").write_text(self.summary + "\n")

@@ -40,6 +40,7 @@ class Settings:
     mlm_probability: float = 0.15
     whole_word_masking: bool = False
     val_fraction: float = 0.0
+    splits_by_position: bool = False  # no key of a recipe: for runs that began with version 0.1
     bin_dtype: str = "auto"
     text_column: str | None = None
     text_pair_column: str | None = None
@@ -141,7 +142,7 @@ class Task:
             training data, validation data (each None if there is none), and a dict of statistics of the data.
         """
         fraction = 0.0 if validation else self.settings.val_fraction
-        options = self.settings.bin_dtype, show_progress
+        options = self.settings.bin_dtype, show_progress, self.settings.splits_by_position
         loaded = [corpus.load_tokens(source, self.tokenizer, fraction, *options) for source in training]
         train_tokens, val_tokens, stats = None, None, {}
         if loaded:

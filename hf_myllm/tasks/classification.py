@@ -72,6 +72,9 @@ class Classification(LabelNames, PredictionTask):
             return {name: self.read_cell(record, where, name, "label_column") for name in self.label_column}
         return self.read_cell(record, where, self.label_column, "label_column")
 
+    def split_key(self, example):
+        return (example[1] if self.labels.problem_type == CLASSIFICATION else None), repr(example[0])
+
     def record(self, example):
         if not self.reads_labels:
             texts = example[0] if self.is_pair else (example[0],)

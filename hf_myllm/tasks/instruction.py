@@ -179,6 +179,9 @@ class Instruction(LabelledTask, CausalLM):
         except ValueError as error:
             raise BadRowError(f"{where}: {error}") from None
 
+    def split_key(self, example):
+        return None, example["text"]
+
     def update_stats(self, stats, example):
         stats["unlearned"] = stats.get("unlearned", 0) + example["num_unlearned"]
         stats["ends"] = sorted({*stats.get("ends", ()), *example["end_tokens"]})

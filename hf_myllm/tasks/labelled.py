@@ -35,6 +35,7 @@ class LabelledTask(Task):
     reads_labels = True  # False for predictions
     label_feature = datasets.Value("int64")  # type of a row's `labels`
     record_features = None  # columns of what `record` keeps of each training example; None: nothing is kept
+    is_split_by_context = False  # whether `split_key` is less than the example
     default_text_column = "text"  # `text_column` if the recipe does not set it
     cut_message = "split into several rows"  # what happens to examples that are longer than a row
 
@@ -78,7 +79,8 @@ class LabelledTask(Task):
         return [self.text_column, self.settings.text_pair_column, *labels]
 
     def split_key(self, example):
-        """Return what may not stand on both sides when a part is held out; None: the example itself."""
+        """Return (group, text): of each group the same share is held out; a text does not stand on both sides."""
+        return None, repr(example)
 
     def record(self, example):
         """Return a dict to keep of an example beside its rows, for metrics or to show it with its predictions.

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from ..data.cache import cached_folder
-from ..data.corpus import TokenStream, is_held_out
+from ..data.corpus import TokenStream
+from ..data.hold_out import HoldOut
 from ..data.sources import source_key
 from ..errors import InputError
 from .labels import BadRowError
@@ -106,11 +107,11 @@ def load_rows(source, task, val_fraction=0.0):
     """Return the rows of a source, and those held out (None without val_fraction), tokenized or from the cache.
 
     Args:
-        val_fraction: share of the examples to hold out, evenly spread.
+        val_fraction: share of the examples to hold out.
     Raises:
         BadRowError: an example cannot be used, and skip_bad_rows is off.
     """
-    key = ["labelled", 4, source_key(source), task.cache_key(), val_fraction]
+    key = ["labelled", 5, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
     folder = cached_folder(key, lambda partial: _write_rows(source, task, val_fraction, partial))
     held_out = _open_rows(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
     return _open_rows(folder / "train", source.name), held_out
@@ -141,14 +142,19 @@ def read_examples(source, task, skipped):
 
 
 def _write_rows(source, task, val_fraction, folder):
-    skipped, split_indices, pending = [], {}, {}
+    skipped, positions, pending = [], {}, {}
+    by_position = task.settings.splits_by_position
+    keys = (task.split_key(example) for example in read_examples(source, task, []))
+    if task.is_split_by_context and val_fraction:
+        keys = dict.fromkeys(keys)  # each context once
+    hold_out = HoldOut(keys, val_fraction, by_position)
     writers = {"train": _RowWriter(task, folder / "train", skipped)}
     if val_fraction:
         writers["validation"] = _RowWriter(task, folder / "validation", skipped)
     for count, example in enumerate(read_examples(source, task, skipped)):
-        key = task.split_key(example)
-        index = count if key is None else split_indices.setdefault(key, len(split_indices))
-        part = "validation" if is_held_out(index, val_fraction) else "train"
+        group, text = task.split_key(example)
+        position = positions.setdefault(text, len(positions)) if task.is_split_by_context else count
+        part = "validation" if hold_out.chooses(position, group, text) else "train"
         pending.setdefault(part, []).append(example)
         if len(pending[part]) == _BATCH:
             writers[part].add(pending.pop(part))

@@ -28,6 +28,7 @@ class QuestionAnswering(PredictionTask):
 
     unused_keys = ("streaming", "datasets", "start_context")
     is_pair = True
+    is_split_by_context = True
     label_feature = datasets.List(datasets.Value("int64"))
     record_features = datasets.Features(
         {name: datasets.Value("string") for name in ("id", "question", "context")}
@@ -98,7 +99,7 @@ class QuestionAnswering(PredictionTask):
         return {"where": where, "id": name, "question": question, "context": context, "answers": answers}
 
     def split_key(self, example):
-        return hash(example["context"])  # all questions on a context stay on one side
+        return None, example["context"]  # all questions on a context stay on one side
 
     def record(self, example):
         texts, starts = zip(*example["answers"], strict=True) if example["answers"] else ((), ())

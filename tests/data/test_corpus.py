@@ -6,13 +6,15 @@ import gzip
 import json
 import lzma
 import os
+import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from hf_myllm.data import corpus, readers, sources, tokenizer
+from hf_myllm.data import corpus, hold_out, readers, sources, tokenizer
 from hf_myllm.errors import DataError
 
 
@@ -84,12 +86,39 @@ def test_one_document_per_line(tmp_path, bpe):
     assert stats["train"]["documents"] == 3
 
 
-def test_validation_documents_are_spread_evenly(stories, bpe):
+def held_out_texts(bpe, texts, fraction=0.1, **options):
+    """Return the texts that are held out, and those that are not."""
+    source = sources.in_memory_source(texts, "train_data")
+    training, held_out, _ = corpus.load_tokens(source, bpe, fraction, **options)
+    return [bpe.decode(all_ids(part)).split(bpe.eos_token)[:-1] for part in (held_out, training)]
+
+
+def test_documents_are_held_out_by_their_content(stories, bpe):
     texts = documents(stories)
-    training, held_out, stats = load(str(stories), bpe, 0.1)
-    assert all_ids(held_out) == expected(bpe, texts[4::10])
-    assert stats["validation"]["documents"] == 4
-    assert len(training) + len(held_out) == len(expected(bpe, texts))
+    held_out, training = held_out_texts(bpe, texts)
+    assert len(held_out) == 4
+    assert sorted(held_out + training) == sorted(texts)
+    assert set(held_out_texts(bpe, texts[::-1])[0]) == set(held_out)  # in any order
+    more = held_out_texts(bpe, [*texts, "one more text"])[0]
+    assert len(set(more) & set(held_out)) >= 3
+    assert not set(held_out_texts(bpe, texts * 3)[0]) & set(held_out_texts(bpe, texts * 3)[1])  # equal ones on one side
+    assert len(held_out_texts(bpe, ["the same"] * 40)[0]) == 4
+    # as in version 0.1
+    assert held_out_texts(bpe, texts, by_position=True)[0] == texts[4::10]
+
+
+def test_long_documents_are_held_out_whole(stories, bpe, monkeypatch):
+    texts = [" ".join(documents(stories)[n : n + 5]) for n in range(30)]
+    whole = held_out_texts(bpe, texts)
+    monkeypatch.setattr(readers, "_PIECE_CHARS", 100)
+    held_out, training = held_out_texts(bpe, [f"{text}." for text in texts])
+    assert (len(held_out), len(training)) == tuple(map(len, whole)) == (3, 27)
+
+
+def test_the_share_of_very_many_documents(bpe, monkeypatch):
+    monkeypatch.setattr(hold_out, "_RANKED", 100)
+    texts = [f"text {n}" for n in range(3000)]
+    assert abs(len(held_out_texts(bpe, texts)[0]) - 300) < 60
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "bert-base-uncased", "t5"])
@@ -159,6 +188,37 @@ def test_tokens_are_cached_until_the_file_changes(tmp_path, bpe, monkeypatch):
     changed, _, _ = load(str(file), bpe)
     assert all_ids(changed) == expected(bpe, [file.read_text()])
     assert changed.fingerprint != first.fingerprint
+
+
+def test_new_content_of_the_same_size_and_time_is_read(tmp_path, bpe, monkeypatch):
+    """As archives with fixed times give it; a copy of the same content with other times is not tokenized again."""
+    file = tmp_path / "a.txt"
+    for waits in (False, True):
+        if waits:  # as if the file had been written long ago
+            monkeypatch.setattr(sources, "_CLOCK_TICK", 0)
+        for text in ("aaaa a king", "cccc a king"):
+            file.write_text(text)
+            os.utime(file, (10**9, 10**9))
+            assert all_ids(load(str(file), bpe)[0]) == expected(bpe, [text])
+    monkeypatch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
+    for name in ("b.txt", "a.txt"):
+        file = file.replace(tmp_path / name)
+    shutil.copy(file, tmp_path / "copy")
+    (tmp_path / "copy").replace(file)
+    os.utime(file, (2 * 10**9, 2 * 10**9))
+    load(str(file), bpe)
+
+
+def test_a_sample_of_the_beginning_is_replaced_by_the_whole_once_that_is_tokenized(tmp_path, bpe, monkeypatch):
+    (tmp_path / "a.txt").write_text("Anna finds a king. " * 99)
+    monkeypatch.setattr(sources, "_CLOCK_TICK", 0)
+    source = sources.file_source(str(tmp_path / "a.txt"))
+    sample = replace(source, max_chars=50)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "digest_file", lambda path: pytest.fail("all of a large file was read"))
+        assert corpus.load_tokens(sample, bpe)[2]["share"] < 1.1
+    whole = corpus.load_tokens(source, bpe)[0]
+    assert corpus.load_tokens(sample, bpe)[0].fingerprint == whole.fingerprint
 
 
 def test_an_interrupted_tokenization_leaves_no_cached_folder(tmp_path, bpe, monkeypatch):
@@ -311,8 +371,8 @@ def test_data_in_memory_gives_the_tokens_of_the_same_files(stories, bpe):
         expected_stream = load(str(stories), bpe, 0.1)[0]
         assert all_ids(training) == all_ids(expected_stream)
         assert training.fingerprint == expected_stream.fingerprint
-        assert all_ids(held_out) == expected(bpe, texts[4::10])
-        assert stats["train"]["documents"] == 36
+        assert held_out.fingerprint == load(str(stories), bpe, 0.1)[1].fingerprint
+        assert (stats["train"]["documents"], stats["validation"]["documents"]) == (36, 4)
     assert list(readers.SourceTexts([sources.in_memory_source(texts, "train_data")])) == texts
     assert sources.total_size(source) == sum(path.stat().st_size for path in stories.glob("*.txt"))
     assert sources.total_size(sources.in_memory_source(rows, "train_data", "body")) == 40

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import lzma
+import os
 import pickle
 
 import datasets
@@ -121,6 +122,31 @@ def test_json_lines_by_other_names(tmp_path, suffix):
     content = b'{"text": "one"}\n{"text": "two"}\n'
     write(tmp_path / f"a.{suffix}", gzip.compress(content) if suffix.endswith("gz") else content)
     assert texts(tmp_path / f"a.{suffix}") == texts(tmp_path) == ["one", "two"]
+
+
+def test_validation_files_are_not_training_files(tmp_path):
+    train, val = write(tmp_path / "data" / "train.txt", "one"), write(tmp_path / "data" / "val.txt", "two")
+    (tmp_path / "link.txt").symlink_to(val)
+    (tmp_path / "folder").symlink_to(tmp_path / "data")
+    os.link(val, tmp_path / "hard.txt")
+    write(tmp_path / "copy" / "copy.txt", "two")
+    write(tmp_path / "other.txt", "six")
+    write(tmp_path / "empty.txt", "")
+    training = [sources.file_source(str(train)), sources.file_source(str(tmp_path / "data"))]
+    names = ["data/val.txt", "link.txt", "hard.txt", "copy/copy.txt", "folder/val.txt", "copy", "data", "*.txt"]
+    for name in names:
+        with pytest.raises(
+            DataError, match=r"val_file: .*(val|link|hard|copy|train).txt is also a training file.*; name "
+        ):
+            sources.check_disjoint(training, sources.file_source(f"{tmp_path}/{name}"))
+    sources.check_disjoint(training, sources.file_source(str(tmp_path / "other.txt")))
+    sources.check_disjoint(training[:1], sources.file_source([str(val), str(tmp_path / "empty.txt")]))
+    memory = [
+        sources.in_memory_source(texts, name) for texts, name in ((["a", "b"], "train_data"), (["a"], "eval_data"))
+    ]
+    sources.check_disjoint(memory[:1], memory[1])
+    with pytest.raises(DataError, match="eval_data: it holds the same texts as train_data"):
+        sources.check_disjoint(memory[:1], sources.in_memory_source(("a", "b"), "eval_data"))
 
 
 # ---- rows

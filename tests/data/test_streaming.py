@@ -95,3 +95,18 @@ def test_an_empty_corpus_is_an_error(bpe, tmp_path):
     windows = streaming.TokenWindows(sources.file_source(str(tmp_path / "blank.txt")), bpe, 100)
     with pytest.raises(DataError, match="holds no text"):
         windows.open(0)
+
+
+@pytest.mark.parametrize("source", ["files", "lines", "memory"], indirect=True)
+@pytest.mark.parametrize("factor", [1, 2, 3.7])
+def test_a_corpus_that_is_smaller_than_a_window_is_tokenized_once_or_twice(stories, bpe, source, factor, monkeypatch):
+    stream = whole(stories, bpe)
+    size = int(len(stream) * factor)
+    endless = np.tile(stream.read(0, len(stream)), 12)
+    windows, passes = streaming.TokenWindows(source, bpe, size, owner=f"{source.format} {factor}"), []
+    tokenize = windows._tokenize_from
+    monkeypatch.setattr(windows, "_tokenize_from", lambda position: passes.append(position) or tokenize(position))
+    for window in range(3):
+        assert np.array_equal(windows.open(window), endless[window * size : (window + 1) * size + 1]), window
+    windows.close()
+    assert len(passes) <= 3 * 4

@@ -124,7 +124,7 @@ def test_metrics_that_should_grow_or_fall(tmp_path):
 
 def test_metrics_of_the_library_evaluate(tmp_path, noise):
     (tmp_path / "halves.py").write_text(METRIC)
-    assert train(*flags(**noise, max_steps=2, metrics=tmp_path / "halves.py")) == 0
+    assert train(*flags(**noise, max_steps=2, metrics=tmp_path / "halves.py", trust_metric_code="true")) == 0
     metrics = evaluations(tmp_path / "run")[-1]
     assert metrics["val_rows"] == 40
     assert metrics["val_halves_f1"] == 0.5
@@ -154,7 +154,7 @@ def test_a_head_keeps_the_meaning_of_its_labels(tmp_path, noise, capsys):
     model.save_pretrained(swapped)
     AutoTokenizer.from_pretrained(run).save_pretrained(swapped)
     same = flags(
-        model="gpt", task="classification", train_file=noise["val_file"], val_file=noise["val_file"], max_steps=1
+        model="gpt", task="classification", train_file=noise["train_file"], val_file=noise["val_file"], max_steps=1
     )
     for start in (run, swapped):
         assert (

@@ -241,14 +241,16 @@ def test_a_chat_ends_where_its_template_ends_a_turn(tmp_path, gpt, capsys):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     turns = [[{"role": "user", "content": name}, {"role": "assistant", "content": f"say {name}"}] for name in NAMES]
-    data = write_lines(tmp_path / "a.jsonl", [{"messages": turn} for turn in turns * 20])
+    data, val_data = (
+        write_lines(tmp_path / f"{count}.jsonl", [{"messages": turn} for turn in turns * count]) for count in (20, 19)
+    )
     settings = flags(
         model="gpt", task="instruction", init_from=gpt, max_len=48, epochs=25, learning_rate=5e-3, batch_size=8
     )
     settings += flags(
         tokenizer=tmp_path / "tokenizer", vocab_size=len(tokenizer), chat_template=tmp_path / "chatml.jinja"
     )
-    assert train(*settings, *flags(train_file=data, val_file=data, save_model=tmp_path / "run")) == 0
+    assert train(*settings, *flags(train_file=data, val_file=val_data, save_model=tmp_path / "run")) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
     capsys.readouterr()

@@ -59,7 +59,9 @@ def test_texts_are_tokenized_as_by_the_stock_tokenizer(tmp_path, wordpiece, pair
     assert find_labels(task, source) == Labels("single_label_classification", ("0", "1", "2"))
     training, held_out = load_rows(source, task, 0.1)
     assert (len(training), len(held_out)) == (45, 5)
-    kept = [row for index, row in enumerate(ROWS) if index % 10 != 4]
+    ids = {tuple(held_out.read(row)[0].tolist()) for row in range(5)}
+    whole = load_rows(source, task)[0]
+    kept = [row for index, row in enumerate(ROWS) if tuple(whole.read(index)[0].tolist()) not in ids]
     batch = whole_batch(task, training)
     assert batch["labels"].tolist() == [row["label"] for row in kept] + [-100] * 2
     texts = [row["text"] for row in kept], *([[row["other"] for row in kept]] if pair else [])
@@ -70,6 +72,22 @@ def test_texts_are_tokenized_as_by_the_stock_tokenizer(tmp_path, wordpiece, pair
     assert batch["input_ids"].shape[1] % 8 == 0
     assert training.stats["cut"] > 0
     assert training.lengths(np.arange(3)).tolist() == stock["attention_mask"].sum(1)[:3].tolist()
+
+
+@pytest.mark.parametrize("text", ["text number {}", "text"])
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5])
+def test_every_label_is_held_out_alike(tmp_path, wordpiece, text, fraction):
+    """Also where labels alternate, in step with any regular choice, and where texts are equal."""
+    rows = [{"text": text.format(n), "label": "ab"[n % 2]} for n in range(200)]
+    rows += [{"text": text.format(n), "label": "rare"} for n in range(200, 210)]
+    source, task = write_source(tmp_path, rows), Classification(wordpiece, max_len=20)
+    names = find_labels(task, source).names
+    for part, share in zip(load_rows(source, task, fraction), (1 - fraction, fraction), strict=True):
+        counts = dict(zip(names, np.bincount(part.row_labels, minlength=3).tolist(), strict=True))
+        for name, total in (("a", 100), ("b", 100), ("rare", 10)):
+            assert abs(counts[name] - share * total) <= 1, counts
+        assert len(part) == pytest.approx(share * 210, abs=1)
+    assert load_rows(source, task, fraction)[1].num_examples == len(part)
 
 
 def test_types_of_labels(tmp_path, wordpiece):

@@ -40,7 +40,7 @@ def test_peft_loads_the_adapter_and_a_merged_model_agrees(tmp_path, gpt, capsys)
         "task": "classification",
         "init_from": gpt,
         "train_file": data,
-        "val_file": data,
+        "val_file": write_lines(tmp_path / "b.jsonl", rows * 4),
         "max_len": 16,
     }
     settings |= {
@@ -205,10 +205,11 @@ def test_lora_on_all_modules_trains_the_whole_head(tmp_path, entities_run):
     assert not any("classifier.lora" in name for name in names)
     assert predict(tmp_path / "run", "--input", entities_run / "val.conll", "--output", tmp_path / "out.jsonl") == 0
     # a head for other labels, which only the adapter has
-    (tmp_path / "other.conll").write_text("anna B-X\nrome B-Y\n\noslo O\nlima I-Y\n\n" * 9)
+    for count, name in ((9, "other"), (8, "val")):
+        (tmp_path / f"{name}.conll").write_text("anna B-X\nrome B-Y\n\noslo O\nlima I-Y\n\n" * count)
     settings |= {
         "train_file": tmp_path / "other.conll",
-        "val_file": tmp_path / "other.conll",
+        "val_file": tmp_path / "val.conll",
         "save_model": tmp_path / "other",
     }
     assert train(*flags(**settings, r=2)) == 0

@@ -1,0 +1,70 @@
+"""Choose the items that are held out for validation: by what they are, not by their place in the data.
+
+An item is held out if the hash of its text is among the lowest. So items that alternate (one label after the other) do
+not fall in step with the choice, equal items stay on one side, the order of the data does not matter, and data that is
+added leaves most items where they are. The seed of a run does not matter either: runs that differ only in their seed
+are compared on the same validation items.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+
+_RANKED = 1 << 17  # of more items, the share below a fixed limit is exact enough
+
+
+class HoldOut:
+    """Decides which items are held out.
+
+    Args:
+        items: an iterable over (group, text) of all items. The share is held out of each group, such as a label.
+        fraction: share of the items to hold out.
+        by_position: hold out evenly spaced items, as runs that began with version 0.1 did.
+    """
+
+    def __init__(self, items, fraction, by_position=False):
+        self.fraction, self.by_position, self.seen = fraction, by_position, None
+        self.limits = defaultdict(int)
+        if not fraction or by_position:
+            return
+        groups = defaultdict(Counter)
+        for count, (group, text) in enumerate(items, start=1):
+            groups[group][_hash(text)] += 1
+            if count > _RANKED:
+                self.limits = defaultdict(lambda: int(fraction * (1 << 64)))
+                return
+        self.limits, num_chosen = _find_limits(groups, fraction)
+        num_items = sum(counts.total() for counts in groups.values())
+        if not num_chosen and int(num_items * fraction + 0.5):  # nearly all items are equal: tell them apart
+            self.seen = Counter()
+            repeated = {
+                group: [_hash(f"{item} {n}") for item, count in counts.items() for n in range(count)]
+                for group, counts in groups.items()
+            }
+            self.limits, _ = _find_limits(repeated, fraction)
+
+    def chooses(self, index, group, text):
+        """Return whether an item is held out; `index` is its place in the data, and items are asked for in order."""
+        if self.by_position:  # with 0.05, the 10th, 30th, 50th, ... item
+            return int((index + 1) * self.fraction + 0.5) > int(index * self.fraction + 0.5)
+        item = _hash(text)
+        if self.seen is not None:
+            self.seen[group, item] += 1
+            item = _hash(f"{item} {self.seen[group, item] - 1}")
+        return item < self.limits[group]
+
+
+def _find_limits(groups, fraction):
+    """Return the limit of each group, below which as many of its hashes are as are to be held out, but never all; and
+    the number of hashes below all limits."""
+    limits, total, num_chosen = defaultdict(int), 0, 0
+    for group in sorted(groups, key=repr):
+        hashes, before = sorted(groups[group]), total
+        total += len(hashes)
+        count = int(total * fraction + 0.5) - int(before * fraction + 0.5)  # adds up over all groups
+        count = min(count, len(hashes) - 1)
+        limits[group], num_chosen = hashes[count], num_chosen + count
+    return limits, num_chosen
+
+
+def _hash(text):
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
