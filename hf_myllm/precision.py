@@ -76,6 +76,7 @@ def describe_precision(accelerator, precision):
 @contextmanager
 def inference_precision(precision, device):
     """Compute in a recipe's precision without an Accelerator, as the evaluations of its run do."""
+    device = torch.device(device)
     name = choose_precision(precision, device, trains=False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
     with preserved_tf32(), torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -110,7 +110,7 @@ def test_tf32_is_allowed_on_a_gpu_and_restored():
 def test_a_run_in_bf16_is_evaluated_and_sampled_in_bf16(tiny, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(*tiny(max_steps=5, eval_freq=5, precision="bf16")) == 0
-    assert "1 x cpu, precision bf16\n" in capsys.readouterr().out
+    assert "1 CPU, precision bf16\n" in capsys.readouterr().out
     assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["precision"] == "bf16"
     assert evaluate(run)["loss"] == read_metrics(run, "val_loss")[-1]
     assert evaluate(run, precision="fp32")["loss"] != read_metrics(run, "val_loss")[-1]
@@ -127,7 +127,7 @@ def test_a_run_in_bf16_is_evaluated_and_sampled_in_bf16(tiny, tmp_path, capsys):
 def test_precision_says_what_changes_on_resume(tiny, tmp_path, capsys):
     flags = tiny(max_steps=4, save_freq=2, eval_freq=None)
     assert train(*flags) == 0
-    assert "1 x cpu, precision fp32 (auto)\n" in capsys.readouterr().out
+    assert "1 CPU, precision fp32 (auto)\n" in capsys.readouterr().out
     before = read_weights(tmp_path / "run")
     flags = [*flags, "--init_from", "resume", "--max_steps", 6, "--allow_changed", "--precision", "bf16"]
     assert train(*flags) == 0

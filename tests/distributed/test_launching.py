@@ -46,7 +46,7 @@ def test_the_cpu_configuration_starts_two_ranks_and_when_one_is_killed_the_other
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     out, err = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "2 x cpu" in out
+    assert "2 CPUs" in out
     assert "error: rank 0 of 2, in " in err
     assert "--init_from resume continues from the newest checkpoint" in err
 

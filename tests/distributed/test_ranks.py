@@ -53,7 +53,7 @@ def test_any_number_of_ranks_trains_the_same_run(tiny, tiny_bert, tmp_path, task
         run = tmp_path / str(count)
         result = run_ranks(count, *flags, "--save_model", run)
         assert result.returncode == 0, result.stderr
-        assert f"{count} x cpu" in result.stdout
+        assert f"{count} CPU" in result.stdout
         assert result.stdout.count("step 20: training loss") == 1
         assert_same_run(run, tmp_path / "1")
 
@@ -77,7 +77,7 @@ def test_two_machines_train_the_same_run(tiny, tmp_path):
     ]
     results = [job.communicate(timeout=300) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], results
-    assert "2 x cpu" in results[0][0]
+    assert "2 CPUs" in results[0][0]
     assert results[1][0] == ""  # only rank 0 prints
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
@@ -226,7 +226,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny, tmp_path, sign
     ranks[1].send_signal(signum)
     out, _, codes = outputs(ranks)
     assert codes == [128 + signum] * 2
-    assert "and saved; --init_from resume continues from there" in out
+    assert "and saved; to continue:" in out
     (saved,) = run.glob("checkpoint-*")
     assert (saved / "trainer_state" / "complete.json").exists()
 
@@ -299,7 +299,7 @@ def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
     assert train(*flags, "--save_model", one) == 0
     result = run_sharded(device, count, *flags, "--save_model", run)
     assert result.returncode == 0, result.stderr
-    assert f"{count} x {device}" in result.stdout
+    assert f"{count} {'CPU' if device == 'cpu' else 'GPU'}" in result.stdout
     assert_same_run(run, one, tolerance)
     assert read_metrics(run, "grad_norm") == pytest.approx(read_metrics(one, "grad_norm"), abs=tolerance)
     model, loading = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
