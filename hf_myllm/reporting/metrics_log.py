@@ -47,7 +47,8 @@ _FACTS = {  # key of run.json -> its type
     **{"published_step": _Count, "unigram_loss": _Number, "labels": list[str], "recipe": dict[str, Any]},
     **{"data": dict[str, _Part], "launches": list[_Launch]},
 }
-_FACTS = {name: TypeAdapter(kind) for name, kind in _FACTS.items()}
+_CONTAINERS = ("labels", "recipe", "data", "launches")  # every other fact may be null: unknown
+_FACTS = {name: TypeAdapter(kind if name in _CONTAINERS else kind | None) for name, kind in _FACTS.items()}
 
 
 class MetricsLog:
@@ -159,8 +160,7 @@ def read_run(run_dir):
     facts = {}
     for name, value in content.items() if isinstance(content, dict) else ():
         with suppress(ValidationError):
-            if value is not None:  # unknown
-                facts[name] = _FACTS[name].validate_python(value, strict=True) if name in _FACTS else value
+            facts[name] = _FACTS[name].validate_python(value, strict=True) if name in _FACTS else value
     return facts
 
 
