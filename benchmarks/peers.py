@@ -138,13 +138,11 @@ def run_peer(peer, work, folder, precision="no", is_compiled=False, warmup=10, s
         import hf_myllm  # noqa: F401, before torch, as the command does: it sets how threads wait for each other
     import torch
 
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    if precision == "fp8":
-        os.environ["ACCELERATE_FP8_BACKEND"] = "AO"
     if peer in OURS:
         settings = OURS[peer] | {"precision": "fp32" if precision == "no" else precision}
         seconds = by_ours(work, Path(folder), settings, warmup, steps, is_compiled)
     else:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
         name, is_eager, _ = peer.partition("-eager")
         seconds = train_peer(name, work, folder, precision, is_compiled and not is_eager, warmup, steps)
     on_gpu = torch.cuda.is_available()
