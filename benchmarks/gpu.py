@@ -41,10 +41,13 @@ def main():
     parser.add_argument("--budget", type=float, default=480, help="seconds after which it ends")
     parser.add_argument("--rehearse", action="store_true", help="run everything at a tiny size")
     parser.add_argument("--only", nargs="+", help="run only the items whose names begin like this")
-    parser.add_argument(
-        "--item", nargs=2, help=argparse.SUPPRESS
-    )  # one item in this process: its name, the work folder
+    # Run one item in this process: its name, the work folder and the device.
+    parser.add_argument("--item", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.data is not None:
+        args.data = args.data.resolve()  # items run in folders of their own
+        if not (args.data / "train.bin").exists():
+            parser.error(f"--data: no train.bin in {args.data}; gpu_pack.py makes it")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"{', '.join(missing)}: not installed here, and not among the wheels; install it first")
