@@ -189,7 +189,7 @@ def _parse(argv, prog="hf-myllm train"):
 def _say_start(argv=(), on_stdout=True):
     """Say that the command has started, as the imports take seconds; on stderr only if that is a terminal."""
     is_quiet = any(argument.startswith(("--quiet", "--log_level", "--log-level", "--help", "-h")) for argument in argv)
-    is_shown = not is_quiet and (on_stdout or sys.stderr.isatty()) and os.environ.get("LOCAL_RANK", "0") == "0"
+    is_shown = not is_quiet and (on_stdout or sys.stderr.isatty()) and os.environ.get("RANK", "0") == "0"
     if "torch" not in sys.modules and is_shown:
         stream = sys.stdout if on_stdout else sys.stderr
         print(f"hf-myllm    {__version__}, loading PyTorch and transformers ...", file=stream, flush=True)
