@@ -5,6 +5,7 @@ The ranks are real processes on CPU (gloo): forked ones, or those of accelerate'
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -71,10 +72,9 @@ def test_two_machines_train_the_same_run(tiny, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = f"{GLOO} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
-    jobs = [
-        accelerate_launch(f"{options} --machine_rank {rank}", *flags, "--save_model", tmp_path / "two")
-        for rank in (0, 1)
-    ]
+    words = [*shlex.split(options), "-m", "hf_myllm.train", *flags, "--save_model", tmp_path / "two"]
+    # the launchers are forked, the ranks are not
+    jobs = [start("--machine_rank", rank, *words, module="accelerate.commands.launch") for rank in (0, 1)]
     results = [job.communicate(timeout=300) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], results
     assert "2 CPUs" in results[0][0]
