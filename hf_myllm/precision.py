@@ -1,5 +1,6 @@
 """What a model computes in: a recipe's `precision`, TF32 for what stays in fp32, and deterministic algorithms."""
 
+import logging
 import os
 import re
 from contextlib import contextmanager
@@ -193,7 +194,12 @@ def convert_to_fp8(model, emulate=False):
     Raises:
         InputError: there is no layer to convert, or the model has LoRA matrices.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao's, about kernels for other purposes
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    finally:
+        logging.disable(disabled)
 
     if hasattr(model, "get_base_model"):
         raise InputError("precision: fp8 does not work with lora; use bf16")
