@@ -159,9 +159,11 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tiny, tmp_path, capsys
 
 
 def test_evaluations_fit_80_columns(tiny_family, tmp_path, capsys):
-    labels = tmp_path / "a_file_with_a_name_that_is_rather_long.jsonl"
-    labels.write_text("".join(f'{{"text": "Anna likes {i}", "label": "{i % 3}"}}\n' for i in range(30)))
-    flags = {"task": "classification", "train_file": labels, "val_file": labels, "max_len": 16, "max_steps": 2}
+    files = [tmp_path / f"{name}_file_with_a_name_that_is_rather_long.jsonl" for name in ("a", "another")]
+    for start, file in enumerate(files):
+        rows = range(30 * start, 30 * start + 30)
+        file.write_text("".join(f'{{"text": "Anna likes {i}", "label": "{i % 3}"}}\n' for i in rows))
+    flags = {"task": "classification", "train_file": files[0], "val_file": files[1], "max_len": 16, "max_steps": 2}
     assert train(*tiny_family("bert")(**flags, eval_freq=1, start_context=None)) == 0
     assert run_cli("evaluate", tmp_path / "run", "--batch_size", 8) == 0
     lines = capsys.readouterr().out.splitlines()

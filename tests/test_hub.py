@@ -397,7 +397,7 @@ def test_a_damaged_folder_is_not_pushed(run, stock_here, tmp_path, harm):
         (other / "config.json").write_text(json.dumps(config))
     message = {
         "tokenizer": "stock transformers cannot load",
-        "more tokens": "its tokenizer has 302 tokens, but the model has 300 embeddings",
+        "more tokens": "its tokenizer has 302 token ids, but the model has 300 embeddings",
         "weights": "the file has no transformer.ln_f.weight",
         "code": "holds no model that can be pushed",
     }
