@@ -143,15 +143,15 @@ def forget_autotuning(place):
 
 def time_novels(place, warms=False):
     """Train a tied Llama of 124M with Muon on 95 novels, and report the time to the target on 5 others."""
-    folder = place.data
-    if folder is None:
-        if not place.is_rehearsal:
-            raise SystemExit("--data: give the folder of the novels; gpu_pack.py makes it")
-        folder = place.folder
-        tokens = np.random.default_rng(0).integers(0, 90, 1 << 16).astype(np.uint16)
-        tokens.tofile(folder / "train.bin")
-        tokens[:2100].tofile(folder / "val.bin")
-    flags = [*NOVELS.split(), "--train_file", str(folder / "train.bin"), "--val_file", str(folder / "val.bin")]
+    if place.data is None and not place.is_rehearsal:
+        raise SystemExit("--data: give the folder of the novels; gpu_pack.py makes it")
+    files = [(place.data or place.folder) / name for name in ("train.bin", "val.bin")]
+    if place.data is None:
+        np.random.default_rng(0).integers(0, 90, 1 << 16).astype(np.uint16).tofile(files[0])
+    if place.is_rehearsal:
+        files[1] = place.folder / "val.bin"
+        np.fromfile(files[0], dtype=np.uint16)[:4200].tofile(files[1])
+    flags = [*NOVELS.split(), "--train_file", str(files[0]), "--val_file", str(files[1])]
     flags += ["--tokenizer", "null", "--start_context", "null"]
     if place.is_rehearsal:
         flags += ["--max_steps", "4", "--eval_freq", "2", "--warmup_steps", "2", "--num_hidden_layers", "2"]
