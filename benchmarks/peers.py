@@ -147,7 +147,7 @@ def run_peer(peer, work, folder, precision="no", is_compiled=False, warmup=10, s
         seconds = train_peer(name, work, folder, precision, is_compiled and not is_eager, warmup, steps)
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return steps * work.rows * work.length / seconds, peak
+    return steps * work.rows * work.length / max(seconds, 1e-3), peak  # a rehearsal may take no measurable time
 
 
 # ---- this trainer
