@@ -80,9 +80,12 @@ def measure(peer, work, folder, args):
 
 @contextmanager
 def busy_process(niceness=5):
-    """Keep a core busy with a process of lower priority."""
+    """Keep a core busy with a process of lower priority and of another session, as other programs are.
+
+    Linux may share the cores between sessions first (sched_autogroup), whatever the priorities.
+    """
     script = f"import os\nos.nice({niceness})\nwhile True: pass"
-    with subprocess.Popen([sys.executable, "-c", script]) as process:
+    with subprocess.Popen([sys.executable, "-c", script], start_new_session=True) as process:
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 import types
 
 __version__ = "0.1.0"
@@ -45,18 +46,29 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def _sleep_on_a_busy_machine(loadavg="/proc/loadavg"):
-    """Let OpenMP's threads sleep while they wait for each other, if other processes want all cores already.
+def _sleep_on_a_busy_machine(stat="/proc/stat"):
+    """Let OpenMP's threads sleep while they wait for each other, if other processes use the cores already.
 
-    By default they spin, which is faster only while each has a core. torch reads the policy when it is imported, so
-    this must come first. docs/speed.md has the measurements.
+    By default they spin, which is faster only while each has a core: one busy process of another session can make
+    training 13 times slower. torch reads the policy when it is imported, so this must come first. docs/speed.md has the
+    measurements.
     """
     is_set = any(name.startswith(("OMP_WAIT_POLICY", "GOMP_")) for name in os.environ)
-    if not is_set and "torch" not in sys.modules and os.path.exists(loadavg):  # on Linux
-        with open(loadavg) as file:
-            runnable = int(file.read().split()[3].partition("/")[0])  # threads that run or wait for a core, with this
-        if runnable > os.cpu_count():
-            os.environ["OMP_WAIT_POLICY"] = "passive"
+    is_one_of_several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1  # the others are ranks that start as well
+    if is_set or is_one_of_several or "torch" in sys.modules or not os.path.exists(stat):  # it exists on Linux
+        return
+    before = _idle_time(stat)
+    time.sleep(0.1)
+    idle, total = (now - then for now, then in zip(_idle_time(stat), before, strict=True))
+    if total - idle > 0.5 * total / os.cpu_count():  # more than half a core
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def _idle_time(stat):
+    """Return the time that all cores together were idle, and the time that they had."""
+    with open(stat) as file:
+        times = [int(field) for field in file.readline().split()[1:9]]
+    return times[3] + times[4], sum(times)
 
 
 _sleep_on_a_busy_machine()

@@ -33,7 +33,7 @@ class FailingDisk:
     """Counts the disk operations of a save and raises an error at operation number `at`."""
 
     NAMES = ["shutil.rmtree", "os.fsync", "pathlib.Path.mkdir", "pathlib.Path.write_text", "pathlib.Path.rename"]
-    NAMES += ["pathlib.Path.chmod", "hf_myllm.checkpoint.save_file", "hf_myllm.checkpoint._digest"]
+    NAMES += ["pathlib.Path.chmod", "hf_myllm.checkpoint.save_file", "hf_myllm.checkpoint.digest_file"]
 
     def __init__(self, monkeypatch, error, at):
         self.error, self.at, self.count = error, at, 0

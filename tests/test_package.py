@@ -31,24 +31,32 @@ def test_every_public_name_exists():
 
 
 @pytest.mark.parametrize(
-    ("runnable", "variables", "policy"),
+    ("others", "variables", "policy"),  # others: the cores that other processes use
     [
-        (1, {}, None),
-        (os.cpu_count() + 1, {}, "passive"),
-        (99, {"OMP_WAIT_POLICY": "active"}, "active"),
-        (99, {"GOMP_SPINCOUNT": "1000"}, None),
+        (0.3, {}, None),
+        (0.7, {}, "passive"),
+        (0.7, {"LOCAL_WORLD_SIZE": "1"}, "passive"),
+        (0.7, {"LOCAL_WORLD_SIZE": "2"}, None),
+        (0.7, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (0.7, {"GOMP_SPINCOUNT": "1000"}, None),
     ],
 )
-def test_threads_sleep_where_others_want_all_cores(monkeypatch, tmp_path, runnable, variables, policy):
+def test_threads_sleep_where_others_use_the_cores(monkeypatch, tmp_path, others, variables, policy):
     """Unless the user chose how they wait."""
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    (tmp_path / "loadavg").write_text(f"0.50 0.40 0.30 {runnable}/103 4711\n")
-    hf_myllm._sleep_on_a_busy_machine(tmp_path / "loadavg")
+
+    def write_stat(seconds):
+        used, all_cores = 1000 * others * seconds, 1000 * os.cpu_count() * seconds
+        (tmp_path / "stat").write_text(f"cpu  0 {5000 + used:.0f} 0 {7000 + all_cores - used:.0f} 0 0 0 0 0 0\ncpu0\n")
+
+    write_stat(0)
+    monkeypatch.setattr("time.sleep", write_stat)
+    hf_myllm._sleep_on_a_busy_machine(tmp_path / "stat")
     assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 

@@ -78,6 +78,7 @@ END = SimpleNamespace(eos_token_id=9, bos_token_id=None, name_or_path="x")
 BERT = SimpleNamespace(
     eos_token_id=None, sep_token_id=1, cls_token_id=2, mask_token_id=3, pad_token_id=4, name_or_path="x",
     cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]", all_special_ids=[1, 2, 3, 4], __len__=lambda: 100,
+    get_vocab=lambda *self: {str(token_id): token_id for token_id in range(100)},
 )  # fmt: skip
 
 
