@@ -61,6 +61,8 @@ def test_the_code_of_a_metric_runs_only_if_it_is_trusted(tmp_path, noise, capsys
         assert run_cli("evaluate", tmp_path / "run") == 2
         assert "its code is not run" in capsys.readouterr().err
         assert not (tmp_path / "ran").exists()
+        assert run_cli("evaluate", tmp_path / "run", "--trust_metric_code", "true") == 0
+        assert "halves 0.5" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -393,7 +393,8 @@ SECTION_OF = {name: section for section, model in SECTIONS.items() for name in m
 # Keys that an evaluation uses; other keys have no effect on it.
 EVALUATION_KEYS = {
     *(set(Data.model_fields) - {"stride", "streaming", "streaming_window"}),
-    *("batch_size", "compile", "dtype", "precision", "deterministic", "metrics", "eval_only"),
+    *("batch_size", "compile", "dtype", "precision", "deterministic"),
+    *("metrics", "trust_metric_code", "eval_only"),
     *("save_model", "init_from", "resume", "seed", "log_level"),
 }
 ALIASES = {
