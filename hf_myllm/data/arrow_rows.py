@@ -51,7 +51,7 @@ def _read_batches(name, columns, features, batches):
             for column, values in zip(batch.schema.names, batch.columns, strict=True):
                 value = values[index].as_py()
                 num_chars += len(value) if isinstance(value, str) else 0
-                row[column] = _decode(value, features[column]) if column in decoded else value
+                row[column] = _decode(value, features[column]) if column in decoded else _without_fillers(value)
             yield f"{name} row {number}", row, num_chars
 
 
@@ -94,6 +94,15 @@ def _is_decoded(feature):
     if isinstance(feature, (list, tuple)):
         return _is_decoded(feature[0])
     return _is_decoded(feature.feature) if hasattr(feature, "feature") else type(feature).__name__ in _DECODED
+
+
+def _without_fillers(value):
+    """Return a value without the None that Arrow gives each object for the keys that only others have."""
+    if isinstance(value, list):
+        return [_without_fillers(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_fillers(item) for name, item in value.items() if item is not None}
+    return value
 
 
 def _decode(value, feature):

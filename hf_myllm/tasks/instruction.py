@@ -96,7 +96,9 @@ class Instruction(LabelledTask, CausalLM):
         options = {}
         for name in ("tools", "documents"):
             value = record.get(name)
-            if isinstance(value, str):  # Arrow data cannot hold the different schemas of tools otherwise
+            if (
+                isinstance(value, str) and value.strip()
+            ):  # Arrow data cannot hold the different schemas of tools otherwise
                 try:
                     value = json.loads(value)
                 except ValueError:

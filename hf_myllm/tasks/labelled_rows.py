@@ -111,7 +111,7 @@ def load_rows(source, task, val_fraction=0.0):
     Raises:
         BadRowError: an example cannot be used, and skip_bad_rows is off.
     """
-    key = ["labelled", 5, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
+    key = ["labelled", 6, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
     folder = cached_folder(key, lambda partial: _write_rows(source, task, val_fraction, partial))
     held_out = _open_rows(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
     return _open_rows(folder / "train", source.name), held_out

@@ -451,6 +451,12 @@ def test_tools_and_tool_calls_reach_the_template(tmp_path, bpe, name):
         assert learned(prompt)[0].startswith("TOOLS clock\n<user>a")
         with pytest.raises(InputError, match="tools is text that is not JSON: '{'"):
             learned(chat("u:a", "a:b", tools="{"))
+    assert learned(chat("u:a", "a:b", tools=""))[1] == f"b\n{end}"
+    bpe.chat_template = CHAT.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | default('') | tojson }}"
+    )
+    calls = [{"role": "assistant", "tool_calls": [{"arguments": {key: 1}}]} for key in "xy"]
+    assert '[{"arguments": {"x": 1}}]' in learned(chat("u:a", calls[0], "u:c", calls[1]))[0]  # and no "y": null
 
 
 def test_a_template_that_does_not_end_is_interrupted(tmp_path, bpe, monkeypatch):
