@@ -24,6 +24,7 @@ from .reporting import html, plots
 from .reporting.metrics_log import amend_run
 from .terminal import plural
 
+_LOGS = (".log", ".out", ".err")  # a shell or a scheduler opens them before the run starts
 _RECIPE_HEADER = "# to repeat this run:"  # the first line of the recipe.yaml that a run writes
 
 # ---- before a run
@@ -86,7 +87,8 @@ def _foreign_files(run_dir):
     if recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(_RECIPE_HEADER):
         return []
     names = [path.name for path in run_dir.iterdir() if path.is_symlink() or not path.is_dir()]
-    return sorted(name for name in names if not name.startswith(".") and not name.endswith(PARTIAL))
+    own = (PARTIAL, *_LOGS)
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(own))
 
 
 def _init_from_of(path):

@@ -110,6 +110,16 @@ def test_a_folder_with_files_of_another_origin_is_not_written_to(tiny, tmp_path,
     assert (folder / name).read_text() == "# mine\nmodel: gpt\n"
 
 
+def test_logs_of_the_shell_and_of_slurm_may_be_in_the_folder(tiny, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("train.log", "slurm-12.out", "slurm-12.err"):
+        (folder / name).write_text("hf-myllm\n")
+    assert train(*tiny(max_steps=1)) == 0
+    assert (folder / "train.log").read_text() == "hf-myllm\n"
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_an_empty_folder_and_one_of_a_stopped_run_are_written_to(tiny, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
