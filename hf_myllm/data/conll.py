@@ -79,7 +79,13 @@ def _find_layout(sentence, labels, needs_labels, file):
     if not is_numbered:
         return 0, -1
     if width == 10:
-        return width, _CONLLU.get(labels.lower(), _CONLLU["upos"])
+        name = "upos" if labels == "label" else labels.lower()
+        if name not in _CONLLU and needs_labels:
+            choices = ", ".join(_CONLLU)
+            raise DataError(
+                f"label_column: {file} is CoNLL-U, which has no column {labels!r} of labels; choose {choices}"
+            )
+        return width, _CONLLU.get(name, _CONLLU["upos"])
     if width > 3 and needs_labels:
         shown = ", ".join(f"{index} {value!r:.20}" for index, value in enumerate(fields[0][2:], start=3))
         raise DataError(f"{file} has several columns of labels: {shown}; choose one with --label_column NUMBER")

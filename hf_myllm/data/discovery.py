@@ -46,7 +46,7 @@ _SIGNATURES = [
         (rb"\x89HDF\r\n|SQLite format 3\0|Obj\x01", "a database file", (), "export it as .jsonl or .parquet"),
         (rb".{4}\0{4}\{\"|GGUF[\1-\t]|\x7fELF", "a model or a program", (), "give the data, not the model"),
         (rb"PK\x03\x04", "a zip archive", ("pkl",), "unpack it, or call it .pkl if torch.save wrote token ids"),
-        (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a|.{257}ustar", "an archive", (), "unpack it"),
+        (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a|.{257}ustar(\0|  \0)", "an archive", (), "unpack it"),
         (rb"\x80[\x02-\x05][\x8c\x95\]\}c(]", "a pickle", ("pkl", "bin"), "call it .pkl if it holds token ids"),
         (rb"%PDF-|\xd0\xcf\x11\xe0|\{\\rtf", "a document of a word processor", (), "save its text as .txt"),
         (

@@ -7,6 +7,7 @@ import io
 import lzma
 import os
 import pickle
+import tarfile
 
 import datasets
 import numpy as np
@@ -252,6 +253,16 @@ def test_a_header_of_llmc_is_passed_over(tmp_path):
             corpus.load_tokens(sources.file_source(write_bin("a.bin", ids, *options)), None)
 
 
+def test_a_word_where_an_archive_has_its_mark_is_text(tmp_path):
+    text = "a" * 257 + "ustar la mesa, y no gustar a nadie"
+    path = write(tmp_path / "es.txt", text)
+    assert texts(path) == [text]
+    with tarfile.open(tmp_path / "tar.txt", "w") as archive:
+        archive.add(path)
+    with pytest.raises(DataError, match=r"tar.txt: it is an archive by its first bytes"):
+        sources.file_source(str(tmp_path / "tar.txt"))
+
+
 # ---- CoNLL
 
 
@@ -279,6 +290,9 @@ def test_the_words_and_tags_of_conllu(tmp_path):
         read = read_conll(tmp_path, CONLLU, label)
         assert [own for own, _ in read] == words
         assert read[0][1] == first
+    for name in ("ner_tags", "head", "deprell"):  # not the part of speech instead
+        with pytest.raises(DataError, match=f"label_column: .*CoNLL-U, .* no column '{name}' .*xpos"):
+            read_conll(tmp_path, CONLLU, name)
     one_word_first = "1\tHi\thi\tINTJ\tUH\t_\t0\troot\t_\t_\n\n" + CONLLU
     assert read_conll(tmp_path, one_word_first)[0] == (["Hi"], ["INTJ"])
 
