@@ -57,9 +57,12 @@ def _sleep_on_a_busy_machine(stat="/proc/stat"):
     is_one_of_several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1  # the others are ranks that start as well
     if is_set or is_one_of_several or "torch" in sys.modules or not os.path.exists(stat):  # it exists on Linux
         return
-    before = _idle_time(stat)
-    time.sleep(0.1)
-    idle, total = (now - then for now, then in zip(_idle_time(stat), before, strict=True))
+    try:
+        before = _idle_time(stat)
+        time.sleep(0.1)
+        idle, total = (now - then for now, then in zip(_idle_time(stat), before, strict=True))
+    except (OSError, ValueError, IndexError):  # some sandboxes forbid or shorten it
+        return
     if total - idle > 0.5 * total / os.cpu_count():  # more than half a core
         os.environ["OMP_WAIT_POLICY"] = "passive"
 

@@ -121,6 +121,9 @@ def print_result(run, reporter, step, metrics, unigram):
         unigram: the metrics of a unigram model, or None.
     """
     recipe, run_dir = run.recipe, run.recipe.run.save_model
+    if step < run.total_steps:
+        evaluations = plural(recipe.evaluation.patience, "evaluation")
+        reporter.info(f"stopped     early, after step {step} of {run.total_steps}: {evaluations} without improvement")
     if metrics:
         targets = plural(len(run.val_rows), "row")
         if not run.task.has_predictions:

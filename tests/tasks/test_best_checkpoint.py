@@ -28,6 +28,7 @@ def test_the_best_checkpoint_is_kept_and_patience_stops_the_run(tmp_path, noise,
     best = min(losses, key=losses.get)
     assert list(losses) == list(range(4, best + 17, 4))  # patience: four evaluations without a better one
     assert f"best        val_loss {losses[best]:.4f} after step {best}; {run} holds the best" in out
+    assert f"stopped     early, after step {best + 16} of 200: 4 evaluations without improvement" in out
     names = {path.name for path in run.glob("checkpoint-*")}
     assert f"checkpoint-{best}" in names
     assert f"checkpoint-{best + 16}" in names
