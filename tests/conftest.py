@@ -42,6 +42,14 @@ def _reset_compiler():
         sys.modules["torch._dynamo"].reset()
 
 
+@pytest.fixture(autouse=True)
+def _reset_accelerator():
+    """Forget an Accelerator that a test made: a run takes the precision of its caller's."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _draw():
     return skip_pictures()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from hf_myllm.data.corpus import TokenStream
 from hf_myllm.data.packing import StridedRows
@@ -21,8 +20,7 @@ def setting():
     model = GPTForCausalLM(GPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0))
     ids = np.random.default_rng(0).integers(0, 50, 333).astype(np.uint16)
     rows = StridedRows(TokenStream([ids], "f", 49), 16, 16, "x")
-    yield model, ids, rows
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return model, ids, rows
 
 
 def evaluate(setting, batch_size, token_bytes=None):
