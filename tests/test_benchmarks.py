@@ -105,7 +105,7 @@ def test_the_gpu_benchmark_checks_and_measures(tmp_path):
     assert "==== novels: done" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.benchmark
+@pytest.mark.chaos
 def test_the_gpu_benchmark_in_full(tmp_path):
     result, results = rehearse(tmp_path, [*SLOW_ITEMS, "profile"])
     assert_all_right(result, results)
