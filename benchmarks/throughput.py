@@ -100,8 +100,8 @@ def run_one(peer, work, folder, precision, mode, warmup, steps):
 
 def show(work, runs_of):
     """Print a table of medians; return the measurements of each peer."""
-    family, task, rows, length, _ = WORKS[work]
-    print(f"\n{work}: {family}, {task}, {rows} x {length} tokens per step")
+    shape = WORKS[work]
+    print(f"\n{work}: {shape.family}, {shape.task}, {shape.rows} x {shape.length} tokens per step")
     best = {peer: statistics.median(tokens for tokens, _ in runs) for peer, runs in runs_of.items()}
     result = {}
     for peer, runs in runs_of.items():

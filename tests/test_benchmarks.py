@@ -33,7 +33,7 @@ def test_checkpoint(tmp_path):
     assert all(name in result.stdout for name in results["seconds"])
 
 
-@pytest.mark.chaos
+@pytest.mark.benchmark
 def test_throughput(tmp_path):
     peers = ["ours", "isolated", "muon", "single-file", "stock", "Trainer"]
     small = ["tiny", "--steps", 3, "--warmup", 2, "--repeats", 1, "--peers", *peers]
