@@ -8,6 +8,7 @@ assertions at a tiny size.
 import importlib.util
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,9 @@ from hf_myllm.precision import cast_to_bf16
 from hf_myllm.reporting.metrics_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+from launching import launcher_environment  # noqa: E402
+
 FP32, BF16 = 1e-4, 2e-2  # relative errors
 HERE = "not on this device"
 
@@ -450,7 +454,9 @@ def report_stock_loss(place, name):
 def check_launched(place, kind):
     """Train by one process of DDP or FSDP2, resume, reload; each command must end by itself."""
     run_to_end(place, "alone")
-    environment = os.environ | launcher_environment(kind) | {"RUN": kind}
+    options = f"--config_file {shlex.quote(str(ROOT / 'accelerate_configs' / f'{kind}.yaml'))} --main_process_port 0"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.getenv("PYTHONPATH", "")])
+    environment = os.environ | launcher_environment(1, options) | {"RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": paths}
     code = "import sys; from hf_myllm.cli import main; main(sys.argv[1:])"
     if kind == "fsdp2" and not place.on_gpu:
         code = "import patches; patches.shard_on_cpu(); " + code
@@ -462,24 +468,3 @@ def check_launched(place, kind):
         result = "done" if done.returncode == 0 else tail(place.folder / f"{kind}.log", 3)
         place.report(f"{kind}, one process: train to step {step} and exit", "done", result, done.returncode == 0)
     report_stock_loss(place, kind)
-
-
-def launcher_environment(kind):
-    """Return the environment that accelerate's launcher gives to the only process of a run."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    name = {"ddp": "ddp", "fsdp2": "fsdp2"}[kind]
-    line = [
-        "--config_file",
-        str(ROOT / "accelerate_configs" / f"{name}.yaml"),
-        "--num_processes",
-        "1",
-        "--main_process_port",
-        "0",
-    ]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*line, "-m", "hf_myllm.train"]))
-    environment = prepare_multi_gpu_env(arguments)
-    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port)}
-    return environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.getenv("PYTHONPATH", "")])}

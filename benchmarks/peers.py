@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ROOT = Path(__file__).parent.parent
+
 
 class Work(NamedTuple):
     """What a peer trains: a model, and `rows` x `length` tokens per step."""
@@ -88,19 +90,18 @@ def stock_model(work):
 
 
 def flops_per_token(work):
-    """Return the FLOPs of a training step per token, 6 N + 12 L d T, for N parameters that multiply every token.
-
-    Embeddings that are only looked up (positions, and tokens if they are not tied to the head) do not count.
-    """
+    """Return the FLOPs of a training step per token; see [`~hf_myllm.reporting.flops.flops_per_token`]."""
     import torch
 
+    from hf_myllm.reporting import flops
+
     with torch.device("meta"):
-        model = stock_model(work)
-    head, config = model.get_output_embeddings().weight, model.config
-    lookups = (module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    count -= sum(weight.numel() for weight in lookups if weight is not head)
-    return 6 * count + 12 * config.num_hidden_layers * config.hidden_size * work.length
+        return flops.flops_per_token(stock_model(work), work.length)
+
+
+def child_environment():
+    """Return the environment of a process that imports this checkout's package."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.getenv('PYTHONPATH', '')}"}
 
 
 def write_corpus(work, folder, steps):

@@ -136,9 +136,9 @@ def find_startable(waiting, running, limits):
     """Return the items that can start beside those that run; see [`run_items`]."""
     if waiting and waiting[0].lane == ALONE:
         return [] if running else waiting[:1]
-    chosen, full = [], {item.lane for item in running if item.lane == ALONE}
-    if full:
+    if any(item.lane == ALONE for item in running):
         return []
+    chosen, full = [], set()
     for item in waiting:
         if item.lane == ALONE:
             break

@@ -33,9 +33,7 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from peers import PEERS, WORKS, run_peer, write_corpus
-
-ROOT = Path(__file__).parent.parent
+from peers import PEERS, ROOT, WORKS, child_environment, run_peer, write_corpus
 
 
 def main():
@@ -70,7 +68,7 @@ def measure(peer, work, folder, args):
     """Return tokens per second and peak memory (bytes) of one run in its own process."""
     options = [args.precision, "compile" if args.compile else "eager", args.warmup, args.steps]
     command = [sys.executable, __file__, "--peer", peer, work, folder, *options]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.getenv('PYTHONPATH', '')}"}
+    environment = child_environment() | {"HF_HUB_OFFLINE": "1"}
     with busy_process() if WORKS[work].is_shared else nullcontext():
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -10,7 +10,6 @@ compilation and evaluations. Nothing is saved: a checkpoint takes the host secon
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -18,9 +17,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from peers import Finished, run_recipe
-
-ROOT = Path(__file__).parent.parent
+from peers import ROOT, Finished, child_environment, run_recipe
 
 
 def main():
@@ -31,10 +28,9 @@ def main():
     parser.add_argument("--json", type=Path, help="file to write the results to")
     args, flags = parser.parse_known_args()
     results = []
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.getenv('PYTHONPATH', '')}"}
     for setting in args.setting or [""]:
         command = [sys.executable, __file__, "--one", args.recipe, *flags, *shlex.split(setting)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         lines = json.loads(done.stdout.splitlines()[-1])

@@ -150,6 +150,13 @@ def start_ranks(count, *arguments, options=GLOO, patch=None):
     Args:
         options: of `accelerate launch`.
     """
+    environment = launcher_environment(count, options)
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+    return [start(*arguments, environment=environment | rank, patch=patch) for rank in ranks]
+
+
+def launcher_environment(count, options):
+    """Return the environment that `accelerate launch` with these options gives to all of its ranks on one machine."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -157,9 +164,7 @@ def start_ranks(count, *arguments, options=GLOO, patch=None):
     launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
     environment = prepare_multi_gpu_env(launch)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.main_process_port)}
-    environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-    return [start(*arguments, environment=environment | rank, patch=patch) for rank in ranks]
+    return environment | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
 
 
 def run_ranks(count, *arguments, timeout=300, **how):
