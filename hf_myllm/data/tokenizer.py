@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -207,24 +208,47 @@ def render_chat(tokenizer, messages, **options):
         raise ValueError(f"the chat template refuses it: {first_line(error)[:300]}") from None
 
 
-@contextmanager
-def _time_limit(seconds):
-    """Raise TimeoutError in a block of Python code that takes more CPU time; works in any thread."""
-    thread, is_done, start = ctypes.c_ulong(threading.get_ident()), threading.Event(), time.process_time()
+class _TimeLimit:
+    """Raises TimeoutError in blocks of Python code that take too much CPU time; works in any thread.
 
-    def watch():
-        while not is_done.wait(min(0.2, seconds / 4)):
-            if time.process_time() - start > seconds:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
-                return
+    One thread watches all blocks, because starting one takes longer than rendering a chat. It ends when no block is
+    left.
+    """
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        watcher.join()
+    def __init__(self):
+        self.lock, self.ends, self.watcher = threading.Lock(), {}, None
+
+    @contextmanager
+    def __call__(self, seconds):
+        thread = threading.get_ident()
+        with self.lock:
+            self.ends[thread] = time.process_time() + seconds
+            if self.watcher is None:
+                self.watcher = threading.Thread(target=self._watch, daemon=True)
+                self.watcher.start()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.ends.pop(thread, None)
+
+    def _watch(self):
+        while True:
+            time.sleep(0.1)
+            with self.lock:
+                late = [thread for thread, end in self.ends.items() if time.process_time() > end]
+                for thread in late:
+                    del self.ends[thread]
+                    error = ctypes.py_object(TimeoutError)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+                if not self.ends:
+                    self.watcher = None
+                    return
+
+
+_time_limit = _TimeLimit()
+if hasattr(os, "register_at_fork"):  # a forked process has no copy of the watcher
+    os.register_at_fork(after_in_child=_time_limit.__init__)
 
 
 def safe_split_pattern(tokenizer):
