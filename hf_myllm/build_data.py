@@ -28,6 +28,11 @@ class Sources:
         return [*self.training, *([self.validation] if self.validation else [])]
 
     @property
+    def in_memory(self):
+        """Whether some of the data came from Python, so that no command line can repeat the run."""
+        return any(source.format == "memory" for source in self.all)
+
+    @property
     def name(self):
         return ", ".join(source.name for source in self.training)
 

@@ -16,7 +16,7 @@ import yaml
 from .errors import first_line, printable
 
 _MAX_YAML_CHARS, _MAX_YAML_NODES = 1 << 20, 100_000
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 PARTIAL = ".partial"  # suffix of the temporary names
 
 
@@ -75,7 +75,7 @@ def link_or_copy(source, target):
 def find_lfs_pointer(folder):
     """Return a message about the first file of a model's folder that is a Git LFS pointer; None if there is none."""
     for path in sorted(Path(folder).glob("*")) if os.path.isdir(folder) else ():
-        if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(_LFS_POINTER):
+        if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(LFS_POINTER):
             return f"{path}: it is a Git LFS pointer; fetch it with git lfs pull"
 
 

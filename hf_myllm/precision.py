@@ -21,7 +21,7 @@ def choose_precision(precision, device, trains=True):
     "auto" is bf16 where the GPU computes in it, else fp32. A setting of the launcher comes first.
 
     Args:
-        trains: whether the model is trained. If not, what cannot be had here counts as auto.
+        trains: whether the model is trained. If it is not, a precision that the device lacks counts as auto.
     Raises:
         InputError: the device cannot train in the precision, or the launcher asks for another.
     """
@@ -205,9 +205,10 @@ def convert_to_fp8(model, emulate=False):
         raise InputError("precision: fp8 does not work with lora; use bf16")
     # Without accelerate's default enable_fsdp_float8_all_gather, which wraps weights in other parameters.
     config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    outer = _outer_layers(model)
     # A layer of torchao's own, for its settings; the call also prepares the compiler.
     settings = convert_to_float8_training(nn.Sequential(nn.Linear(16, 16)), config=config)[0].linear_mm_config, config
-    inner = [layer for layer in _linear_layers(model) if layer not in _outer_layers(model)]
+    inner = [layer for layer in _linear_layers(model) if layer not in outer]
     converted = [layer for layer in inner if all(size % 16 == 0 for size in layer.weight.shape)]
     if not converted:
         raise InputError(

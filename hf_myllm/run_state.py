@@ -8,6 +8,7 @@ import math
 from .distributed import any_rank
 from .errors import InputError
 from .reporting.metrics_log import best_evaluation
+from .terminal import first_of
 
 MAX_SCALE_STEPS = 24  # in a row that halve the loss scale of fp16, from 65,536 to 1/256
 
@@ -93,8 +94,8 @@ class RunState:
         if is_finite or (lowers_scale and self.skipped_steps <= max(limit, MAX_SCALE_STEPS)):
             return
         rows = self.run.sampler.rows_of_step(step - 1).tolist()
-        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        problem = f"step {step}: loss {loss}, gradient norm {grad_norm} (rows {shown} of {self.run.train_rows.name})"
+        where = f"rows {first_of(rows, 8)} of {self.run.train_rows.name}"
+        problem = f"step {step}: loss {loss}, gradient norm {grad_norm} ({where})"
         if lowers_scale or self.skipped_steps > limit:
             consecutive = f", {self.skipped_steps} skipped steps in a row" if self.skipped_steps > 1 else ""
             raise InputError(

@@ -27,6 +27,11 @@ def plural(count, noun):
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def first_of(names, limit=3):
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(map(str, names[:limit])) + f" and {len(names) - limit} more" * (len(names) > limit)
+
+
 class Status:
     """One line on a terminal, which the next one replaces; without a terminal, a line every few seconds.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ..errors import DataError
+from ..files import LFS_POINTER
 
 # by suffix; a file with another suffix is plain text
 _FORMATS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -34,7 +35,7 @@ COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _o
 _SIGNATURES = [
     (re.compile(pattern, re.DOTALL), name, allowed, advice)
     for pattern, name, allowed, advice in (
-        (rb"version https://git-lfs\.github\.com/spec/v1\r?\n", "a Git LFS pointer", (), "fetch it with git lfs pull"),
+        (re.escape(LFS_POINTER) + rb"\r?\n", "a Git LFS pointer", (), "fetch it with git lfs pull"),
         (rb"/annex/objects/", "a git-annex pointer", (), "fetch it with git annex get"),
         (rb"\x1f\x8b\x08[\0-\x1f].{4}[\0\x02\x04][\0-\x0d\xff]", "gzip", (".gz",), "call it .gz"),
         (rb"BZh[1-9]1AY&SY", "bzip2", (".bz2",), "call it .bz2"),

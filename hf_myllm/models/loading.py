@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, first_line
+from ..terminal import first_of
 from . import FAMILIES, lora, weights
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
@@ -254,7 +255,7 @@ def load_model(model_class, folder, config, dtype="auto"):
         # The base model of an adapter may have another head, which the adapter replaces.
         model, info = weights.load(model_class, base or folder, config, dtype, ignore_mismatched_sizes=bool(base))
         if info["missing_keys"] and not base:
-            raise ModelError(f"the model {folder} lacks weights: {weights.list_names(sorted(info['missing_keys']))}")
+            raise ModelError(f"the model {folder} lacks weights: {first_of(sorted(info['missing_keys']))}")
         weights.warn_unused(folder, info["unused"])
     except ModelError as error:
         raise _explain(error, folder, base) from None

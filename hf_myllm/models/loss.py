@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label of a position without a target, as in torch.nn.functional.cross_entropy
 
 
 def fuses_head_and_loss(head, hidden_states):

@@ -142,8 +142,10 @@ def check_rope(rope, head_dim):
     if missing := [name for name in required if name not in rope]:
         raise ValueError(f"rope_parameters: rope_type {rope_type} needs {' and '.join(missing)}")
     for name, value in rope.items():
-        if name not in (*required, *optional, "rope_theta", "type"):
+        if name not in (*required, *optional, "rope_theta"):
             raise ValueError(f"rope_parameters: rope_type {rope_type} has no key {name!r}; remove it")
+        if name == "truncate":  # true or false
+            continue
         numbers, expected = [value], "a finite number above 0"
         if name == "factor":
             expected = "a finite number of at least 1"
@@ -151,8 +153,6 @@ def check_rope(rope, head_dim):
             numbers, expected = value, f"a list of {head_dim // 2} numbers above 0, half of the size of a head"
         is_list = isinstance(numbers, (list, tuple)) and (numbers is not value or len(value) == head_dim // 2)
         low = 1 if name == "factor" else 5e-324  # the smallest number above 0
-        if name in ("truncate", "type"):
-            continue
         if not is_list or not all(type(number) in (int, float) and low <= number < math.inf for number in numbers):
             raise ValueError(f"rope_parameters: {name} must be {expected}, not {value!r}")
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:

@@ -8,7 +8,7 @@ from transformers.utils import cached_file
 
 from ..errors import ModelError, first_line
 from ..files import find_lfs_pointer
-from ..terminal import warn
+from ..terminal import first_of, warn
 
 # Buffers in files of earlier versions of the stock classes: nothing in them was learned.
 _BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")
@@ -48,7 +48,7 @@ def _find_unused(model, path, names):
     lost = [name for name in names if name.split(".")[0] in parts or name.rpartition(".")[0] in modules]
     if lost := [name for name in lost if ".pooler." not in f".{name}"]:  # a head of BERT, in the part without a head
         raise ModelError(
-            f"the model {path} has weights that its config.json leaves no place for: {list_names(lost)}; correct the "
+            f"the model {path} has weights that its config.json leaves no place for: {first_of(lost)}; correct the "
             "config (a number of layers, a bias), or the weights"
         )
     return names
@@ -57,12 +57,7 @@ def _find_unused(model, path, names):
 def warn_unused(path, names):
     """Print which weights of a checkpoint are not used; nothing if there are none."""
     if names:
-        warn(f"{path}: weights of another head are not used: {list_names(names)}")
-
-
-def list_names(names, limit=3):
-    """Return the first names of a list, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        warn(f"{path}: weights of another head are not used: {first_of(names)}")
 
 
 def _check_numbers(model, path):

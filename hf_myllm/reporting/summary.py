@@ -107,7 +107,7 @@ def print_evaluation(run, metrics):
 def resume_command(run):
     """Return the command that continues a run, started as this one was."""
     recipe = f"{run.recipe.run.save_model}/recipe.yaml"
-    if any(source.format == "memory" for source in run.sources.all):
+    if run.sources.in_memory:
         return f"train(Recipe.load({recipe!r}, resume=True), train_data=...)"
     return f"{train_command(run.accelerator.num_processes)} {shlex.quote(recipe)} --resume"
 
@@ -142,6 +142,6 @@ def print_result(run, reporter, step, metrics, unigram):
     longer = f"--max_steps {2 * run.total_steps} --allow_changed"
     if step < run.total_steps:
         longer = f"--patience {2 * recipe.evaluation.patience}"
-    if not any(source.format == "memory" for source in run.sources.all):
+    if not run.sources.in_memory:
         reporter.info(f"continue    {resume_command(run)} {longer}")
     reporter.info(f"load        {lora.how_to_load(run_dir)}")

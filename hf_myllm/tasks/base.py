@@ -24,8 +24,8 @@ from ..data import corpus
 from ..data.sampler import evenly_spaced
 from ..errors import InputError
 from ..generate import encode_prompt, generate_text
+from ..models.loss import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # the label of a position without a target, as in torch.nn.functional.cross_entropy
 _MARK_SEARCH_TOKENS = 20_000_000  # tokens in which a document mark must occur
 _SHOWN_TOKENS = 24
 

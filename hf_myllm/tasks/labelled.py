@@ -13,7 +13,7 @@ from ..data.sampler import evenly_spaced
 from ..data.tokenizer import end_of_document
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import printable
-from ..terminal import plural
+from ..terminal import first_of, plural
 from .base import IGNORE_INDEX, Task, padded_width, require_tokens, to_tensors
 from .labelled_rows import load_rows
 from .labels import CLASSIFICATION, REGRESSION, BadRowError, LabelCollector, Labels
@@ -269,6 +269,6 @@ class LabelNames:
             counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=self.labels.num_labels)
             shares = counts / counts.sum()
             order = np.argsort(-shares, kind="stable")
-            listed = ", ".join(f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order[:8])
-            lines.append(f"{name} labels: {listed}" + f" and {len(order) - 8} more" * (len(order) > 8))
+            listed = [f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order]
+            lines.append(f"{name} labels: {first_of(listed, 8)}")
         return lines + super().summary_lines(train_rows, val_rows, stats)
