@@ -221,16 +221,17 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
 def _train_tokenizer(recipe, texts_from):
     """Train a tokenizer on the text of some sources, or load it from the cache."""
     data, algorithm, vocab_size = recipe.data, recipe.data.tokenizer["train"], recipe.data.tokenizer["vocab_size"]
-    texts, task_key = readers.SourceTexts(texts_from), []
+    new_tokens = tasks.TASKS[recipe.task].new_tokens
+    texts, task_key = readers.SourceTexts(texts_from), [new_tokens] if new_tokens else []
     if tasks.TASKS[recipe.task].is_labelled:
         columns = {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
-        texts, task_key = tasks.LabelledTexts(texts_from, recipe.task, **columns), [recipe.task, columns]
+        texts, task_key = tasks.LabelledTexts(texts_from, recipe.task, **columns), [*task_key, recipe.task, columns]
 
     def train(folder):
         if recipe.run.log_level in ("debug", "info"):
             text = ", ".join(source.name for source in texts_from)
             print(f"tokenizer   training {algorithm} with {vocab_size:,} tokens on {printable(text)}", flush=True)
-        tokenizers.save(tokenizers.TRAINERS[algorithm](texts, vocab_size), folder)
+        tokenizers.save(tokenizers.train(algorithm, texts, vocab_size, new_tokens), folder)
 
     whole = [sources.known_whole(source) or source for source in texts_from]
     key = [algorithm, vocab_size, *task_key, *map(sources.source_key, whole)]

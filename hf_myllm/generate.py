@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
 from . import checkpoint
-from .data.tokenizer import render_chat
+from .data.tokenizer import render_chat, special_affixes
 from .distributed import check_no_other_run
 from .errors import InputError, ModelError
 from .files import read_yaml
@@ -23,6 +23,8 @@ from .models import loading, lora
 from .precision import inference_precision
 
 _COMMAND_DEFAULTS = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1, "seed": 0}
+_DECODER_STARTS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # of a generation config
+_NO_LIMIT = 1 << 30  # positions of a model with relative positions
 _LIMITS = {  # option -> its lowest and highest value
     "max_new_tokens": (1, math.inf),
     "temperature": (0, 100),
@@ -129,8 +131,12 @@ def print_texts(run_dir, prompt="", chat=False, **options):
         for index in range(num_samples):
             if num_samples > 1:
                 print(f"--- sample {index + 1} of {num_samples}, seed {seed + index}")
+            options = sampling | {"seed": seed + index, "is_chat": chat}
+            if model.config.is_encoder_decoder:  # whose sentinels a streamer leaves out
+                print(generate_text(model, tokenizer, prompt, **options))
+                continue
             streamer = TextStreamer(tokenizer, skip_prompt=chat or not prompt, skip_special_tokens=True)
-            generate_text(model, tokenizer, prompt, seed=seed + index, streamer=streamer, is_chat=chat, **sampling)
+            generate_text(model, tokenizer, prompt, streamer=streamer, **options)
 
 
 def _check_limits(**options):
@@ -174,26 +180,48 @@ def generate_text(
     """
     if lora.is_added(model):  # peft would copy the sampling settings into the configuration that is saved
         model = model.get_base_model()
-    ids, is_empty = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings, is_chat)
+    is_encoder_decoder, positions = model.config.is_encoder_decoder, num_positions(model.config)
+    if is_encoder_decoder:
+        ids, is_empty, num_read = encode_source(tokenizer, prompt, positions), False, 1
+    else:
+        ids, is_empty = encode_prompt(tokenizer, prompt, positions, is_chat)
+        num_read = len(ids)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     if temperature < 1e-3:  # the division by it would overflow
         sampling = {"do_sample": False}
     config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, model.config.max_position_embeddings - len(ids)),
+        max_new_tokens=min(max_new_tokens, positions - num_read),
         eos_token_id=_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
-    inputs = torch.tensor([ids], device=model.device)
+    if is_encoder_decoder:
+        for name in _DECODER_STARTS:
+            setattr(config, name, getattr(model.generation_config, name))
+    output = generate_ids(model, torch.tensor([ids]), config, seed, streamer)[0]
+    if is_encoder_decoder:
+        return decode_target(tokenizer, output)
+    return tokenizer.decode(output[1 if is_empty else 0 :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate_ids(model, inputs, config, seed=0, streamer=None):
+    """Return what the stock `generate` does; the model and the global random state stay unchanged.
+
+    Args:
+        inputs: (rows, length) token ids without padding.
+        config: a `GenerationConfig`; unset values do not come from the model's own.
+    """
     was_training, own_config, attention = model.training, model.generation_config, model.config._attn_implementation
     model.eval()
     if attention == "flex_attention":  # it would be compiled for the shapes of generation, twice
         model.set_attn_implementation("sdpa")
-    model.generation_config = GenerationConfig()  # otherwise unset values come from the model's own
+    model.generation_config = GenerationConfig()
+    inputs = inputs.to(model.device)
     try:
-        with torch.no_grad(), _preserved_random_state():
+        with _preserved_random_state():
             torch.manual_seed(seed)
-            output = model.generate(
+            return model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
@@ -205,7 +233,6 @@ def generate_text(
         model.train(was_training)
         if attention == "flex_attention":
             model.set_attn_implementation(attention)
-    return tokenizer.decode(output[0][1 if is_empty else 0 :], skip_special_tokens=True)
 
 
 def _preserved_random_state():
@@ -247,6 +274,33 @@ def encode_prompt(tokenizer, prompt, max_positions, is_chat=False):
         if start is not None:
             return [start], True
     raise InputError("prompt: it is empty, and the tokenizer has no token to start from; give some text")
+
+
+def num_positions(config):
+    """Return the number of positions of a model, a large number if it has no limit."""
+    return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+
+
+def encode_source(tokenizer, text, max_positions):
+    """Return the token ids that an encoder reads.
+
+    Raises:
+        InputError: the text is empty, or has more tokens than the model has positions.
+    """
+    _check_utf8("prompt", text)
+    if not text:
+        raise InputError("prompt: it is empty, and an encoder-decoder reads a text; give some")
+    before, after = special_affixes(tokenizer)
+    ids = [*before, *tokenizer(text, add_special_tokens=False)["input_ids"], *after]
+    _check_length("prompt", ids, max_positions)
+    return ids
+
+
+def decode_target(tokenizer, ids):
+    """Return generated token ids as text, without special tokens but with sentinels, such as <extra_id_0>."""
+    special = set(tokenizer.all_special_ids)
+    kept = [i for i in ids.tolist() if i not in special or "extra_id_" in tokenizer.convert_ids_to_tokens(i)]
+    return tokenizer.decode(kept)
 
 
 @torch.no_grad()

@@ -142,6 +142,27 @@ def _is_own_word(character):
     return is_symbol or unicodedata.category(character).startswith("P") or "\u4e00" <= character <= "\u9fff"
 
 
+def train(algorithm, texts, vocab_size, new_tokens):
+    """Train a tokenizer of `vocab_size` tokens.
+
+    Args:
+        algorithm: a key of TRAINERS.
+        new_tokens: {attribute: special token or list of them} to add, where the algorithm has none of its own.
+    Raises:
+        ModelError: they leave too few tokens for the text.
+    """
+    num_new = sum(len(value) if isinstance(value, list) else 1 for value in new_tokens.values())
+    smallest = num_new + (100 if algorithm == "wordpiece" else 257)  # as without new tokens
+    if vocab_size < smallest:
+        raise ModelError(
+            f"tokenizer: vocab_size {vocab_size} leaves too few tokens beside {num_new} special tokens of the task; "
+            f"give at least {smallest}"
+        )
+    tokenizer = TRAINERS[algorithm](texts, vocab_size - num_new)
+    tokenizer.add_special_tokens({name: token for name, token in new_tokens.items() if not getattr(tokenizer, name)})
+    return tokenizer
+
+
 TRAINERS = {"bpe": train_bpe, "unigram": train_unigram, "wordpiece": train_wordpiece}
 
 
@@ -188,6 +209,14 @@ def end_of_document(tokenizer):
         f"the tokenizer {tokenizer.name_or_path} has no end-of-text token to put between documents; "
         "set eos_token in its tokenizer_config.json"
     )
+
+
+def special_affixes(tokenizer):
+    """Return the ids that stand before and after each text of an encoder-decoder; the end of text is the last one."""
+    encoding = tokenizer.backend_tokenizer.encode("a")
+    inner = [index for index, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+    before, after = encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
+    return before, after if after[-1:] == [tokenizer.eos_token_id] else [*after, tokenizer.eos_token_id]
 
 
 def render_chat(tokenizer, messages, **options):

@@ -97,6 +97,8 @@ def build_config(
         if tokenizer is not None and (not pretrained or use_tokenizer_ids):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))
+            if not pretrained:
+                settings = _decoder_tokens(config_class, settings) | settings
         settings |= task_settings or {}
         if pretrained:
             config = config_class.from_pretrained(lora.config_of(pretrained), **settings)
@@ -120,6 +122,23 @@ def build_config(
             f"(--vocab_size {size}), or give the model's own tokenizer"
         )
     return config
+
+
+def _decoder_tokens(config_class, settings):
+    """Return the special tokens of a new encoder-decoder's decoder, which follow from those of its text.
+
+    A decoder starts with the end or the beginning of text, if it does so in the default configuration of the class
+    (BART), else with the padding token (T5).
+    """
+    default, tokens = config_class(), {}
+    if not default.is_encoder_decoder:
+        return {}
+    for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        value = getattr(default, name, None)
+        same = [other for other in SPECIAL_TOKENS if value is not None and getattr(default, other) == value]
+        if same or name == "decoder_start_token_id":
+            tokens[name] = settings[same[0] if same else "pad_token_id"]
+    return tokens
 
 
 def num_token_ids(tokenizer):

@@ -26,6 +26,7 @@ from .sections import (
     EXCLUSIVE,
     FIELDS,
     MANY,
+    MLM_PROBABILITY,
     SECTION_OF,
     SECTIONS,
     TASKS,
@@ -118,6 +119,8 @@ class Recipe(BaseModel):
         if self.task not in family.tasks:
             raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
         self.config = _check_config(self.config, self.model, family.config, origins or {})
+        if self.data.mlm_probability is None:
+            self.data.mlm_probability = MLM_PROBABILITY.get(self.task, 0.15)
         return self
 
     def check_task(self, task):

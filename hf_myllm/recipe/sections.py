@@ -11,9 +11,11 @@ from .fields import STRICT, PathText, Section, Texts, changeable, fixed, one_or_
 
 MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
 Paths = one_or_many(PathText, {"type": "string"})
-TEXT_TASKS = ("causal", "mlm", "mlm_nsp")
 MLM_TASKS = ("mlm", "mlm_nsp")
-GENERATING_TASKS = ("causal", "instruction")
+CORRUPTION_TASKS = ("span_corruption", "denoising")
+TEXT_TASKS = ("causal", *MLM_TASKS, *CORRUPTION_TASKS)
+GENERATING_TASKS = ("causal", "instruction", *CORRUPTION_TASKS)
+MLM_PROBABILITY = {"denoising": 0.3}  # task -> default of mlm_probability, if it is not 0.15
 Trackers = one_or_many(
     Literal["tensorboard", "wandb", "trackio"], {"type": "string", "enum": ["tensorboard", "wandb", "trackio"]}
 )
@@ -125,7 +127,7 @@ class Data(Section):
     streaming: bool = fixed(
         False,
         "Read the corpus window by window, for a corpus larger than the disk. Needs max_steps.",
-        tasks=("causal", "mlm"),
+        tasks=("causal", "mlm", *CORRUPTION_TASKS),
     )
     streaming_window: int = fixed(
         100_000_000, "Tokens per window; rows are shuffled within a window.", ge=1, le=1 << 40, needs="streaming"
@@ -138,8 +140,15 @@ class Data(Section):
         "for instruction.",
         tasks=("causal", "mlm", "instruction"),
     )
-    mlm_probability: float = fixed(
-        0.15, "Fraction of a row's tokens that masked language modeling predicts.", gt=0, lt=1, tasks=MLM_TASKS
+    mlm_probability: float | None = fixed(
+        None,
+        "Fraction of a row's tokens that are masked. Default: 0.15; 0.3 for denoising.",
+        gt=0,
+        lt=1,
+        tasks=(*MLM_TASKS, *CORRUPTION_TASKS),
+    )
+    mean_span_length: float = fixed(
+        3.0, "Mean length of the masked spans, in tokens.", ge=1, le=1000, tasks=CORRUPTION_TASKS
     )
     whole_word_masking: bool = fixed(False, "Mask all tokens of a word or none.", tasks=MLM_TASKS)
 

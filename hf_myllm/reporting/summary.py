@@ -30,7 +30,7 @@ def print_summary(run, reporter):
         reporter.info(f"validation  {len(run.val_rows.tokens):,} tokens{held_out}")
         vocab_size, tokens = run.model.config.vocab_size, (run.train_rows.tokens, run.val_rows.tokens)
         unigram = unigram_loss(*tokens, vocab_size, run.token_bytes, run.task.never_predicted)
-        unigram["loss"] += run.task.chance_loss
+        unigram["loss"] = unigram["loss"] * run.task.text_share + run.task.chance_loss
         reporter.info(f"unigram     loss {describe_loss(run.task, unigram)} from token frequencies alone")
     for line in run.task.summary_lines(run.train_rows, run.val_rows, run.data_stats["train"]):
         reporter.info(_INDENT + line)

@@ -6,11 +6,13 @@ from dataclasses import fields
 from .base import IGNORE_INDEX, Settings, Task
 from .causal_lm import CausalLM
 from .classification import Classification
+from .denoising import Denoising
 from .instruction import Instruction
 from .labels import BadRowError, Labels
 from .masked_lm import MaskedLM
 from .question_answering import QuestionAnswering
 from .sentence_pairs import SentencePairs
+from .span_corruption import SpanCorruption
 from .token_classification import TokenClassification
 
 # A recipe's `task:` -> the class.
@@ -18,6 +20,8 @@ TASKS = {
     "causal": CausalLM,
     "mlm": MaskedLM,
     "mlm_nsp": SentencePairs,
+    "span_corruption": SpanCorruption,
+    "denoising": Denoising,
     "instruction": Instruction,
     "classification": Classification,
     "token_classification": TokenClassification,

@@ -38,6 +38,7 @@ class Settings:
     stride: int | None = None
     packing: str | None = None
     mlm_probability: float = 0.15
+    mean_span_length: float = 3.0
     whole_word_masking: bool = False
     val_fraction: float = 0.0
     splits_by_position: bool = False  # no key of a recipe: for runs that began with version 0.1
@@ -75,6 +76,8 @@ class Task:
     logits_share = 0.0  # share of a row's positions that get logits over the vocabulary (to estimate memory)
     never_predicted = ()  # token ids that are never a target
     chance_loss = 0.0  # nats that guessing costs beside the tokens
+    text_share = 1.0  # share of the targets that are text; to guess the others costs nothing
+    new_tokens = {}  # special tokens that a tokenizer gets which is trained for the task: {attribute: token or list}
     labels = None  # [`labels.Labels`] of tasks that have them
 
     def __init__(self, tokenizer=None, seed=0, **settings):
@@ -291,14 +294,14 @@ def require_marks(tokens, marks, name):
         )
 
 
-def require_tokens(task, tokenizer, names):
-    """Raise InputError if the tokenizer lacks one of these special tokens."""
+def require_tokens(task, tokenizer, names, suggestion="BERT's, or {train: wordpiece, vocab_size: 8192}"):
+    """Raise InputError if the tokenizer lacks one of these special tokens; `suggestion` is one that has them."""
     if tokenizer is None:
         raise InputError(f"task {task} needs the data's tokenizer: give --tokenizer, or a model that has one")
     if missing := [name for name in names if getattr(tokenizer, name) is None]:
         raise InputError(
             f"task {task} needs a tokenizer with {', '.join(missing)}, which {tokenizer.name_or_path or 'this one'} "
-            "does not have: give BERT's, or {train: wordpiece, vocab_size: 8192}"
+            f"does not have: give {suggestion}"
         )
 
 
