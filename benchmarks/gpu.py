@@ -30,6 +30,7 @@ from processes import Forked, run_items, tail
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pyarrow", "pandas", "xxhash", "numpy", "torch", "transformers", "accelerate")
 MARGIN = 4  # seconds at the end
+TORCHAO = "torchao"  # the folder that it is installed into, within the work folder
 
 
 def main():
@@ -69,15 +70,14 @@ def set_up(work, wheels):
     """Install the wheels, and set the environment of all processes. Nothing that imports torch may come before."""
     paths = [str(ROOT), os.getenv("PYTHONPATH", "")]
     if wheels is not None:
-        site = work / "site"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        files = sorted(map(str, wheels.glob("*.whl")))
+        files = sorted(wheels.glob("*.whl"))
         if not files:
             raise SystemExit(f"--wheels: no wheel in {wheels}; make them with gpu_pack.py")
-        subprocess.run(
-            [*command, "--disable-pip-version-check", "--target", str(site), *files], check=True, timeout=120
-        )
-        paths.insert(0, str(site))
+        # transformers imports torchao where it can, and that starts CUDA: only the items of fp8 see it.
+        torchao = [file for file in files if file.name.startswith("torchao-")]
+        install([file for file in files if file not in torchao], work / "site")
+        install(torchao, work / TORCHAO)
+        paths.insert(0, str(work / "site"))
     sys.path[:0] = paths[:-1]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "TOKENIZERS_PARALLELISM": "false"}
@@ -87,6 +87,13 @@ def set_up(work, wheels):
     defaults |= {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": threads}
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
+
+
+def install(wheels, folder):
+    """Install wheels into a folder that need not exist."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    command += ["--disable-pip-version-check", "--target", str(folder), *map(str, wheels)]
+    subprocess.run(command, check=True, timeout=120)
 
 
 def find_items(names):
@@ -129,6 +136,9 @@ def probe_device():
 
 def execute(item, work, args, device):
     """Run an item in this process; its rows go to a file."""
+    if "fp8" in item.name and (work / TORCHAO).exists():
+        sys.path.insert(0, str(work / TORCHAO))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(work / TORCHAO), os.getenv("PYTHONPATH", "")])
     import torch
     from gpu_checks import Place
 
