@@ -244,7 +244,7 @@ def publish_model(run, state):
     if not (is_last or stays_merged or accelerator.is_fsdp2) and source.exists():
         load_weights(model, source)
     if merges:
-        model = model.merge_and_unload()
+        model = lora.merge(model)
 
     def write_model(folder):
         model.save_pretrained(folder)

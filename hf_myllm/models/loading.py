@@ -227,7 +227,7 @@ def build_model(
         model, new = lora.load(model, pretrained), []
         if is_trained:
             return model, new
-        model = model.merge_and_unload().requires_grad_(True)
+        model = lora.merge(model).requires_grad_(True)
         model.tie_weights()  # leaves out what no output depends on
     has_head = not any(name.startswith(head) for name in new for head in _heads(model))
     if has_head and not labels_fit and not is_trained:
@@ -271,10 +271,11 @@ def load_model(model_class, folder, config, dtype="auto"):
     """
     base = lora.base_of(folder)
     try:
-        # The base model of an adapter may have another head, which the adapter replaces.
-        model, info = weights.load(model_class, base or folder, config, dtype, ignore_mismatched_sizes=bool(base))
-        if info["missing_keys"] and not base:
-            raise ModelError(f"the model {folder} lacks weights: {first_of(sorted(info['missing_keys']))}")
+        model, info = weights.load(model_class, base or folder, config, dtype)
+        if not base:  # the base model of an adapter may have another head, which the adapter replaces
+            if info["missing_keys"]:
+                raise ModelError(f"the model {folder} lacks weights: {first_of(sorted(info['missing_keys']))}")
+            _check_fit(folder, sorted(info["mismatched_keys"]), "its config.json")
         weights.warn_unused(folder, info["unused"])
     except ModelError as error:
         raise _explain(error, folder, base) from None
@@ -379,12 +380,7 @@ def _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_
     if replaces_head and not must_be_whole:
         new += [name for name, *_ in mismatched if not name.startswith(body)]
         mismatched = [entry for entry in mismatched if entry[0].startswith(body)]
-    if mismatched:
-        name, stored, expected = mismatched[0]
-        raise ModelError(
-            f"the model {path} does not fit the recipe's config: {name} is {tuple(stored)} in the file and "
-            f"{tuple(expected)} by the config ({len(mismatched)} such)"
-        )
+    _check_fit(path, mismatched, "the recipe's config")
     missing = [name for name in new if must_be_whole or (name.startswith(body) and ".pooler." not in name)]
     if missing:
         trained_tasks = [
@@ -397,6 +393,16 @@ def _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_
             f"the model {path} lacks weights that task {task} needs: {missing[0]} ({len(missing)} such){hint}"
         )
     return new
+
+
+def _check_fit(path, mismatched, what):
+    """Raise ModelError if weights have other sizes than a configuration says."""
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"the model {path} does not fit {what}: {name} is {tuple(stored)} in the file and {tuple(expected)} by the "
+            f"config ({len(mismatched)} such)"
+        )
 
 
 def _heads(model):

@@ -62,19 +62,39 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
     )
     if (path := Path(model.name_or_path)).exists():
         model.name_or_path = str(path.resolve())  # so that the adapter can be loaded from any working directory
-    tied = [model.get_input_embeddings(), model.get_output_embeddings()] if model.config.tie_word_embeddings else []
-    shared = {name for name, module in model.named_modules() if any(module is embedding for embedding in tied)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns that the model lacks some of the excluded heads
             peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora: {first_line(error)[:300]}") from None
-    for name, _ in peft_model.named_parameters():
-        module = name.partition(".lora_")[0].removeprefix("base_model.model.")
-        if ".lora_" in name and module in shared:
-            raise ModelError(f"lora: {module} shares its weight with another; remove it from target_modules")
+    if name := _find_tied(model):
+        raise ModelError(f"lora: {name} shares its weight with another; remove it from target_modules")
     return peft_model
+
+
+def merge(peft_model):
+    """Return the whole model, with the adapter's matrices added to its weights.
+
+    Raises:
+        ModelError: the adapter changes one of two modules that share a weight.
+    """
+    if name := _find_tied(peft_model.get_base_model()):
+        raise ModelError(
+            f"the adapter changes {name}, which shares its weight with another module; merge it with peft into a model "
+            "with tie_word_embeddings false, and give that"
+        )
+    return peft_model.merge_and_unload()
+
+
+def _find_tied(model):
+    """Return the name of a module with matrices of LoRA whose weight is tied to that of another, or None."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = [model.get_input_embeddings(), model.get_output_embeddings()]
+    is_tied = model.config.tie_word_embeddings and None not in tied
+    changed = [module for module in tied if is_tied and isinstance(module, BaseTunerLayer)]
+    return next((name for name, module in model.named_modules() if any(module is other for other in changed)), None)
 
 
 def base_of(folder):

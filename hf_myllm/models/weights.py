@@ -15,13 +15,14 @@ _BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")
 _WRAPPERS = {r"^(?:(?:module|_orig_mod)\.)+": "", r"\._orig_mod\.": "."}  # names that DDP and torch.compile add
 
 
-def load(model_class, path, config, dtype, ignore_mismatched_sizes=True):
+def load(model_class, path, config, dtype):
     """Return the model of a folder or the Hub and the library's loading info.
 
     Raises:
-        ModelError: it cannot be loaded, holds weights that the model has no place for, or weights that are no numbers.
+        ModelError: it cannot be loaded, holds weights that the model has no place for, or weights that are no numbers,
+            or its head is not tied to the embeddings as its configuration says.
     """
-    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
     options |= {"output_loading_info": True, "trust_remote_code": False}
     try:
         model, loading_info = model_class.from_pretrained(str(path), **options)
@@ -29,11 +30,33 @@ def load(model_class, path, config, dtype, ignore_mismatched_sizes=True):
             model, loading_info = model_class.from_pretrained(str(path), key_mapping=_WRAPPERS, **options)
             model._weight_conversions = None  # saving would apply the renaming backwards
     except Exception as error:
-        problem = find_lfs_pointer(path) or f"the model {path} cannot be loaded: {first_line(error)[:300]}"
-        raise ModelError(problem) from None
+        reason = first_line(error)[:300]
+        if "Meta tensors" in reason:  # the library compares the weight of another size with that of the embeddings
+            reason = "its head has another size than the embeddings that its config.json ties it to"
+        raise ModelError(find_lfs_pointer(path) or f"the model {path} cannot be loaded: {reason}") from None
+    _check_tied(model, path, loading_info["missing_keys"])
     loading_info["unused"] = _find_unused(model, path, loading_info["unexpected_keys"])
     _check_numbers(model, path)
     return model, loading_info
+
+
+def _check_tied(model, path, missing):
+    """Refuse a head that the configuration ties to the embeddings and the file does not, or the other way round.
+
+    The library trains the first as two weights; other tools, which go by the configuration, would lose one of them.
+    """
+    problem = None
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(target) is not model.get_parameter(source):
+            problem = f"its config.json ties {target} to {source}, which differs in its file", "false"
+    had_head = any(
+        re.search("LMHead|ForCausalLM|MaskedLM|PreTraining", name) for name in model.config.architectures or ()
+    )
+    ties = model._tied_weights_keys if had_head and not model.config.tie_word_embeddings else {}
+    if heads := [name for name in ties or () if name in missing]:
+        problem = f"its config.json does not tie {heads[0]} to the embeddings, and its file has no such weight", "true"
+    if problem:
+        raise ModelError(f"the model {path}: {problem[0]}; set tie_word_embeddings to {problem[1]} in its config.json")
 
 
 def _find_unused(model, path, names):

@@ -18,10 +18,10 @@ from hf_myllm.models import FAMILIES, loading
 def save(tmp_path):
     """Return a function that saves a model of a family, with its tensors changed; it returns the folder."""
 
-    def save_changed(family, change, model_class=None):
+    def save_changed(family, change, model_class=None, **changed):
         folder = tmp_path / "model"
         shutil.rmtree(folder, ignore_errors=True)
-        CASES[family].make_model(model_class).save_pretrained(folder)
+        CASES[family].make_model(model_class, **changed).save_pretrained(folder)
         file = folder / "model.safetensors"
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
         save_file(change(tensors), file, metadata={"format": "pt"})
@@ -105,6 +105,42 @@ def test_a_model_with_missing_weights_is_not_used(save):
     folder = save("llama", lambda tensors: {name: x for name, x in tensors.items() if "layers.1.mlp" not in name})
     with pytest.raises(ModelError, match="lacks weights: model.layers.1.mlp.down_proj.weight, "):
         loading.load_stock_model(folder)
+
+
+HEADS = {family: ("lm_head.weight", "model.embed_tokens.weight") for family in ("llama", "qwen3")}
+HEADS["gpt"] = "lm_head.weight", "transformer.wte.weight"
+HEADS["bert"] = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_is_not_tied_as_the_config_says_is_refused(family, save):
+    """Stock classes load it as two weights; tools that go by the config would lose one of them."""
+    head, embeddings = HEADS[family]
+    task = "mlm" if family == "bert" else "causal"
+    model_class, tied = FAMILIES[family].tasks[task], {"tie_word_embeddings": True}
+
+    def refuse(folder, message):
+        for is_trained in (False, True):
+            with pytest.raises(ModelError, match=message):
+                build(family, folder, task, is_trained=is_trained)
+        with pytest.raises(ModelError, match=message):
+            loading.load_stock_model(folder)
+
+    differs = save(family, lambda tensors: tensors | {head: 2 * tensors[embeddings]}, model_class, **tied)
+    refuse(
+        differs, f"ties {head} to {embeddings}, which differs .*; set tie_word_embeddings to false in its config.json"
+    )
+    larger = save(family, lambda tensors: tensors | {head: torch.ones(100, 48)}, model_class, **tied)
+    refuse(larger, "cannot be loaded: its head has another size than the embeddings")
+    without = save(
+        family, lambda t: {name: x for name, x in t.items() if name != head}, model_class, tie_word_embeddings=False
+    )
+    refuse(without, f"does not tie {head} .* no such weight; set tie_word_embeddings to true in its config.json")
+
+    same = save(family, lambda tensors: tensors | {head: tensors[embeddings].clone()}, model_class, **tied)
+    model, new = build(family, same, task, is_trained=True)
+    assert new == []
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama", "bert"])  # Qwen3 has heads of their own size

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import pytest
 import torch
 from conftest import train
-from peft import AutoPeftModelForSequenceClassification, PeftModel
+from families import CASES
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_runs import (
     BERT,
@@ -30,6 +32,32 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+
+from hf_myllm.errors import ModelError
+from hf_myllm.models import loading
+
+
+@pytest.mark.parametrize("module", ["lm_head", "wte", "c_attn"])
+def test_an_adapter_of_a_tied_weight_is_not_merged(module, tmp_path):
+    """Merging would add the change of one module to the other."""
+    CASES["gpt"].make_model().save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=[module])
+    )
+    for name, parameter in adapted.named_parameters():
+        torch.nn.init.normal_(parameter) if ".lora_" in name else None
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        assert torch.equal(loading.load_stock_model(tmp_path / "adapter")(ids).logits, expected)
+        config = loading.build_config("gpt", {}, tmp_path / "adapter")
+        if module == "c_attn":
+            model, _ = loading.build_model("gpt", "causal", config, tmp_path / "adapter")
+            torch.testing.assert_close(model.eval()(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        else:
+            with pytest.raises(ModelError, match=f"the adapter changes .*{module}, which shares its weight"):
+                loading.build_model("gpt", "causal", config, tmp_path / "adapter")
 
 
 def test_peft_loads_the_adapter_and_a_merged_model_agrees(tmp_path, gpt, capsys):
