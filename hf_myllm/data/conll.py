@@ -13,7 +13,10 @@ from itertools import chain
 from ..errors import DataError
 from .readers import read_lines
 
-_CONLLU = {"lemma": 2, "upos": 3, "xpos": 4, "feats": 5, "deprel": 7, "misc": 9}
+_CONLLU = {"upos": 3, "xpos": 4, "lemma": 2, "feats": 5, "deprel": 7, "misc": 9}
+_CONLL2003 = {"pos": 1, "chunk": 2, "ner": 3}
+_WORD_NAMES = ("word", "words", "token", "tokens", "form")  # in a header, with the names of labels
+_LABEL_NAMES = re.compile(r"(label|tag|ner|pos|upos|xpos|chunk|entity)(s|_tags?)?")
 _NUMBER = re.compile(r"\d+")
 _NO_WORD = re.compile(r"\d+(-\d+|\.\d+)")  # a range of words that are written as one (1-2), or an empty node (1.1)
 
@@ -23,7 +26,8 @@ def read_conll(source, words="tokens", labels="label", needs_labels=True):
 
     Args:
         words, labels: the names of the row's two columns. `labels` may also be the number of the label's column,
-            counted from 1, or in CoNLL-U its name: upos (the default), xpos, lemma, feats, deprel or misc.
+            counted from 1, or its name: that of a header; in CoNLL-U upos (the default), xpos, lemma, feats, deprel or
+            misc; in four columns, those of CoNLL-2003, pos, chunk or ner.
         needs_labels: whether to refuse a file whose label is in one of several columns.
     Raises:
         DataError: the label's column is not clear, or a line does not have the columns of the others.
@@ -34,7 +38,8 @@ def read_conll(source, words="tokens", labels="label", needs_labels=True):
             first.append(sentence)
             if len(_numbered_words(sentence)) > 1:
                 break
-        layout = _find_layout(first[-1], labels, needs_labels, file) if first else None
+        names = _pop_header(first)
+        layout = _find_layout(first[-1], names, labels, needs_labels, file) if first else None
         for sentence in chain(first, sentences):
             rows = [_word_and_label(line, fields, layout, file) for line, fields in sentence]
             if rows := [row for row in rows if row is not None]:
@@ -66,30 +71,44 @@ def _numbered_words(sentence):
     return [fields for _, fields in sentence if not fields[0].startswith("#") and not _NO_WORD.fullmatch(fields[0])]
 
 
-def _find_layout(sentence, labels, needs_labels, file):
-    """Return (number of columns if words are numbered, index of the label's column)."""
+def _pop_header(sentences):
+    """Remove a header, the first line of a file, and return its names with the indices of their columns."""
+    header = [name.lower() for name in sentences[0][0][1]] if sentences else [""]
+    if header[0] not in _WORD_NAMES or not _LABEL_NAMES.fullmatch(header[-1]):
+        return {}
+    sentences[0].pop(0)
+    if not sentences[0]:
+        sentences.pop(0)
+    return {name: index for index, name in enumerate(header)}
+
+
+def _find_layout(sentence, names, labels, needs_labels, file):
+    """Return (number of columns if words are numbered, index of the label's column).
+
+    Args:
+        names: of the columns by a header.
+    """
     fields = _numbered_words(sentence)
-    numbers = [line[0] for line in fields[:2]]
     width = len(fields[0]) if fields else 0
-    is_numbered = width > 2 and numbers in (["0", "1"], ["1", "2"])
-    if labels.isdecimal():
-        if not 0 < int(labels) <= width:
-            raise DataError(f"label_column: {file} line {sentence[0][0]} has {width} columns; give one of them")
-        return (width if is_numbered else 0), int(labels) - 1
-    if not is_numbered:
-        return 0, -1
-    if width == 10:
-        name = "upos" if labels == "label" else labels.lower()
-        if name not in _CONLLU and needs_labels:
-            choices = ", ".join(_CONLLU)
-            raise DataError(
-                f"label_column: {file} is CoNLL-U, which has no column {labels!r} of labels; choose {choices}"
-            )
-        return width, _CONLLU.get(name, _CONLLU["upos"])
-    if width > 3 and needs_labels:
-        shown = ", ".join(f"{index} {value!r:.20}" for index, value in enumerate(fields[0][2:], start=3))
-        raise DataError(f"{file} has several columns of labels: {shown}; choose one with --label_column NUMBER")
-    return width, 2
+    is_numbered = width > 2 and [line[0] for line in fields[:2]] in (["0", "1"], ["1", "2"])
+    start = 2 if is_numbered else 1  # the first column of labels
+    choices = range(start, width)
+    names = names or (_CONLLU if is_numbered and width == 10 else _CONLL2003 if (is_numbered, width) == (0, 4) else {})
+    if labels.isdecimal() and len(labels) < 5:
+        index = max(0, int(labels) - 1)
+    elif len(choices) == 1:  # whatever its name is
+        index = start
+    elif labels == "label" and labels not in names:  # not given
+        index = _CONLLU["upos"] if names is _CONLLU else None if is_numbered else -1
+    else:
+        index = names.get(labels.lower())
+    if index not in (-1, *choices) and needs_labels:
+        shown = ", ".join(f"{column + 1} {fields[0][column]!r:.20}" for column in choices)
+        known = f", or by its name ({', '.join(names)})" if names else ""
+        raise DataError(
+            f"label_column: {file} has no column {labels!r} of labels, but {shown}; choose one by its number{known}"
+        )
+    return (width if is_numbered else 0), start if index is None else index
 
 
 def _word_and_label(line, fields, layout, file):

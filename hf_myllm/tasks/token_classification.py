@@ -1,5 +1,6 @@
 """Token classification: the label of each word of a sentence, such as named entities."""
 
+import re
 from itertools import chain
 
 import datasets
@@ -123,6 +124,12 @@ class TokenClassification(LabelNames, PredictionTask):
             raise InputError(f"{source.name}: the labels mix schemes of entities: {shown}; use IOB, BIOES or BILOU")
         return labels
 
+    def summary_lines(self, train_rows, val_rows, stats):
+        lines = super().summary_lines(train_rows, val_rows, stats)
+        if looks_like_entities(self.labels.names):
+            lines.append("labels are scored word by word; for scores of whole entities, write them as B-X, I-X and O")
+        return lines
+
     @property
     def has_entities(self):
         """Whether labels mark entities of several words."""
@@ -177,6 +184,9 @@ def _row(encoding, labels):
 
 _SCHEMES = {"IOB": set("BI"), "BIOES": set("BIES"), "BILOU": set("BILU"), "BMES": set("BMES")}
 _MARKS = set("BIESLUM")
+_NO_ENTITY = re.compile(r".|[\W_]+|[\[<].*[\]>]")  # beside a scheme: O, X, _, [PAD]
+_OUTSIDE = ("outside", "out", "other", "none", "null")
+_SPELLING = re.compile(r"[bieslum][\W_]\S+|\S+[\W_][bieslum]", re.IGNORECASE)  # b-per, B_PER, PER-B
 
 
 def find_scheme(names):
@@ -189,10 +199,20 @@ def find_scheme(names):
     if not any("-" in name for name in names):  # without types, only where no other label stands beside them
         is_complete = not others and ({"B", "I"} <= marks or {"B", "M", "E"} <= marks)
     else:
+        others = {name for name in others if not _NO_ENTITY.fullmatch(name)}
         is_complete = bool(marks & {"B", "I"}) and not (others and "O" not in names)
-    if not is_complete:
-        return None
-    return "mixed" if others else next((name for name, letters in _SCHEMES.items() if marks <= letters), "mixed")
+    scheme = next((name for name, letters in _SCHEMES.items() if marks <= letters and not others), None)
+    if not is_complete or scheme:
+        return scheme if is_complete else None
+    types = [name[2:] for name in names if _mark_of(name) in _MARKS]
+    is_plain = any(_mark_of(name) for name in others) or len(types) == len(set(types))  # A-side, S-curve
+    return None if is_plain else "mixed"
+
+
+def looks_like_entities(names):
+    """Return whether labels mark entities in a spelling that [`find_scheme`] does not know."""
+    inside = [name for name in names if name.lower() not in _OUTSIDE and not _NO_ENTITY.fullmatch(name)]
+    return bool(inside) and find_scheme(names) is None and all(map(_SPELLING.fullmatch, inside))
 
 
 def _mark_of(label):

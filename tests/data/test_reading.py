@@ -291,7 +291,7 @@ def test_the_words_and_tags_of_conllu(tmp_path):
         assert [own for own, _ in read] == words
         assert read[0][1] == first
     for name in ("ner_tags", "head", "deprell"):  # not the part of speech instead
-        with pytest.raises(DataError, match=f"label_column: .*CoNLL-U, .* no column '{name}' .*xpos"):
+        with pytest.raises(DataError, match=f"label_column: .* no column '{name}' of labels.*by its name.*xpos"):
             read_conll(tmp_path, CONLLU, name)
     one_word_first = "1\tHi\thi\tINTJ\tUH\t_\t0\troot\t_\t_\n\n" + CONLLU
     assert read_conll(tmp_path, one_word_first)[0] == (["Hi"], ["INTJ"])
@@ -300,7 +300,7 @@ def test_the_words_and_tags_of_conllu(tmp_path):
 def test_numbered_words_with_other_columns(tmp_path):
     comment = "#\thttp://example.org [2020-01-01]\n"
     germeval = comment + "1\tAnna\tB-PER\tO\n2\tRoma\tB-LOC\tB-ORG\n\n" + comment + "1\tx\tO\tO\n"
-    with pytest.raises(DataError, match=r"several columns of labels: 3 'B-PER', 4 'O'; choose one with --label_column"):
+    with pytest.raises(DataError, match=r"no column 'label' of labels, but 3 'B-PER', 4 'O'; choose one by its number"):
         read_conll(tmp_path, germeval)
     assert read_conll(tmp_path, germeval, "3") == [(["Anna", "Roma"], ["B-PER", "B-LOC"]), (["x"], ["O"])]
     assert read_conll(tmp_path, germeval, "4")[0][1] == ["O", "B-ORG"]
@@ -314,10 +314,30 @@ def test_numbered_words_with_other_columns(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             read_conll(tmp_path, text)
-    with pytest.raises(DataError, match="label_column: .* has 4 columns"):
-        read_conll(tmp_path, germeval, "5")
+    for label in ("5", "2", "0"):  # no column, or one of no labels
+        with pytest.raises(DataError, match=f"label_column: .* no column '{label}' of labels, but 3 .*, 4 'O'"):
+            read_conll(tmp_path, germeval, label)
     # words that are numbers, in a file whose words are not numbered
     assert read_conll(tmp_path, "1 CD I-NP O\n\n3 CD I-NP B-X\n2 CD I-NP O\n")[1] == (["3", "2"], ["B-X", "O"])
+
+
+def test_the_label_column_of_words_without_numbers(tmp_path):
+    conll2003 = "EU NNP I-NP B-ORG\nrejects VBZ I-VP O\n"
+    for label, tag in (("label", "B-ORG"), ("pos", "NNP"), ("Chunk", "I-NP"), ("ner", "B-ORG"), ("2", "NNP")):
+        ((words, tags),) = read_conll(tmp_path, conll2003, label)
+        assert (words, tags[0]) == (["EU", "rejects"], tag)
+    for text, label, message in (
+        (conll2003, "ner_tags", r"2 'NNP', 3 'I-NP', 4 'B-ORG'; choose one by its number, or by its name \(pos, chunk"),
+        (conll2003, "1", "no column '1' of labels"),
+        ("EU NNP I-NP\nrejects VBZ I-VP\n", "ner", "2 'NNP', 3 'I-NP'; choose one by its number$"),
+        ("word pos ner\nEU NNP B-ORG\n", "chunk", r"or by its name \(word, pos, ner\)"),
+    ):
+        with pytest.raises(DataError, match=f"label_column: .*{message}"):
+            read_conll(tmp_path, text, label)
+    assert read_conll(tmp_path, "EU B-ORG\n", "ner_tags") == [(["EU"], ["B-ORG"])]  # it has one
+    for header in ("Token\tPOS\tner_tags\n", "word\tpos\tner_tags\n\n"):
+        for label, tag in (("label", "B-ORG"), ("ner_tags", "B-ORG"), ("pos", "NNP")):
+            assert read_conll(tmp_path, header + "EU\tNNP\tB-ORG\n", label) == [(["EU"], [tag])]
 
 
 # ---- files that expand

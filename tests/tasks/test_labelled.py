@@ -215,6 +215,10 @@ def test_the_scheme_of_entities_is_known_by_the_labels(tmp_path, wordpiece):
         (["U-turn", "S-curve", "O"], None),
         (["B", "M"], None),
         (["I", "E", "S", "X"], None),
+        (["O", "B-X", "I-X", "X", "_", "[PAD]"], "IOB"),
+        (["o", "B-X", "I-X"], "IOB"),
+        (["O", "A-side", "B-side"], None),
+        (["O", "S-curve", "B-road", "U-turn"], None),
     ):
         assert find_scheme(labels) == scheme, labels
         rows = [{"tokens": ["text"] * len(labels), "label": labels}]
@@ -227,6 +231,24 @@ def test_the_scheme_of_entities_is_known_by_the_labels(tmp_path, wordpiece):
             assert task.has_entities == (scheme is not None)
     with pytest.raises(InputError, match="label_column: the labels of words are one column"):
         TokenClassification(wordpiece, max_len=20, label_column=["a", "b"])
+
+
+def test_other_spellings_of_entities_are_said_to_be_scored_word_by_word(tmp_path, wordpiece):
+    for labels, is_said in (
+        (["o", "b-per", "i-per"], True),
+        (["O", "PER-B", "PER-I", "LOC-B"], True),
+        (["O", "B_PER", "I_PER"], True),
+        (["outside", "B-PER", "I-PER"], True),
+        (["O", "B-PER", "I-PER"], False),
+        (["NOUN", "VERB", "X"], False),
+        (["sub-b", "noun"], False),
+    ):
+        task = TokenClassification(wordpiece, max_len=20)
+        source = write_source(tmp_path, [{"tokens": ["text"] * len(labels), "label": labels}])
+        find_labels(task, source)
+        assert task.has_entities == (labels[1] == "B-PER" and not is_said)
+        rows, _, stats = task.load([source], source)
+        assert any("scored word by word" in line for line in task.summary_lines(rows, None, stats["train"])) == is_said
 
 
 # ---- questions
