@@ -102,8 +102,14 @@ def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
         training, validation, stats = task.load(data_sources.training, data_sources.validation, show_progress)
     for name, value in task.resolved_settings.items():
         setattr(data, name, value)
-    for part, name in ((training, data_sources.name), (validation, data_sources.val_name)):
-        check_token_ids(part.tokens if task.is_labelled and part else part, vocab_size, name)
+    streams = [part.tokens if task.is_labelled and part else part for part in (training, validation)]
+    if None not in streams and streams[0].fingerprint == streams[1].fingerprint:
+        raise DataError(
+            f"{data_sources.val_name}: it holds the same tokens as {data_sources.name}; give others, or leave it out "
+            "to hold out a part"
+        )
+    for tokens, name in zip(streams, (data_sources.name, data_sources.val_name), strict=True):
+        check_token_ids(tokens, vocab_size, name)
     return training, validation, stats
 
 

@@ -62,6 +62,18 @@ def finished(tmp_path_factory):
     return result, logged, evaluated
 
 
+def test_validation_data_in_another_format_is_not_training_data(tmp_path):
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    with pytest.raises(DataError, match="val.jsonl: it holds the same tokens as train_data; give others"):
+        hf_myllm.train(make_recipe(tmp_path / "run"), TEXTS, eval_data=tmp_path / "val.jsonl")
+    rows = [{"text": text, "label": label} for label in "ab" for text in TEXTS]
+    train_data = datasets.Dataset.from_list(rows)
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="val.jsonl: it holds the same tokens as train_data; give others"):
+        hf_myllm.train(make_labelled_recipe(tmp_path / "run"), train_data, eval_data=tmp_path / "val.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- results and callbacks
 
 

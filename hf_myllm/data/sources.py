@@ -1,12 +1,14 @@
 """Data sources: files, data sets of the Hugging Face Hub, and data in memory."""
 
-import filecmp
 import functools
 import hashlib
+import io
 import json
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat, zip_longest
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -14,10 +16,12 @@ from pyarrow import parquet
 
 from ..errors import DataError, first_line
 from ..files import digest_file
+from . import discovery
 from .cache import cached_folder, cached_path
 from .discovery import file_format, find_files
 
 _CLOCK_TICK = 2_000_000_000  # nanoseconds; the clocks of file systems are coarser than the processor's
+_HEAD_CHARS, _BLOCK_CHARS = 4096, 1 << 20  # read at once, to compare files
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,35 @@ def check_disjoint(training, validation):
     Args:
         training: list of sources.
     """
-    by_size = {}
+    by_head = {}
     for source in training:
         if source.data is not None and source.fingerprint == validation.fingerprint:
             raise DataError(f"{validation.name}: it holds the same texts as {source.name}; leave it out or give others")
-        for file in source.files:
-            by_size.setdefault(os.path.getsize(file), []).append(file)
+        for file in source.files if validation.files else ():
+            by_head.setdefault(next(_blocks(file), ""), []).append(file)
     for file in validation.files:
-        size = os.path.getsize(file)
-        for other in by_size.get(size, ()) if size else ():
-            if os.path.samefile(file, other) or filecmp.cmp(file, other, shallow=False):
+        head = next(_blocks(file), "")
+        for other in by_head.get(head, ()) if head else ():
+            if os.path.samefile(file, other) or all(a == b for a, b in zip_longest(_blocks(file), _blocks(other))):
                 name = "" if os.path.abspath(file) == os.path.abspath(other) else f", as {other}"
                 raise DataError(
                     f"val_file: {file} is also a training file{name}; name only the others in train_file, or leave out "
                     "val_file to hold out a part"
                 )
+
+
+def _blocks(file):
+    """Yield the beginning of a file in blocks, decompressed and with "\\n" at the ends of lines, to compare files."""
+    try:
+        with open(file, "rb") as raw:
+            stream = discovery.COMPRESSIONS.get(Path(file).suffix.lower(), lambda raw: raw)(raw)
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+            for size in (_HEAD_CHARS, *repeat(_BLOCK_CHARS, discovery.FREE_BYTES // _BLOCK_CHARS)):
+                if not (block := text.read(size)):
+                    return
+                yield block
+    except Exception:  # errors of the decompressors have many classes; reading the file names the problem
+        return
 
 
 def hub_source(name, config=None, split="train", revision=None, text_column="text"):

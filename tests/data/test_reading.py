@@ -150,6 +150,22 @@ def test_validation_files_are_not_training_files(tmp_path):
         sources.check_disjoint(memory[:1], sources.in_memory_source(("a", "b"), "eval_data"))
 
 
+def test_validation_files_are_compared_by_their_text(tmp_path):
+    text = "é: a line\n" * 200_000
+    write(tmp_path / "data" / "a.txt", text)
+    write(tmp_path / "data" / "b.txt", text + "another end")
+    training = [sources.file_source(str(tmp_path / "data"))]
+    for name, content in (
+        ("c.txt.gz", gzip.compress(text.encode())),
+        ("d.txt.bz2", bz2.compress(text.encode())),
+        ("bom.txt", b"\xef\xbb\xbf" + text.encode()),
+        ("crlf.txt", text.replace("\n", "\r\n").encode()),
+    ):
+        with pytest.raises(DataError, match=rf"{name} is also a training file, as .*a.txt; name only"):
+            sources.check_disjoint(training, sources.file_source(str(write(tmp_path / name, content))))
+    sources.check_disjoint(training, sources.file_source(str(write(tmp_path / "e.txt", text + "an end"))))
+
+
 # ---- rows
 
 
