@@ -82,6 +82,8 @@ def hidden_matrices(model):
     """
     matrices = {}
     for module in [module for layer in layers(model) for module in layer.modules()]:
+        if isinstance(module, nn.Embedding):  # T5's bias of relative positions
+            continue
         projections = getattr(module, "num_projections", 1), 0 if isinstance(module, nn.Linear) else 1
         matrices |= {p: projections for p in module.parameters(recurse=False) if p.dim() == 2}
     return matrices

@@ -303,7 +303,7 @@ def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, 
         raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
     config.vocab_size = stored_config.vocab_size
     model, loading_info = weights.load(FAMILIES[family].tasks[task], path, config, dtype)
-    new = _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config)
+    new = _find_new_weights(family, task, model, path, loading_info, must_be_whole, replaces_head, stored_config)
     weights.warn_unused(path, loading_info["unused"])
     if vocab_size > config.vocab_size:
         # New rows are drawn close to the mean of the old ones (Hewitt 2021), so that no token starts out likely.
@@ -368,20 +368,19 @@ def count_parameters(model_class, config):
     return one + (two - one) * (config.num_hidden_layers - 1)
 
 
-def _find_new_weights(family, task, path, loading_info, must_be_whole, replaces_head, stored_config):
+def _find_new_weights(family, task, model, path, loading_info, must_be_whole, replaces_head, stored_config):
     """Return the names of the weights that a checkpoint lacks, and that were therefore newly initialized.
 
     Raises:
         ModelError: it lacks more than a head may lack, or its weights have other sizes.
     """
-    model_class = FAMILIES[family].tasks[task]
-    new, body = sorted(loading_info["missing_keys"]), f"{model_class.base_model_prefix}."
-    mismatched = sorted(loading_info["mismatched_keys"])
+    new, mismatched = (sorted(loading_info[keys]) for keys in ("missing_keys", "mismatched_keys"))
+    heads = _heads(model)
     if replaces_head and not must_be_whole:
-        new += [name for name, *_ in mismatched if not name.startswith(body)]
-        mismatched = [entry for entry in mismatched if entry[0].startswith(body)]
+        new += [name for name, *_ in mismatched if name.split(".")[0] in heads]
+        mismatched = [entry for entry in mismatched if entry[0].split(".")[0] not in heads]
     _check_fit(path, mismatched, "the recipe's config")
-    missing = [name for name in new if must_be_whole or (name.startswith(body) and ".pooler." not in name)]
+    missing = [name for name in new if must_be_whole or (name.split(".")[0] not in heads and ".pooler." not in name)]
     if missing:
         trained_tasks = [
             name
@@ -406,8 +405,11 @@ def _check_fit(path, mismatched, what):
 
 
 def _heads(model):
-    """Return name -> module of everything on top of the model without a head."""
-    return {name: head for name, head in model.named_children() if name != model.base_model_prefix}
+    """Return name -> module of everything on top of the model without a head. T5 has a head beside its two stacks."""
+    body = {model.base_model_prefix}
+    if model.base_model is model:
+        body = {name for name, module in model.named_children() if module is not model.get_output_embeddings()}
+    return {name: head for name, head in model.named_children() if name not in body}
 
 
 def _initialize_heads(model):

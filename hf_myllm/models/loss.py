@@ -13,24 +13,26 @@ def fuses_head_and_loss(head, hidden_states):
     range after the multiplication by the loss scale.
     """
     is_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    return is_training and type(head) is nn.Linear and _product_dtype(hidden_states) != torch.float16
+    return is_training and type(head) is nn.Linear and product_dtype(hidden_states) != torch.float16
 
 
-def linear_cross_entropy(head, hidden_states, labels, count=None):
+def linear_cross_entropy(head, hidden_states, labels, count=None, logits_bias=None):
     """Return the cross-entropy of `head(hidden_states)` and the labels, summed and divided by `count`.
 
     Args:
         hidden_states: (..., hidden_size).
         labels: (...) token ids, -100 is ignored.
         count: default: the number of labels that are not ignored.
+        logits_bias: (1, vocab_size), added to the logits in place of the head's bias.
     """
     count = (labels != IGNORE_INDEX).sum() if count is None else count
-    tensors, dtype = (hidden_states.flatten(0, -2), head.weight, head.bias), _product_dtype(hidden_states)
+    bias = head.bias if logits_bias is None else logits_bias.flatten()
+    tensors, dtype = (hidden_states.flatten(0, -2), head.weight, bias), product_dtype(hidden_states)
     tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     return _LinearCrossEntropy.apply(*tensors, labels.flatten(), count)
 
 
-def _product_dtype(tensor):
+def product_dtype(tensor):
     """Return the data type in which a matrix product with a tensor is computed."""
     device_type = tensor.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
@@ -58,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             gradient @ weight,
             gradient.mT @ hidden_states if ctx.needs_input_grad[1] else None,
-            gradient.sum(0) if bias is not None else None,
+            gradient.sum(0) if ctx.needs_input_grad[2] else None,
         )
         return (losses * has_label).sum() / count
 
