@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_myllm.models import FAMILIES
+from hf_myllm.models import FAMILIES, Family
+from hf_myllm.models.bart import MyBartConfig, MyBartForConditionalGeneration
+from hf_myllm.models.t5 import MyT5Config, MyT5ForConditionalGeneration
 
 BPE, WORDPIECE = "{train: bpe, vocab_size: 300}", "{train: wordpiece, vocab_size: 120}"
 
@@ -15,7 +17,7 @@ class FamilyCase:
     """A family in the tests."""
 
     stock: str  # prefix of the stock class names
-    stock_causal_lm: str | None = None
+    stock_generator: str | None = None  # the stock class that generates text
     sizes: dict  # configuration of a unit test's model: 97 tokens, 64 positions, width 48, 3 layers, 4 heads
     run_sizes: dict  # configuration of a model that trains in a second, apart from its vocabulary and positions
     no_dropout: dict = field(default_factory=dict)
@@ -28,7 +30,7 @@ class FamilyCase:
 
     @property
     def model_class(self):
-        return self.family.tasks["causal"]
+        return next(iter(self.family.tasks.values()))
 
     def make_config(self, **changed):
         return self.family.config(**{**self.sizes, **self.no_dropout, **changed})
@@ -43,11 +45,12 @@ class FamilyCase:
         return model
 
     def make_pair(self, folder, **changed):
-        """Return our causal model and the stock one with the same weights."""
+        """Return our model that generates text and the stock one with the same weights."""
         ours = self.make_model(**changed)
         ours.save_pretrained(folder)
-        stock, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert type(stock).__name__ == self.stock_causal_lm
+        auto_class = AutoModelForCausalLM if self.family.is_decoder else AutoModelForSeq2SeqLM
+        stock, loading = auto_class.from_pretrained(folder, output_loading_info=True)
+        assert type(stock).__name__ == self.stock_generator
         assert not any(loading.values())
         return ours.eval(), stock.eval()
 
@@ -83,10 +86,14 @@ ROPE_VARIANTS = [
     )
 ]  # fmt: skip
 
+T5_SIZES = {"vocab_size": 97, "d_model": 48, "d_kv": 10, "d_ff": 80, "num_heads": 4}
+BART_WIDTHS = {"d_model": 48, "encoder_ffn_dim": 80, "decoder_ffn_dim": 70, "max_position_embeddings": 64}
+BART_HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 6}
+
 CASES = {
     "gpt": FamilyCase(
         stock="GPT2",
-        stock_causal_lm="GPT2LMHeadModel",
+        stock_generator="GPT2LMHeadModel",
         sizes={**COMMON, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4},
         run_sizes={"n_layer": 2, "n_head": 2, "n_embd": 32},
         no_dropout={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -101,7 +108,7 @@ CASES = {
     ),
     "llama": FamilyCase(
         stock="Llama",
-        stock_causal_lm="LlamaForCausalLM",
+        stock_generator="LlamaForCausalLM",
         sizes=LLAMA_SIZES,
         run_sizes={**RUN_WIDTHS, "num_key_value_heads": 1},
         variants=[
@@ -117,7 +124,7 @@ CASES = {
     ),
     "qwen3": FamilyCase(
         stock="Qwen3",
-        stock_causal_lm="Qwen3ForCausalLM",
+        stock_generator="Qwen3ForCausalLM",
         sizes={**LLAMA_SIZES, "head_dim": 16},
         run_sizes={**RUN_WIDTHS, "num_key_value_heads": 1, "head_dim": 16},
         variants=[
@@ -144,3 +151,43 @@ assert list(CASES) == list(FAMILIES), "add an entry to CASES for every family"
 for name, case in CASES.items():
     case.name, case.family = name, FAMILIES[name]
 DECODERS = {name: case for name, case in CASES.items() if case.family.is_decoder}
+
+ENCODER_DECODERS = {
+    "t5": FamilyCase(
+        stock="T5",
+        stock_generator="T5ForConditionalGeneration",
+        sizes={**T5_SIZES, "num_layers": 3, "num_decoder_layers": 2},
+        run_sizes={"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+        no_dropout={"dropout_rate": 0.0},
+        variants=[
+            {},
+            {"attn_implementation": "eager"},
+            {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},  # T5 1.1
+            {"feed_forward_proj": "gated-silu", "relative_attention_num_buckets": 8},
+            {"relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-3},
+        ],
+        tokenizer="{train: unigram, vocab_size: 300}",
+    ),
+    "bart": FamilyCase(
+        stock="Bart",
+        stock_generator="BartForConditionalGeneration",
+        sizes={"vocab_size": 97, **BART_WIDTHS, **BART_HEADS, "encoder_layers": 3, "decoder_layers": 2},
+        run_sizes={
+            **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        },
+        no_dropout={"dropout": 0.0},
+        variants=[
+            {},
+            {"attn_implementation": "eager"},
+            {"scale_embedding": True, "activation_function": "gelu_new"},
+            {"encoder_layers": 1, "decoder_layers": 3},
+        ],
+    ),
+}
+for name, case in ENCODER_DECODERS.items():
+    config, model_class = {
+        "t5": (MyT5Config, MyT5ForConditionalGeneration),
+        "bart": (MyBartConfig, MyBartForConditionalGeneration),
+    }[name]
+    case.name, case.family = name, Family(case.stock.upper(), config, {"seq2seq": model_class})

@@ -26,6 +26,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"cli"},
     set(ENTRY_POINTS),
 )
+SHARED_BY_FAMILIES = ("stock", "loss", "decoder", "encoder_decoder")
 PLAIN_ARGUMENTS = {
     "precision",
     "models",
@@ -77,7 +78,7 @@ def test_a_family_is_self_contained(family):
     allowed = {"torch", "transformers", "math", "dataclasses", "huggingface_hub"}
     for path in (PACKAGE / "models" / family).glob("*.py"):
         for name in imports(path):
-            is_shared = name.startswith(("hf_myllm.models.stock.", "hf_myllm.models.decoder."))
+            is_shared = name.rpartition(".")[0].removeprefix("hf_myllm.models.") in SHARED_BY_FAMILIES
             is_own = name.startswith(f"hf_myllm.models.{family}.")
             assert name.split(".")[0] in allowed or is_shared or is_own, f"{path} imports {name}"
 

@@ -13,7 +13,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 # Standard names of the sizes; a family may store one under another name (see `attribute_map` of its configuration).
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "n_inner", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window", "d_ff",
+    "encoder_ffn_dim", "num_decoder_layers", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim",
 )  # fmt: skip
 _MAX_LAYERS = 1024
 # rope_type -> keys of rope_parameters that it needs, and that it may have, besides rope_theta
@@ -89,11 +90,12 @@ class StockConfigMixin:
         names = {name: self.attribute_map.get(name, name) for name in _SIZES}
         sizes = {name: get_field(self, field) for name, field in names.items()}
         self.check_sizes({names[name]: size for name, size in sizes.items()})
-        if (layers := sizes["num_hidden_layers"]) > _MAX_LAYERS:  # each takes a millisecond to make, without weights
-            raise ValueError(f"{names['num_hidden_layers']} is {layers}; it must be at most {_MAX_LAYERS}")
+        for name in ("num_hidden_layers", "num_decoder_layers", "decoder_layers"):
+            if (layers := sizes[name] or 0) > _MAX_LAYERS:  # each takes a millisecond to make, without weights
+                raise ValueError(f"{names[name]} is {layers}; it must be at most {_MAX_LAYERS}")
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        # A family whose head_dim has a default of its own (Qwen3) does not derive it from the width.
-        if getattr(type(self), "head_dim", None) is None and width % heads:
+        # A family whose head_dim has a default of its own (Qwen3, T5) does not derive it from the width.
+        if getattr(type(self), names["head_dim"], None) is None and width % heads:
             raise ValueError(f"{names['num_attention_heads']} ({heads}) must divide {names['hidden_size']} ({width})")
         if heads % (sizes["num_key_value_heads"] or heads):
             raise ValueError(
@@ -115,7 +117,7 @@ class StockConfigMixin:
                 raise ValueError(f"{name} is {value}; a dropout must be at least 0 and below 1")
             if name.endswith(("norm_eps", "norm_epsilon")) and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
-            if name == "initializer_range" and value < 0:
+            if name in ("initializer_range", "initializer_factor", "init_std") and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
             if name in ("hidden_act", "activation_function") and value not in ACT2FN:
                 raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(ACT2FN)}")

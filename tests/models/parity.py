@@ -66,7 +66,7 @@ def table():
                 inputs = {"input_ids": test_causal.batch(), "labels": test_causal.batch(seed=2), "use_cache": False}
                 for check, value in compare(ours, stock, inputs, test_bert.PADDING).items():
                     worst[check] = max(worst.get(check, 0.0), value)
-            yield f"{family.name}, {len(family.variants)} variants", family.stock_causal_lm, worst
+            yield f"{family.name}, {len(family.variants)} variants", family.stock_generator, worst
         for head, (_, labels) in test_bert.LABELS.items():
             ours, stock = test_bert.pair(head, Path(folder) / head)
             inputs = {"input_ids": test_bert.batch(), **labels}

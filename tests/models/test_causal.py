@@ -114,7 +114,7 @@ def test_generation_with_a_static_cache_equals_stock(tmp_path, family):
 def test_saved_folder_is_a_stock_checkpoint(tmp_path, family):
     family.make_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == [family.stock_causal_lm]
+    assert config["architectures"] == [family.stock_generator]
     assert config["model_type"] == family.family.config.model_type
     assert not {"auto_map", "_name_or_path"} & set(config)
     weights = load_file(tmp_path / "model.safetensors")
