@@ -223,7 +223,8 @@ def adapt_model(recipe, accelerator, model, task):
 def build_task(recipe, data_sources, tokenizer, stored_config, is_trained):
     """Return the recipe's task, with the labels that the model was trained for, or those of the training data."""
     source = data_sources.training[0] if data_sources.training else None
-    settings = vars(recipe.data) | {"splits_by_position": is_trained and keeps_old_split(recipe)}
+    settings = {**vars(recipe.training), **vars(recipe.evaluation), **vars(recipe.data)}
+    settings |= {"splits_by_position": is_trained and keeps_old_split(recipe)}
     return tasks.build(recipe.task, tokenizer, settings, recipe.run.seed, source, stored_config, is_trained)
 
 

@@ -231,6 +231,7 @@ def _train_tokenizer(recipe, texts_from):
     texts, task_key = readers.SourceTexts(texts_from), [new_tokens] if new_tokens else []
     if tasks.TASKS[recipe.task].is_labelled:
         columns = {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
+        columns |= {"target_column": data.target_column} if data.target_column else {}
         texts, task_key = tasks.LabelledTexts(texts_from, recipe.task, **columns), [*task_key, recipe.task, columns]
 
     def train(folder):

@@ -135,7 +135,7 @@ def _decoder_tokens(config_class, settings):
         return {}
     for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(default, name, None)
-        same = [other for other in SPECIAL_TOKENS if value is not None and getattr(default, other) == value]
+        same = [other for other in SPECIAL_TOKENS if value is not None and getattr(default, other, None) == value]
         if same or name == "decoder_start_token_id":
             tokens[name] = settings[same[0] if same else "pad_token_id"]
     return tokens
@@ -150,7 +150,7 @@ def _check_special_tokens(config, recipe_settings, tokenizer):
     """Replace special tokens of a checkpoint's configuration that are beyond its vocabulary, such as -1, by those of
     the tokenizer: an embedding would fail on them. Refuse those of a recipe."""
     for name in SPECIAL_TOKENS:
-        ids = getattr(config, name)
+        ids = getattr(config, name, None)
         outside = [
             i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and not 0 <= i < config.vocab_size
         ]

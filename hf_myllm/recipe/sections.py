@@ -20,7 +20,7 @@ Trackers = one_or_many(
     Literal["tensorboard", "wandb", "trackio"], {"type": "string", "enum": ["tensorboard", "wandb", "trackio"]}
 )
 LABELLED_TASKS = ("classification", "token_classification", "question_answering")
-TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction")  # for tasks that are not here the dry run shows all keys
+TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction", "seq2seq")  # of others the dry run shows all keys
 
 
 class TrainedTokenizer(TypedDict):
@@ -66,10 +66,20 @@ class Data(Section):
     )
     text_column: str | None = changeable(
         None,
-        "Column with the text in .jsonl, .parquet and Hub data, or with the words for token_classification. Default: "
-        "text, or tokens.",
+        "Column with the text in .jsonl, .parquet and Hub data, with the words for token_classification, or with the "
+        "source for seq2seq. Default: text, or tokens; for seq2seq see target_column.",
     )
     text_pair_column: str | None = changeable(None, "Column with the second text of a pair.", tasks=("classification",))
+    target_column: str | None = changeable(
+        None,
+        "Column with the target. Default, with text_column: source and target, prompt and completion, text, document "
+        "or dialogue and summary, or article and highlights. Of a column `translation` these are two languages.",
+        tasks=("seq2seq",),
+    )
+    source_prefix: str | None = fixed(None, "Text before each source, such as 'summarize: '.", tasks=("seq2seq",))
+    max_target_len: int = fixed(
+        128, "Tokens of a target, at most; also of a generated one.", ge=2, le=MANY, tasks=("seq2seq",)
+    )
     label_column: str | list[str] = changeable(
         "label",
         "Column with the label, or with the labels of the words. A list of columns of 0 and 1 makes the task multi-"
@@ -95,7 +105,7 @@ class Data(Section):
     skip_bad_rows: bool = changeable(
         False,
         "Skip and count invalid labelled examples instead of stopping at the first.",
-        tasks=(*LABELLED_TASKS, "instruction"),
+        tasks=(*LABELLED_TASKS, "instruction", "seq2seq"),
     )
     document: Literal["file", "line"] = changeable("file", "What a document is in a text file.", tasks=TEXT_TASKS)
     val_fraction: float = fixed(
@@ -199,6 +209,9 @@ class Training(Section):
     beta1: float = fixed(0.9, "AdamW's first-moment decay.", ge=0, lt=1)
     beta2: float = fixed(0.95, "AdamW's second-moment decay.", ge=0, lt=1)
     epsilon: float = fixed(1e-8, "AdamW's epsilon.", gt=0)
+    label_smoothing: float = fixed(
+        0.0, "Label smoothing of the training loss; that of evaluations is plain.", ge=0, lt=1, tasks=("seq2seq",)
+    )
     grad_clip: float = fixed(1.0, "Maximum norm of the gradient; 0 disables clipping.", ge=0)
     max_skipped_steps: int = fixed(
         0, "Consecutive steps that may be skipped because of a non-finite loss or gradient; 0 stops at the first.", ge=0
@@ -260,7 +273,7 @@ class Evaluation(Section):
         None,
         'Prompt of the sample at each evaluation ("" starts from nothing), or text whose [MASK] is filled in. Default: '
         "no sample.",
-        tasks=(*TEXT_TASKS, "instruction"),
+        tasks=(*TEXT_TASKS, "instruction", "seq2seq"),
     )
     max_new_tokens: int = changeable(
         100, "Tokens of a sample.", ge=1, le=MANY, tasks=GENERATING_TASKS, needs="start_context"

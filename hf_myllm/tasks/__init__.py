@@ -12,6 +12,7 @@ from .labels import BadRowError, Labels
 from .masked_lm import MaskedLM
 from .question_answering import QuestionAnswering
 from .sentence_pairs import SentencePairs
+from .seq2seq import Seq2Seq
 from .span_corruption import SpanCorruption
 from .token_classification import TokenClassification
 
@@ -22,6 +23,7 @@ TASKS = {
     "mlm_nsp": SentencePairs,
     "span_corruption": SpanCorruption,
     "denoising": Denoising,
+    "seq2seq": Seq2Seq,
     "instruction": Instruction,
     "classification": Classification,
     "token_classification": TokenClassification,

@@ -51,6 +51,10 @@ class Settings:
     unanswerable: bool | None = None
     max_answer_len: int = 30
     chat_template: str | None = None
+    target_column: str | None = None
+    source_prefix: str | None = None
+    max_target_len: int = 128
+    label_smoothing: float = 0.0
 
 
 class Task:

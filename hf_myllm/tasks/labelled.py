@@ -114,18 +114,18 @@ class LabelledTask(Task):
             raise BadRowError(f"{where} has no column {column!r}, but {', '.join(map(repr, record))}{hint}")
         return record[column]
 
-    def encode_truncated(self, texts):
-        """Return the encodings of texts or of pairs of texts, cut to max_len."""
-        encodings = self.backend(truncate=True).encode_batch(texts)
+    def encode_truncated(self, texts, length=None):
+        """Return the encodings of texts or of pairs of texts, cut to `length` tokens; default: max_len."""
+        encodings = self.backend(length or self.max_len).encode_batch(texts)
         self.backend()  # the tokenizer is saved without truncation
         return encodings
 
-    def backend(self, truncate=False):
-        """Return the tokenizer's Rust backend without padding; it truncates to max_len if asked."""
+    def backend(self, length=None):
+        """Return the tokenizer's Rust backend without padding; it cuts texts to `length` tokens."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
-        if truncate:
-            backend.enable_truncation(self.max_len)
+        if length:
+            backend.enable_truncation(length)
         else:
             backend.no_truncation()
         return backend

@@ -87,7 +87,7 @@ class TokenClassification(LabelNames, PredictionTask):
         words = [unknown if index in missing else word for index, word in enumerate(words)]
         word_ids = [index for index in encoding.word_ids if index is not None]
         lengths = np.bincount(word_ids, minlength=len(words)).clip(min=1)
-        backend = self.backend(truncate=True)
+        backend = self.backend(self.max_len)
         room = self.max_len - backend.num_special_tokens_to_add(False)
         starts, used = [0], 0
         for index, length in enumerate(lengths):

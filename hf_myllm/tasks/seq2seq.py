@@ -1,0 +1,196 @@
+"""Sequence to sequence: predict a target text from a source text, for example a summary or a translation."""
+
+import datasets
+import numpy as np
+import torch
+
+from ..generate import encode_source
+from ..terminal import plural
+from .base import IGNORE_INDEX, padded_width, to_tensors
+from .classification import read_lines
+from .encoder_decoder import EncoderDecoder
+from .labelled import LabelledTask
+from .labels import BadRowError
+
+# Names of the columns of the source and the target, where the recipe does not set them.
+_COLUMNS = (
+    ("source", "target"),
+    ("prompt", "completion"),
+    ("text", "summary"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("article", "highlights"),
+)
+_TRANSLATION = "translation"  # column with a dict of a text in each language
+
+
+class Seq2Seq(EncoderDecoder, LabelledTask):
+    """Predict the target of each source. Both are cut, the source to max_len tokens, the target to `max_target_len`.
+
+    A row of [`LabelledRows`] is the source and, as its second text, the target.
+    """
+
+    packings = ("pad",)
+    unused_keys = ("stride", "streaming", "datasets", "metrics")
+    record_features = datasets.Features({"target": datasets.Value("string")})
+    logits_share = 1.0
+    target_name = "target tokens"
+
+    def configure(self, model_config, max_len):
+        super().configure(model_config, max_len)
+        positions = getattr(model_config, "max_position_embeddings", None) or self.settings.max_target_len
+        self.max_target_len = min(self.settings.max_target_len, positions)
+
+    # ---- examples
+
+    def cache_key(self):
+        settings, tokenizer = self.settings, self.tokenizer
+        languages = getattr(tokenizer, "src_lang", None), getattr(tokenizer, "tgt_lang", None)
+        columns = settings.text_column, settings.target_column
+        return [*super().cache_key(), columns, settings.source_prefix, self.max_target_len, languages]
+
+    def used_columns(self):
+        named = {self.settings.text_column, self.settings.target_column} - {None}
+        return [*named, _TRANSLATION, *(name for pair in _COLUMNS for name in pair)]
+
+    def read(self, source):
+        is_text = source.format == "text" and not self.reads_labels
+        for where, record in read_lines(source, self.text_column) if is_text else super().read(source):
+            languages = record.get(_TRANSLATION)
+            if isinstance(languages, dict):
+                record = {name: value for name, value in record.items() if name != _TRANSLATION} | languages
+            yield where, record
+
+    def find_columns(self, record, where):
+        """Return the names of the columns of the source and of the target, which predictions do not need.
+
+        Raises:
+            BadRowError: the recipe does not name them, and they have no usual names.
+        """
+        text_column, target_column = self.settings.text_column, self.settings.target_column
+        if text_column and target_column:
+            return text_column, target_column
+        for source, target in _COLUMNS:
+            fits = (text_column or source) == source and (target_column or target) == target
+            if fits and source in record and (target in record or not self.reads_labels):
+                return source, target
+        if text_column and not self.reads_labels:
+            return text_column, "target"
+        unnamed = [flag for flag, name in (("text_column", text_column), ("target_column", target_column)) if not name]
+        raise BadRowError(
+            f"{where} has the columns {', '.join(map(repr, record))}; name that of the "
+            f"{'source' if unnamed[0] == 'text_column' else 'target'} with --{unnamed[0]}"
+            + (" and that of the target with --target_column" if len(unnamed) > 1 else "")
+        )
+
+    def texts(self, record, where):
+        example = self.parse(record, where)
+        return [example["source"], example["target"]]
+
+    def parse(self, record, where):
+        """Return a dict of source and target, and of the names of their columns."""
+        text_column, target_column = self.find_columns(record, where)
+        source = self.read_text(record, where, text_column, "text_column")
+        if not source.strip():
+            raise BadRowError(f"{where}: the source, column {text_column!r}, is empty")
+        target = record.get(target_column)
+        if self.reads_labels:
+            self.read_cell(record, where, target_column, "target_column")
+            if target is None or target == "":
+                raise BadRowError(f"{where}: the target, column {target_column!r}, is empty")
+            target = self.read_text(record, where, target_column)
+        elif not isinstance(target, str):
+            target = None
+        return {"source": source, "target": target, "columns": (text_column, target_column)}
+
+    def split_key(self, example):
+        return None, example["source"]
+
+    def record(self, example):
+        if self.reads_labels:
+            return {"target": example["target"]}
+        values = dict(zip(example["columns"], (example["source"], example["target"]), strict=True))
+        return {name: value for name, value in values.items() if value is not None}
+
+    def update_stats(self, stats, example):
+        stats["cut_targets"] = stats.get("cut_targets", 0) + example["is_target_cut"]
+
+    def summary_lines(self, train_rows, val_rows, stats):
+        cut = (
+            ("cut", "source", "max_len", self.max_len),
+            ("cut_targets", "target", "max_target_len", self.max_target_len),
+        )
+        return [
+            f"{plural(stats[name], text)} longer than {key} {limit}: cut"
+            for name, text, key, limit in cut
+            if stats.get(name)
+        ]
+
+    # ---- rows and batches
+
+    def tokenize(self, examples):
+        sources = [self.add_prefix(example["source"]) for example in examples]
+        sources = self._encode(sources, self.max_len)
+        if not self.reads_labels:
+            return [(source, ([], False)) for source in sources]
+        try:  # some tokenizers mark the language of a target
+            getattr(self.tokenizer, "_switch_to_target_mode", lambda: None)()
+            targets = self._encode([example["target"] for example in examples], self.max_target_len)
+        finally:
+            getattr(self.tokenizer, "_switch_to_input_mode", lambda: None)()
+        return list(zip(sources, targets, strict=True))
+
+    def add_prefix(self, text):
+        return (self.settings.source_prefix or "") + text
+
+    def _encode(self, texts, length):
+        """Return (token ids, whether they were cut) of each text, at most `length`, with the end token."""
+        end = self.tokenizer.eos_token_id
+        adds_end = self.backend().encode("a").ids[-1] == end
+        for encoding in self.encode_truncated(texts, length if adds_end else length - 1):
+            yield encoding.ids if adds_end else [*encoding.ids, end], bool(encoding.overflowing)
+
+    def example_rows(self, example, encoding):
+        (source, is_cut), (target, example["is_target_cut"]) = encoding
+        row = {"input_ids": source + target, "second_text": len(source), "labels": len(target)}
+        return [row], is_cut
+
+    def make_rows(self, data, name, stride=None):
+        return data
+
+    def batch(self, rows, indices, step=None, size=None):
+        """Return input_ids and attention_mask (rows, longest source), and labels (rows, longest target)."""
+        texts = [rows.read(int(index)) for index in indices]
+        sources, targets = [ids[:start] for ids, start in texts], [ids[start:] for ids, start in texts]
+        inputs, labels = _pad(sources, self.max_len, self.pad), _pad(targets, self.max_target_len, IGNORE_INDEX)
+        mask = _pad([np.ones_like(ids) for ids in sources], self.max_len, 0)
+        return to_tensors({"input_ids": inputs, "attention_mask": mask, "labels": labels}, size)
+
+    def count_tokens(self, batch):
+        return super().count_tokens(batch) + self.count_targets(batch)["num_items_in_batch"]
+
+    # ---- loss
+
+    def forward(self, model, inputs, counts):
+        """Return the model's outputs; in training with label smoothing (Szegedy et al. 2016), if the recipe asks."""
+        smoothing = self.settings.label_smoothing
+        if not (smoothing and model.training):
+            return super().forward(model, inputs, counts)
+        outputs, labels = model(**inputs, use_cache=False), inputs["labels"]
+        logits, options = outputs.logits.float().flatten(0, 1), {"label_smoothing": smoothing, "reduction": "sum"}
+        loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, **options)
+        outputs.loss = loss / counts["num_items_in_batch"]
+        return outputs
+
+    # ---- what a person sees
+
+    def check_prompt(self, text, max_positions):
+        encode_source(self.tokenizer, self.add_prefix(text), max_positions)
+
+
+def _pad(rows, limit, value):
+    """Return token ids of different lengths as an array (rows, longest, rounded up)."""
+    padded = np.full((len(rows), padded_width([len(ids) for ids in rows], limit)), value, dtype=np.int64)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return padded

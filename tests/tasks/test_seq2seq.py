@@ -1,0 +1,145 @@
+"""Sequence to sequence: columns, rows, batches, loss, generated evaluation and predictions."""
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+
+from hf_myllm import tasks
+from hf_myllm.data import sources
+from hf_myllm.data import tokenizer as tokenizers
+from hf_myllm.errors import InputError
+from hf_myllm.tasks import IGNORE_INDEX
+from hf_myllm.tasks.labelled_rows import load_rows
+
+ROWS = [{"source": "abc def " * (n % 5 + 1) + str(n), "target": f"{n} words"} for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizers.train("bpe", [row["source"] for row in ROWS] * 3, 300, tasks.TASKS["seq2seq"].new_tokens)
+
+
+def write_source(folder, rows, name="a.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sources.file_source(str(folder / name))
+
+
+def make_task(tokenizer, max_len=64, **settings):
+    task = tasks.build("seq2seq", tokenizer, settings)
+    task.configure(SimpleNamespace(vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id), max_len)
+    return task
+
+
+def texts_of(rows, tokenizer):
+    """Return the sources and the targets of all rows, without special tokens."""
+    pairs = []
+    for index in range(len(rows)):
+        ids, start = rows.read(index)
+        pairs.append(tuple(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:])))
+    return pairs
+
+
+# ---- rows
+
+
+def test_rows_are_sources_and_targets_with_their_end(tmp_path, bpe):
+    task = make_task(bpe, source_prefix="say: ")
+    rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+    assert texts_of(rows, bpe) == [("say: " + row["source"], row["target"]) for row in ROWS]
+    assert [record["target"] for record in rows.records] == [row["target"] for row in ROWS]
+    for index in range(len(rows)):
+        ids, start = rows.read(index)
+        assert ids[start - 1] == ids[-1] == bpe.eos_token_id
+    batch = task.batch(rows, np.array([4, 0]), size=3)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    for row, index in enumerate((4, 0)):
+        ids, start = rows.read(index)
+        assert batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist() == ids[:start].tolist()
+        assert batch["labels"][row][batch["labels"][row] != IGNORE_INDEX].tolist() == ids[start:].tolist()
+    assert (batch["labels"][2] == IGNORE_INDEX).all()
+    assert task.count_targets(batch) == {"num_items_in_batch": int((batch["labels"] != IGNORE_INDEX).sum())}
+    assert task.count_tokens(batch) == sum(len(rows.read(index)[0]) for index in (4, 0))
+
+
+def test_real_tokenizers_give_the_rows_of_stock_fine_tuning(tmp_path, assets):
+    for name, max_len, max_target_len in (("t5", 20, 5), ("bart", 12, 6)):
+        tokenizer = tokenizers.load(str(assets / "tokenizers" / name))
+        task = make_task(tokenizer, max_len, max_target_len=max_target_len)
+        rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+        for index, row in enumerate(ROWS):
+            ids, start = rows.read(index)
+            expected = tokenizer(row["source"], truncation=True, max_length=max_len)["input_ids"]
+            assert ids[:start].tolist() == expected
+            target = tokenizer(text_target=row["target"], truncation=True, max_length=max_target_len)["input_ids"]
+            assert ids[start:].tolist() == target
+
+
+def test_too_long_texts_are_cut_and_counted(tmp_path, bpe):
+    task = make_task(bpe, max_len=6, max_target_len=4)
+    rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+    longer = {name: sum(len(bpe(row[name])["input_ids"]) > limit - 1 for row in ROWS)
+              for name, limit in (("source", 6), ("target", 4))}  # fmt: skip
+    assert 0 < longer["source"] < 30
+    assert task.summary_lines(rows, None, rows.stats) == [
+        f"{longer['source']} sources longer than max_len 6: cut",
+        f"{longer['target']} targets longer than max_target_len 4: cut",
+    ]
+    for index in range(len(rows)):
+        ids, start = rows.read(index)
+        assert start <= 6
+        assert len(ids) - start <= 4
+        assert ids[start - 1] == ids[-1] == bpe.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"prompt": "a b", "completion": "c", "id": 3}, {}),
+        ({"document": "a b", "summary": "c"}, {}),
+        ({"article": "a b", "highlights": "c", "id": "x"}, {}),
+        ({"translation": {"en": "a b", "de": "c"}}, {"text_column": "en", "target_column": "de"}),
+        ({"question": "a b", "answer": "c"}, {"text_column": "question", "target_column": "answer"}),
+        ({"text": "x", "summary": "c", "body": "a b"}, {"text_column": "body", "target_column": "summary"}),
+        ({"text": "x", "document": "a b", "summary": "c"}, {"text_column": "document"}),
+    ],
+)
+def test_columns_are_found_by_their_usual_names(tmp_path, bpe, row, settings):
+    data = datasets.Dataset.from_list([row, row])
+    for source in (write_source(tmp_path, [row, row]), sources.in_memory_source(data, "train_data", "text", "file")):
+        rows, _ = load_rows(source, make_task(bpe, **settings))
+        assert texts_of(rows, bpe) == [("a b", "c")] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"source": "a", "target": None}, {}, "line 2: the target, column 'target', is empty"),
+        ({"source": "a", "target": ""}, {}, "line 2: the target, column 'target', is empty"),
+        ({"source": " ", "target": "b"}, {}, "line 2: the source, column 'source', is empty"),
+        ({"source": 7, "target": "b"}, {}, "line 2: column 'source' does not hold text: 7"),
+        ({"source": "a", "target": ["b"]}, {}, "line 2: column 'target' does not hold text: "),
+        ({"source": "a"}, {}, r"line 2 has the columns 'source'; name that of the source with --text_column and that"),
+        ({"source": "a"}, {"text_column": "source"}, r"line 2 has the columns 'source'; name that of the target with"),
+        ({"a": "a", "b": "b"}, {"text_column": "a", "target_column": "c"}, "line 2 has no column 'c', but 'a', 'b'"),
+        ({"translation": {"en": "a", "de": "b"}}, {}, "line 2 has the columns 'en', 'de'; name that of the source"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named_by_their_line(tmp_path, bpe, row, settings, message):
+    names = settings.get("text_column", "source"), settings.get("target_column", "target")
+    good = {name: "text" for name in names}
+    with pytest.raises(InputError, match=message):
+        load_rows(write_source(tmp_path, [good, row]), make_task(bpe, **settings))
+    rows, _ = load_rows(write_source(tmp_path, [good, row, good]), make_task(bpe, skip_bad_rows=True, **settings))
+    assert (len(rows), rows.stats["skipped"]) == (2, 1)
+
+
+def test_the_same_source_does_not_stand_on_both_sides(tmp_path, bpe):
+    source = write_source(tmp_path, [{"source": f"text {n % 20}", "target": f"{n}"} for n in range(100)])
+    training, held_out = load_rows(source, make_task(bpe), 0.2)
+    first, second = ({source for source, _ in texts_of(rows, bpe)} for rows in (training, held_out))
+    assert len(first) + len(second) == 20
+    assert second
+    assert not first & second
