@@ -31,6 +31,8 @@ from .errors import InputError, RecipeError
 from .evaluation import load_metrics
 from .hub import check_target
 from .models import FAMILIES, loading
+from .models.auto import num_positions
+from .models.probe import check_class
 from .optim import build_optimizer, load_optimizer_tensors
 from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
@@ -155,7 +157,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     metrics = load_metrics(recipe.evaluation.metrics or [], recipe.evaluation.trust_metric_code)
     data_sources = find_sources(recipe, train_data, eval_data)
     pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
-    stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
+    stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     is_trained = resume_from is not None or eval_only
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, is_trained)
     task = build_task(recipe, data_sources, tokenizer, stored_config, is_trained)
@@ -173,6 +175,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         recipe, data_sources, tokenizer, task, trainer_state, config.vocab_size, cleanup, show_progress
     )
     model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
+    check_class(model, recipe.task, recipe.data.packing, task.isolates_documents, task.pads_rows)
     adapt_model(recipe, accelerator, model, task)
     train_rows, val_rows = make_rows(recipe, data_sources, task, training, validation)
     if train_rows is not None:
@@ -231,7 +234,7 @@ def build_task(recipe, data_sources, tokenizer, stored_config, is_trained):
 def build_config(recipe, tokenizer, pretrained, task):
     """Return the configuration of the model; see [`loading.build_config`]."""
     return loading.build_config(
-        recipe.model,
+        recipe.family,
         recipe.config,
         pretrained,
         tokenizer,
@@ -250,7 +253,7 @@ def build_model(recipe, config, pretrained, stored_config, is_trained, task):
         lora_settings["target_modules"] = section.target_modules
     labels_fit = not (task.labels and stored_config) or task.labels.fit_head(tasks.Labels.from_config(stored_config))
     return loading.build_model(
-        recipe.model,
+        recipe.family,
         recipe.task,
         config,
         pretrained,
@@ -267,9 +270,9 @@ def build_model(recipe, config, pretrained, stored_config, is_trained, task):
 def resolve_sizes(recipe, config, task, accelerator, trainer_state):
     """Fill in the sizes that follow from others."""
     data, training = recipe.data, recipe.training
-    positions = config.max_position_embeddings
-    data.max_len = data.max_len or positions
-    if data.max_len > positions:
+    positions = num_positions(config)
+    data.max_len = data.max_len or default_max_len(positions)
+    if positions and data.max_len > positions:
         raise RecipeError(f"max_len {data.max_len} is more than the {positions} positions of the model")
     task.configure(config, data.max_len)
     if task.has_stride and not data.streaming:
@@ -285,6 +288,13 @@ def resolve_sizes(recipe, config, task, accelerator, trainer_state):
     recipe.check_batch()
     if training.epochs is None and training.max_steps is None:
         training.epochs = 1.0
+
+
+def default_max_len(positions):
+    """Return the positions of a model as the tokens per row."""
+    if positions is None:
+        raise RecipeError("max_len: this model has no number of positions to take it from; give --max_len N")
+    return positions
 
 
 def plan_steps(run):
@@ -384,15 +394,15 @@ def prepare_training(run):
 
 def prepare_data(recipe):
     """Train the tokenizer of a recipe and tokenize its data into the cache."""
-    recipe.check_task(TASKS[recipe.task])
+    recipe.check_family(FAMILIES).check_task(TASKS[recipe.task])
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
     data_sources = find_sources(recipe)
-    stored_config = loading.read_config(recipe.model, pretrained) if pretrained else None
+    stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, False)
     task = build_task(recipe, data_sources, tokenizer, stored_config, False)
     config = build_config(recipe, tokenizer, pretrained, task)
-    data.max_len = data.max_len or config.max_position_embeddings
+    data.max_len = data.max_len or default_max_len(num_positions(config))
     task.configure(config, data.max_len)
     if data.streaming:
         data_sources.training = []  # a stream is tokenized while it is read

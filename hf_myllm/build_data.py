@@ -1,5 +1,6 @@
 """The data section of a recipe: its sources, its tokenizer, and their tokens."""
 
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from .data import tokenizer as tokenizers
 from .data.discovery import TOKEN_ID_FORMATS
 from .errors import DataError, InputError, ModelError, printable
 from .models import FAMILIES
+from .models.auto import num_positions
 from .reporting.metrics_log import read_run
 
 DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
@@ -170,7 +172,7 @@ def check_tokenizer(recipe, config, tokenizer, task):
     """Check the prompt of samples, and limit the tokenizer to the model's positions, where stock pipelines truncate."""
     if tokenizer is None:
         return
-    positions = config.max_position_embeddings
+    positions = num_positions(config) or math.inf
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     if recipe.evaluation.start_context is not None:
         task.check_prompt(recipe.evaluation.start_context, positions)
@@ -200,7 +202,7 @@ def find_tokenizer(recipe, data_sources, pretrained, keep):
 
 
 def _find_tokenizer(recipe, data_sources, pretrained, keep):
-    data, family = recipe.data, FAMILIES[recipe.model]
+    data, family = recipe.data, FAMILIES[recipe.family]
     reads_text = any(source.format not in TOKEN_ID_FORMATS for source in data_sources.all)
     if pretrained and (keep or not data.tokenizer):
         try:

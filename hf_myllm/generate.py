@@ -20,6 +20,7 @@ from .distributed import check_no_other_run
 from .errors import InputError, ModelError
 from .files import read_yaml
 from .models import loading, lora
+from .models.auto import num_positions
 from .precision import inference_precision
 
 _COMMAND_DEFAULTS = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1, "seed": 0}
@@ -180,7 +181,7 @@ def generate_text(
     """
     if lora.is_added(model):  # peft would copy the sampling settings into the configuration that is saved
         model = model.get_base_model()
-    is_encoder_decoder, positions = model.config.is_encoder_decoder, num_positions(model.config)
+    is_encoder_decoder, positions = model.config.is_encoder_decoder, num_positions(model.config) or _NO_LIMIT
     if is_encoder_decoder:
         ids, is_empty, num_read = encode_source(tokenizer, prompt, positions), False, 1
     else:
@@ -276,11 +277,6 @@ def encode_prompt(tokenizer, prompt, max_positions, is_chat=False):
     raise InputError("prompt: it is empty, and the tokenizer has no token to start from; give some text")
 
 
-def num_positions(config):
-    """Return the number of positions of a model, a large number if it has no limit."""
-    return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
-
-
 def encode_source(tokenizer, text, max_positions):
     """Return the token ids that an encoder reads.
 
@@ -310,7 +306,8 @@ def fill_mask(model, tokenizer, text, num_guesses=5):
     Raises:
         InputError: the text has no mask token, or is too long.
     """
-    ids = torch.tensor([encode_masked(tokenizer, text, model.config.max_position_embeddings)], device=model.device)
+    positions = num_positions(model.config) or _NO_LIMIT
+    ids = torch.tensor([encode_masked(tokenizer, text, positions)], device=model.device)
     was_training = model.training
     model.eval()
     outputs = model(ids)

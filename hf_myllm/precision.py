@@ -137,13 +137,15 @@ def cast_to_bf16(model):
     Autocast alone keeps the residual stream in fp32, which doubles its memory traffic.
     """
     for layer in layers(model):
-        layer.register_forward_pre_hook(_cast_hidden_states)
+        layer.register_forward_pre_hook(_cast_hidden_states, with_kwargs=True)
 
 
-def _cast_hidden_states(layer, inputs):
+def _cast_hidden_states(layer, inputs, named):
+    if not inputs:  # some stock classes name it
+        inputs, named = (named.pop("hidden_states"),), named
     hidden_states, *others = inputs
     if torch.is_autocast_enabled(hidden_states.device.type):
-        return (hidden_states.bfloat16(), *others)
+        return (hidden_states.bfloat16(), *others), named
 
 
 def layers(model):

@@ -27,6 +27,7 @@ from .errors import CONTROL, DataError, InputError, ModelError
 from .files import atomic_path, open_new
 from .generate import load_tokenizer, read_recipe
 from .models import loading
+from .models.auto import num_positions
 from .precision import inference_precision
 from .recipe.sections import FIELDS
 from .tasks import TASKS
@@ -96,8 +97,9 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     if settings.get("text_pair_column") and name not in FIELDS["text_pair_column"].json_schema_extra["tasks"]:
         raise InputError(f"--text_pair_column: it has no effect with task {name}; leave it out")
     settings = recipe["data"] | {"skip_bad_rows": False} | settings
-    positions = getattr(model.config, "max_position_embeddings", 512)
-    max_len = max_len or settings.get("max_len") or positions
+    positions = num_positions(model.config)
+    max_len = max_len or settings.get("max_len") or positions or 512
+    positions = positions or max_len
     if batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, not {batch_size}")
     if not 4 <= max_len <= positions:

@@ -43,6 +43,7 @@ def test_aliases_and_ways_to_write_a_flag():
     recipe = read(
         "--train_file=a.txt", "--num_epochs", 2, "--save_path", "x", "--valid_file", "v.txt", "--load_model", "m",
         "--compile", "--grad-clip", "0.5", "--n_layer", 3, "--hidden_size", 96, "--warmup_steps", "1e3",
+        "--model", "gpt",
     )  # fmt: skip
     assert (recipe.training.epochs, recipe.run.save_model, recipe.data.val_file) == (2.0, "x", "v.txt")
     assert (recipe.run.init_from, recipe.training.compile, recipe.training.grad_clip) == ("m", True, 0.5)

@@ -48,7 +48,7 @@ def test_the_shipped_recipes_match_the_schema_and_name_it(path):
         {"training": {"learning_rate": -1.0}},
         {"training": {"max_steps": 1.5}},
         {"run": {"log_with": ["pencil"]}},
-        {"model": "gtp"},
+        {"model": 3},
         {"config": {"num_key_value_heads": 2}},
         {"model": "llama", "config": {"n_head": 2}},
         {"model": "bert", "task": "causal"},

@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ..errors import HubError, first_line
-from ..models import FAMILIES, find_family, loading, lora
+from ..models import find_family, loading, lora
+from ..models.auto import num_positions
 
 SCRIPT = Path(__file__).with_name("run_stock_model.py")
 # Environment variables of a launch, by prefix: the check and a push are single processes of their own.
@@ -35,13 +36,13 @@ def check(folder):
         architecture = (config.architectures or ["none"])[0]
         family = find_family(config.model_type)
         if family is None:
-            raise ValueError(f"model_type {config.model_type} is not one of {', '.join(FAMILIES)}")
-        own_classes = {family.config.stock_name(cls.__name__): cls for cls in family.tasks.values()}
+            raise ValueError(f"model_type {config.model_type} cannot be trained here")
+        own_classes = {family.stock_name(cls.__name__): cls for cls in family.tasks.values()}
         own_class = own_classes[architecture]
     except (KeyError, TypeError, OSError, ValueError) as error:
         raise HubError(f"{folder}: it holds no model that can be pushed: {first_line(error)[:200]}") from None
     generator = torch.Generator().manual_seed(0)
-    shape = (2, min(64, config.max_position_embeddings))
+    shape = (2, min(64, num_positions(config) or 64))
     inputs = {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
     inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     stock_outputs = _run_stock(folder, architecture, base, config_path, inputs)

@@ -1,7 +1,10 @@
-"""The model families that can be trained: one folder and one line in `FAMILIES` each."""
+"""The model families that can be trained: one folder and one line in `FAMILIES` each; auto.py makes any other."""
 
+import functools
 from typing import NamedTuple
 
+from ..errors import ModelError
+from . import auto
 from .bert import (
     MyBertConfig,
     MyBertForMaskedLM,
@@ -13,6 +16,7 @@ from .bert import (
 from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
 from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
 from .qwen3 import MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification
+from .stock import StockConfigMixin
 
 
 class Family(NamedTuple):
@@ -26,6 +30,62 @@ class Family(NamedTuple):
     @property
     def is_decoder(self):
         return "causal" in self.tasks
+
+    def stock_name(self, class_name):
+        """Return the name of the stock class for one of the family's classes."""
+        return self.config.stock_name(class_name) if self.is_ours else class_name
+
+    @property
+    def is_ours(self):
+        return issubclass(self.config, StockConfigMixin)
+
+    def check_sizes(self, values):
+        """Raise ValueError if a size among some fields of a configuration is below 1."""
+        (self.config.check_sizes(values) if self.is_ours else auto.check_sizes(self.config, values))
+
+    def check_architecture(self, config):
+        """Raise ValueError if a value of a configuration is out of range."""
+        if self.is_ours:
+            config.check_architecture()
+        else:
+            auto.check_architecture(config)
+
+
+class Families(dict):
+    """The families of this package by name, and any other model type of transformers, which is made when asked for.
+
+    "stock:NAME" is the family with the stock classes in place of ours.
+
+    Raises:
+        KeyError: there is no such model type.
+        ModelError: it cannot be trained.
+    """
+
+    def __missing__(self, name):
+        name = name.removeprefix("stock:")
+        return _stock_family(self[name].config.model_type if name in self else name)
+
+    def name_of(self, model_type):
+        """Return the name of a model type in recipes: "gpt" for "gpt2"."""
+        return next((name for name, family in self.items() if family.config.model_type == model_type), model_type)
+
+    def name_of_model(self, pretrained):
+        """Return the name of the family of a model or an adapter, a folder or Hub id; see `loading.read_model_type`."""
+        from .loading import read_model_type  # which imports this module
+
+        return self.name_of(read_model_type(pretrained))
+
+    def known_names(self):
+        """Return all names, ours first."""
+        return [*self, *(name for name in auto.known_types() if self.name_of(name) not in self)]
+
+
+@functools.cache
+def _stock_family(model_type):
+    config_class, tasks = auto.find_classes(model_type)
+    return Family(
+        config_class.__name__.removesuffix("Config"), config_class, tasks, "bpe" if "causal" in tasks else "wordpiece"
+    )
 
 
 def _decoder(display_name, config, causal_lm, sequence_classifier):
@@ -50,11 +110,15 @@ FAMILIES = {  # recipe's `model` -> family
         tokenizer="wordpiece",
     ),
 }
+FAMILIES = Families(FAMILIES)
 
 
 def find_family(model_type):
     """Return the family whose checkpoints have this `model_type` ("gpt2" for GPT), or None."""
-    return next((family for family in FAMILIES.values() if family.config.model_type == model_type), None)
+    try:
+        return FAMILIES[FAMILIES.name_of(model_type)]
+    except (KeyError, ModelError):
+        return None
 
 
 __all__ = ["FAMILIES", "Family", "find_family"]

@@ -9,33 +9,45 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     GenerationConfig,
+    PreTrainedConfig,
 )
 
 from ..errors import ModelError, first_line
 from ..terminal import first_of
-from . import FAMILIES, lora, weights
+from . import FAMILIES, auto, lora, weights
+from .stock import StockConfigMixin
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
-STOCK_CLASSES = {  # end of a stock class name -> the class that loads it; any other is a causal LM
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForTokenClassification": AutoModelForTokenClassification,
-    "ForQuestionAnswering": AutoModelForQuestionAnswering,
-    "ForMaskedLM": AutoModelForMaskedLM,
-    "ForPreTraining": AutoModelForPreTraining,
-}
 # What a recipe may change of a checkpoint's configuration, besides dropout. The last two extend its context.
 _FREE_SETTINGS = {*SPECIAL_TOKENS, "use_cache", "initializer_range", "max_position_embeddings", "rope_parameters"}
 _CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, AttributeError, OSError, ArithmeticError, KeyError)
+
+
+def read_model_type(pretrained):
+    """Return the `model_type` of a model or an adapter, a folder or Hub id; None if its configuration has none.
+
+    Raises:
+        ModelError: there is no model, or it is quantized.
+    """
+    try:
+        config = PreTrainedConfig.get_config_dict(lora.config_of(pretrained))[0]
+    except Exception as error:  # the library raises many classes of errors here
+        if (Path(pretrained) / "config.json").exists():
+            raise ModelError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
+        raise ModelError(
+            f"the model {pretrained} cannot be found: it is no folder with a config.json, and not available on the "
+            f"Hugging Face Hub ({first_line(error)[:200]})"
+        ) from None
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method")
+        raise ModelError(f"the model {pretrained} is quantized ({method}); give one that is not")
+    return config.get("model_type")
 
 
 def read_config(family, pretrained):
@@ -47,22 +59,14 @@ def read_config(family, pretrained):
     Raises:
         ModelError: there is no model, its configuration is invalid, or it belongs to another family.
     """
-    config_class, path = FAMILIES[family].config, lora.config_of(pretrained)
-    try:
-        model_type = config_class.get_config_dict(path)[0].get("model_type")
-    except Exception as error:  # the library raises many classes of errors here
-        if (Path(pretrained) / "config.json").exists():
-            raise ModelError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
-        raise ModelError(
-            f"the model {pretrained} cannot be found: it is no folder with a config.json, and not available on the "
-            f"Hugging Face Hub ({first_line(error)[:200]})"
-        ) from None
+    config_class, model_type = FAMILIES[family].config, read_model_type(pretrained)
     if model_type not in (None, config_class.model_type):
-        names = [name for name, other in FAMILIES.items() if other.config.model_type == model_type]
-        hint = f"; give --model {names[0]}" if names else ""
-        raise ModelError(f"{pretrained} is a {model_type} model, and the recipe's model is {family}{hint}")
+        raise ModelError(
+            f"{pretrained} is a {model_type} model, and the recipe's model is {family}; give --model "
+            f"{FAMILIES.name_of(model_type)}, or leave it out"
+        )
     try:
-        return config_class.from_pretrained(path)
+        return config_class.from_pretrained(lora.config_of(pretrained))
     except _CONFIG_ERRORS as error:
         raise ModelError(f"config of {pretrained}: {first_line(error.__cause__ or error)}") from None
 
@@ -91,9 +95,10 @@ def build_config(
     Raises:
         ModelError: a value is invalid, or the vocabulary is smaller than the tokenizer's.
     """
-    config_class, recipe_settings, settings = FAMILIES[family].config, settings, dict(settings)
+    family_name, family = family, FAMILIES[family]
+    config_class, recipe_settings, settings = family.config, settings, dict(settings)
     try:
-        config_class.check_sizes(settings)
+        family.check_sizes(settings)
         if tokenizer is not None and (not pretrained or use_tokenizer_ids):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))
@@ -107,13 +112,14 @@ def build_config(
         else:
             if tokenizer is not None:
                 settings.setdefault("vocab_size", num_token_ids(tokenizer))
-            if max_len:
-                positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-                settings.setdefault(positions, max_len)
+            positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+            if max_len and positions in config_class.__dataclass_fields__:
+                offset = auto.position_offset(config_class, settings.get("pad_token_id"))
+                settings.setdefault(positions, max_len + offset)
             config = config_class(**settings)
-        config.check_architecture()
+        family.check_architecture(config)
     except _CONFIG_ERRORS as error:
-        raise ModelError(f"config of {pretrained or family}: {first_line(error.__cause__ or error)}") from None
+        raise ModelError(f"config of {pretrained or family_name}: {first_line(error.__cause__ or error)}") from None
     _check_special_tokens(config, recipe_settings, tokenizer)
     size = 0 if tokenizer is None else num_token_ids(tokenizer)
     if size > config.vocab_size:
@@ -241,9 +247,7 @@ def load_stock_model(folder, dtype="auto"):
     Raises:
         ModelError: there is no model, or it cannot be loaded.
     """
-    architecture = read_architecture(folder)
-    names = [ending for ending in STOCK_CLASSES if architecture.endswith(ending)]
-    model_class = STOCK_CLASSES[names[0]] if names else AutoModelForCausalLM
+    model_class = getattr(transformers, read_architecture(folder), AutoModelForCausalLM)
     config = AutoConfig.from_pretrained(lora.config_of(folder), trust_remote_code=False)
     return load_model(model_class, folder, config, dtype)
 
@@ -331,7 +335,12 @@ def _explain(error, pretrained, base):
 
 
 def _initialize(model_class, config, dtype, family):
-    size, memory = count_parameters(model_class, config) * dtype.itemsize, physical_memory()
+    try:
+        size, memory = count_parameters(model_class, config) * dtype.itemsize, physical_memory()
+    except Exception as error:  # of a stock class, which does not check its configuration
+        raise ModelError(
+            f"config of {family}: no {model_class.__name__} can be made of it: {first_line(error)}"
+        ) from None
     if memory and size > memory:  # otherwise it would be made layer by layer until the machine has no memory left
         raise ModelError(
             f"a {family} of this config cannot be made: its weights take {size / 1e9:,.1f} GB, and this machine has "
@@ -355,6 +364,10 @@ def physical_memory():
 
 def count_parameters(model_class, config):
     """Return the number of parameters of a model, from one and two of its layers without making their weights."""
+
+    if not isinstance(config, StockConfigMixin):
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
 
     def count(num_layers):
         small = copy.deepcopy(config)
@@ -385,7 +398,7 @@ def _find_new_weights(family, task, model, path, loading_info, must_be_whole, re
         trained_tasks = [
             name
             for name, other in FAMILIES[family].tasks.items()
-            if stored_config.stock_name(other.__name__) in (stored_config.architectures or [])
+            if FAMILIES[family].stock_name(other.__name__) in (stored_config.architectures or [])
         ]
         hint = f"; it was trained for --task {trained_tasks[0]}" if trained_tasks and task not in trained_tasks else ""
         raise ModelError(

@@ -10,13 +10,15 @@ nearest known key.
 
 import dataclasses
 import difflib
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
 
-from ..errors import RecipeError, show
+from ..errors import ModelError, RecipeError, show
 from ..files import read_yaml
 from .fields import Section, convert, members
 from .messages import explain, unknown_key
@@ -54,7 +56,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: str = Field("gpt", description="Model family.")
+    model: str | None = Field(
+        None, description="Model family, or any model type of transformers. Default: that of init_from, else gpt."
+    )
     task: str | None = Field(None, description="What the model is trained for. Default: the family's first task.")
     config: dict[str, Any] = Field({}, description="Architecture, in the names of the stock configuration class.")
     data: Data = Field(default_factory=Data)
@@ -107,14 +111,20 @@ class Recipe(BaseModel):
                 keys[name] = getattr(getattr(self, SECTION_OF[name]), name)
         return keys
 
+    @property
+    def family(self):
+        """The name of the model's family, by which its classes are found: `stock:NAME` for those of transformers."""
+        return "stock:" * (self.training.implementation == "stock") + self.model
+
     def check_family(self, families, origins=None):
-        """Check what depends on the model family, and fill in the task if it was left open.
+        """Check what depends on the model family, and fill in the model and the task if they were left open.
 
         Args:
-            families: name -> family, with its configuration class `config` and its `tasks`.
+            families: the `FAMILIES` of the package.
             origins: key -> where its value came from, for messages.
         """
-        family = families[check_model(self.model, families)]
+        self.model = find_model(self.model, vars(self.run), families)
+        family = families[self.family]
         self.task = self.task or next(iter(family.tasks))
         if self.task not in family.tasks:
             raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
@@ -211,13 +221,30 @@ class Recipe(BaseModel):
         return self
 
 
-def check_model(name, families):
-    """Return the name of a family if it is one, else raise RecipeError."""
-    if not isinstance(name, str) or name not in families:
-        nearest = difflib.get_close_matches(str(name), families, n=1)
-        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-        raise RecipeError(f"model {show(name)} is not known; there is {', '.join(families)}{hint}")
-    return name
+def find_model(name, run, families):
+    """Return the name of a recipe's family; if the recipe has none, that of the model that the run starts from.
+
+    Args:
+        run: the keys of the section `run`.
+    Raises:
+        InputError: there is no such family, or no such model.
+    """
+    init_from, written = run.get("init_from") or "scratch", Path(run.get("save_model") or "out") / "recipe.yaml"
+    if name is None and run.get("resume") and written.is_file():
+        name = read_file(written).get("model")
+    if name is None and init_from != "scratch":
+        return families.name_of_model(os.path.expanduser(init_from))
+    name = "gpt" if name is None else name
+    try:
+        return families[name] and families.name_of(name)
+    except (KeyError, TypeError, AttributeError):
+        nearest = difflib.get_close_matches(str(name), families) + difflib.get_close_matches(
+            str(name), families.known_names()
+        )
+        hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(nearest)))}?" if nearest else ""
+        raise RecipeError(
+            f"model {show(name)} is not known; there is {', '.join(families)}, or any model_type of transformers{hint}"
+        ) from None
 
 
 def config_types(config_class):
@@ -225,7 +252,8 @@ def config_types(config_class):
     from transformers import PreTrainedConfig  # slow to import, and a recipe from Python does not need it
 
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
-    own = {field.name: field.type for field in dataclasses.fields(config_class) if field.name not in common}
+    fields = [field for field in dataclasses.fields(config_class) if not field.name.startswith("_")]
+    own = {field.name: field.type for field in fields if field.name not in common}
     return own | {alias: own[name] for alias, name in config_class.attribute_map.items() if name in own}
 
 
@@ -318,10 +346,13 @@ def _load(path_or_name, overrides, where, families=None):
     flat = {}
     for name, value in overrides.items():
         flat |= value if name in SECTIONS and isinstance(value, dict) else {name: value}
-    if families:  # first: its keys are those of no family
-        check_model(flat.get("model", sections.get("model", "gpt")), families)
+    flat = _resolve_aliases(flat, where)
     of_config = {name for family in (families or {}).values() for name in config_types(family.config)}
-    for name, value in _resolve_aliases(flat, where).items():
+    if families and not set(flat) <= {*SECTION_OF, *of_config, "model", "task", "config"}:
+        run = sections.get("run") if isinstance(sections.get("run"), dict) else {}
+        model = find_model(flat.get("model", sections.get("model")), run | flat, families)
+        of_config |= set(config_types(families[model].config))
+    for name, value in flat.items():
         section = SECTION_OF.get(name, "config" if name in of_config else None)
         if section or (name == "config" and isinstance(value, dict)):
             section, keys = (section, {name: value}) if section else ("config", value)
@@ -331,13 +362,15 @@ def _load(path_or_name, overrides, where, families=None):
         elif name in ("model", "task", "config"):
             sections[name] = value
         else:
-            raise unknown_key(name, where)
+            raise unknown_key(name, where, more=of_config)
         origins[name] = where
         if convert(value, str | None) is not None:
             _drop_replaced(name, sections, origins, where)
     recipe = Recipe.model_validate(sections, context=origins)
     recipe._overrides = set(overrides) if path is None else {name for name, place in origins.items() if place == where}
-    return recipe if families is None else recipe.check_family(families, origins)
+    with suppress(ModelError):  # raised again when the run is built, if the recipe has no other mistake
+        return recipe if families is None else recipe.check_family(families, origins)
+    return recipe
 
 
 def _drop_replaced(name, sections, origins, where):

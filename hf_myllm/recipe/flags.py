@@ -3,9 +3,9 @@
 from argparse import SUPPRESS
 
 from ..errors import Parser, RecipeError
-from . import _load, check_model, config_types
+from . import _load, config_types
 from .fields import choices, members, plain_type
-from .messages import COMMAND_LINE, unknown_key
+from .messages import COMMAND_LINE
 from .sections import ALIASES, FIELDS, SECTIONS
 
 MOST_USED = (
@@ -37,17 +37,17 @@ def parse(argv, families, prog="hf-myllm train"):
         else:
             flags.append(argument)
     values, rest = build_parser(families, prog).parse_known_args(flags)
-    if rest and rest[0].startswith("--"):
-        name = rest[0][2:].partition("=")[0]
-        family = families[check_model(getattr(values, "model", "gpt"), families)]
-        raise unknown_key(name, COMMAND_LINE, more=config_types(family.config))
+    others = {}  # names of the configuration of a family that has no flags of its own, or unknown
+    while rest and rest[0].startswith("--"):
+        name, equals, value = rest.pop(0)[2:].partition("=")
+        others[name] = value if equals else rest.pop(0) if rest and not rest[0].startswith("--") else "true"
     if rest:
         raise RecipeError(
             f"unexpected argument '{rest[0]}'; a recipe comes first, then --key value, with one value for most keys"
         )
     overrides = {
         name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in vars(values).items()
-    }
+    } | others
     return _load(path, overrides, COMMAND_LINE, families).check_sources()
 
 
@@ -63,7 +63,10 @@ def build_parser(families, prog="hf-myllm train", parser=None, with_choices=Fals
     parser.description = "RECIPE is a YAML file, or the name of a recipe that ships (see `hf-myllm recipes`)."
     parser.argument_default = SUPPRESS
     most_used = parser.add_argument_group("most used")
-    most_used.add_argument("--model", metavar="|".join(families), help="Model family. Default: gpt.")
+    help = f"{', '.join(families)}, or any model type of transformers. Default: that of init_from, else gpt."
+    model = most_used.add_argument("--model", metavar="NAME", help=help)
+    if with_choices:
+        model.choices = families.known_names()
     tasks = "; ".join(f"{name}: {', '.join(family.tasks)}" for name, family in families.items())
     most_used.add_argument("--task", help=f"What the model is trained for. Default: the family's first of {tasks}.")
     for name in MOST_USED:

@@ -28,8 +28,10 @@ def markdown(families):
     """Return the page docs/recipes.md."""
     tasks = "; ".join(f"{name}: {', '.join(family.tasks)}" for name, family in families.items())
     lines = [INTRODUCTION, "", "## (top level)", "", "| key | meaning |", "|---|---|"]
-    lines.append(f"| `model` | Model family: {', '.join(families)}. Default: gpt. |")
-    lines.append(f"| `task` | What the model is trained for ({tasks}). Default: the family's first task. |")
+    lines.append(f"| `model` | {', '.join(families)}, or any model type of transformers. Default: that of init_from, "
+                 "else gpt. |")  # fmt: skip
+    lines.append(f"| `task` | What the model is trained for ({tasks}; of any other model type, see "
+                 "[models.md](models.md)). Default: the family's first task. |")  # fmt: skip
     for section, model in SECTIONS.items():
         lines += ["", f"## {section}", "", "| key | type | default | meaning | resume |", "|---|---|---|---|---|"]
         for name, field in model.model_fields.items():
@@ -68,11 +70,15 @@ def schema(families):
         properties = result["$defs"][SECTIONS[SECTION_OF[name]].__name__]["properties"]
         properties[alias] = properties[name] | {"description": f"The same as {name}."}
     properties["quiet"] = {"type": "boolean", "description": "The same as log_level: warning."}
-    result["properties"]["model"]["enum"] = list(families)
+    # editors suggest ours; the model types depend on the installed transformers
+    result["properties"]["model"]["anyOf"] = [{"enum": [*families, None]}, {"type": "string"}]
     result["allOf"] = []
     for name, family in families.items():
         config = config_section(family.config).model_json_schema(schema_generator=_WithoutTitles)
-        condition = {"properties": {"model": {"const": name}}} | ({} if name == "gpt" else {"required": ["model"]})
+        condition = {"properties": {"model": {"const": name}}, "required": ["model"]}
+        if name == "gpt":  # the default of a recipe that starts from no model
+            starts_anew = {"run": {"properties": {"init_from": {"const": "scratch"}}}}
+            condition = {"anyOf": [condition, {"properties": {"model": {"const": None}} | starts_anew}]}
         then = {"config": config, "task": {"enum": [*family.tasks, None]}}
         result["allOf"].append({"if": condition, "then": {"properties": then}})
     return {"$schema": GenerateJsonSchema.schema_dialect, **result, "title": "Recipe of hf_myllm"}

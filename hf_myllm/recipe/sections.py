@@ -232,6 +232,9 @@ class Training(Section):
         "Recompute each layer in the backward pass instead of storing its activations: less memory, a third more "
         "compute.",
     )
+    implementation: Literal["ours", "stock"] = fixed(
+        "ours", "Train our class of the model, where there is one, or the stock class of transformers."
+    )
     compile: bool = changeable(False, "Compile the model with torch.compile.")
     deterministic: bool = changeable(
         False,

@@ -1,0 +1,127 @@
+"""Prove on a stock class what the package relies on, before anything is written: a few forward passes of short rows.
+
+Our own classes are tested for it. A stock class may see later tokens or other documents of a row, or its loss may not
+be the cross-entropy of its logits; a run would then learn something else than its recipe says.
+"""
+
+import copy
+
+import torch
+
+from ..errors import ModelError, first_line
+from .auto import StockTraining, num_positions
+from .loss import IGNORE_INDEX
+
+_LENGTH, _TAIL = 16, 4  # tokens of a row, and how many of them are changed or padded
+_LANGUAGE_TASKS = ("causal", "instruction", "mlm")
+
+
+def check_class(model, task, packing, isolates_documents=False, pads_rows=False):
+    """Check that a model does in training what a task expects of it. Of our own classes, nothing is checked.
+
+    Args:
+        task, packing: as in a recipe.
+        isolates_documents: whether the documents of a row must not see each other.
+        pads_rows: whether rows are padded on the right.
+    Raises:
+        ModelError: it does not.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(model, StockTraining):
+        return
+    name, was_training = type(model).__name__, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            problem = _find_problem(model, task, packing, isolates_documents, pads_rows)
+    except Exception as error:  # of a class that does not check its configuration
+        problem = f"it fails on a row of tokens ({type(error).__name__}: {first_line(error)[:200]}); change config"
+    finally:
+        model.train(was_training)
+    if problem:
+        raise ModelError(f"model {model.config.model_type}, {name}: {problem}")
+
+
+def _find_problem(model, task, packing, isolates_documents, pads_rows):
+    """Return why a model cannot be trained, or None."""
+    probe, predicts_next = _Probe(model), task in ("causal", "instruction")
+    probe.logits(probe.ids)  # it must not fail
+    if predicts_next and probe.sees_later_tokens():
+        hint = "; set is_decoder: true in config" if hasattr(model.config, "is_decoder") else ""
+        return f"its tokens see later ones, which task {task} predicts{hint}"
+    if task in _LANGUAGE_TASKS and (losses := probe.compare_losses(shifts=predicts_next)):
+        own, ours = losses
+        return f"its loss of a row is {own:.6g}, and the cross-entropy of its logits {ours:.6g}; train another model"
+    if isolates_documents and not probe.isolates_documents():
+        return f"it does not keep the documents of a row apart, as packing {packing} needs it; use stream or pad"
+    if pads_rows and not predicts_next and probe.sees_padding():
+        remedy = "use packing stream" if task == "mlm" else f"train another model for task {task}"
+        return f"its outputs depend on the padding of a row; {remedy}"
+    return None
+
+
+class _Probe:
+    """Two short rows of tokens, and what a model in eval mode computes of them."""
+
+    def __init__(self, model):
+        config, self.model = model.config, model
+        special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep", "mask")}
+        ordinary = [token for token in range(min(config.vocab_size, 200)) if token not in special]
+        length = min(_LENGTH, num_positions(config) or _LENGTH)
+        ids = torch.tensor([ordinary[(7 * index) % len(ordinary)] for index in range(4 * length)])
+        self.ids, self.others = ids.view(2, 2, length)
+        self.epsilon = torch.finfo(model.dtype).eps
+
+    def logits(self, ids, model=None, **inputs):
+        """Return the first tensor that a model computes of some rows."""
+        outputs = (model or self.model).stock_forward(input_ids=ids, use_cache=False, **inputs)
+        return next(tensor for tensor in outputs.to_tuple() if isinstance(tensor, torch.Tensor)).float()
+
+    def differ(self, some, others, roundings=16):
+        """Return whether two tensors differ by more than rounding."""
+        return bool((some - others).abs().max() > roundings * self.epsilon * some.abs().max().clamp(min=1e-6))
+
+    def sees_later_tokens(self):
+        changed = torch.cat([self.ids[:, :-_TAIL], self.others[:, -_TAIL:]], dim=1)
+        return self.differ(*(self.logits(ids)[:, :-_TAIL] for ids in (self.ids, changed)))
+
+    def compare_losses(self, shifts):
+        """Return the class's own loss of a row and the cross-entropy that a step computes, if they differ."""
+        row, weight = self.ids[:1], self.model.router_coefficient
+        flags = {"output_router_logits": True} if weight else {}
+        outputs = self.model.stock_forward(input_ids=row, labels=row, use_cache=False, **flags)
+        padding = torch.full((1, 1), IGNORE_INDEX)
+        targets = {"shift_labels": torch.cat([row[:, 1:], padding], dim=1)} if shifts else {"labels": row}
+        loss = self.model.training_step(input_ids=row, use_cache=False, **targets).loss
+        if weight:
+            loss = loss + weight * self.model.router_loss(outputs.router_logits, row)
+        return (outputs.loss.item(), loss.item()) if self.differ(outputs.loss, loss, 256) else None
+
+    def isolates_documents(self):
+        """Return whether a change of a row's first document leaves the second as it is, which is also what it is in a
+        row of its own."""
+        half = self.ids.shape[1] // 2
+        starts = torch.arange(self.ids.shape[1]) % half == 0
+        positions = (torch.arange(self.ids.shape[1]) % half).expand_as(self.ids)
+        packed = {"position_ids": positions, "document_ids": starts.cumsum(0).expand_as(self.ids)}
+        changed = torch.cat([self.others[:, :half], self.ids[:, half:]], dim=1)
+        changed[:, half - 1] = self.ids[:, half - 1]
+        model = self.model
+        before, after = (self.logits(ids, model, **packed) for ids in (self.ids, changed))
+        if not self.differ(before[:, half - 1], after[:, half - 1], 64):
+            # Layers that are initialized to zero hide what a token sees: look at a copy with other weights.
+            model = copy.deepcopy(model)
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.cos(torch.arange(parameter.numel())).view_as(parameter))
+            before, after = (self.logits(ids, model, **packed) for ids in (self.ids, changed))
+        alone = self.logits(self.ids[:, half:], model)
+        is_seen = self.differ(before[:, half - 1], after[:, half - 1], 64)
+        is_isolated = not self.differ(before[:, half:], after[:, half:])
+        return is_seen and is_isolated and not self.differ(before[:, half:], alone, 64)
+
+    def sees_padding(self):
+        length, pad = self.ids.shape[1] - _TAIL, self.model.config.pad_token_id or 0
+        padded, mask = self.ids.clone(), torch.ones_like(self.ids)
+        padded[:, length:], mask[:, length:] = pad, 0
+        short = self.logits(self.ids[:, :length], attention_mask=mask[:, :length])
+        return self.differ(short, self.logits(padded, attention_mask=mask)[:, : short.shape[1]], 64)

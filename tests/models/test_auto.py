@@ -1,0 +1,130 @@
+"""Stock classes of transformers that are trained like our own: their loss, their checks, their runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import read_metrics, write_story
+from models.stock_types import DECODERS, SIZES
+
+from hf_myllm.errors import InputError
+from hf_myllm.generate import generate
+from hf_myllm.models import FAMILIES
+from hf_myllm.models.auto import training_class
+from hf_myllm.models.probe import check_class
+from hf_myllm.recipe import Recipe
+from hf_myllm.train import train
+
+FEW = ("gemma3_text", "qwen3_moe", "mamba", "roberta", "deberta-v2")  # the most different ones
+ALL = [name if name in FEW else pytest.param(name, marks=pytest.mark.chaos) for name in SIZES]
+TEXTS = [write_story(seed) for seed in range(30)]
+
+
+def make_model(name, task=None, **changed):
+    family = FAMILIES[name]
+    sizes = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **SIZES[name], **changed}
+    torch.manual_seed(0)
+    return family.tasks[task or next(iter(family.tasks))](family.config(**sizes))
+
+
+def make_recipe(name, folder, **changed):
+    tokenizer = {"train": "bpe" if name in DECODERS else "wordpiece", "vocab_size": 300}
+    recipe = Recipe(
+        model=name,
+        config=SIZES[name],
+        data={"tokenizer": tokenizer, "max_len": 32},
+        training={"max_steps": 4, "batch_size": 2, "total_batch_size": 4, "learning_rate": 1e-3},
+        run={"save_model": folder, "save_freq": 2, "log_level": "error"},
+    )
+    for key, value in changed.items():
+        section = next(part for part in (recipe.data, recipe.training, recipe.run, recipe) if hasattr(part, key))
+        setattr(section, key, value)
+    return recipe
+
+
+def forget_end(run, copy):
+    """Copy a run as it was when it was killed after step 2."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors", "config.json"))
+    shutil.copytree(run / "checkpoint-2", copy / "checkpoint-2", dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_stock_class_is_trained_and_resumed_to_the_same_bytes(name, tmp_path):
+    result = train(make_recipe(name, tmp_path / "run"), train_data=TEXTS)
+    forget_end(tmp_path / "run", tmp_path / "killed")
+    train(make_recipe(name, tmp_path / "killed", resume=True), train_data=TEXTS)
+    published = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run", tmp_path / "killed")]
+    assert published[0] == published[1]
+
+    # The folder is stock: the Auto classes load it, and compute the same.
+    head = transformers.AutoModelForCausalLM if name in DECODERS else transformers.AutoModelForMaskedLM
+    stock = head.from_pretrained(tmp_path / "run").eval()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["architectures"] == [type(stock).__name__]
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, result.model(ids).logits, rtol=0, atol=0)
+    prompt = "Anna" if name in DECODERS else "Anna [MASK] the cat."
+    assert generate(tmp_path / "run", prompt, max_new_tokens=3).startswith(prompt)
+
+    # From a saved folder, init_from is enough.
+    recipe = make_recipe(name, tmp_path / "next", model=None, config={}, init_from=str(tmp_path / "run"))
+    recipe.data.tokenizer = None
+    train(recipe, train_data=TEXTS)
+    assert f"model: {name}\n" in (tmp_path / "next" / "recipe.yaml").read_text()
+    assert read_metrics(tmp_path / "next", "val_loss")[-1] < result.metrics["val_loss"]
+
+
+def step_loss(model, ids, count=None):
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+    count = (labels != -100).sum() if count is None else count
+    loss = model(input_ids=ids, shift_labels=labels, num_items_in_batch=count, use_cache=False, skip_logits=True).loss
+    loss.backward()
+    return loss.item()
+
+
+def gradients(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3_moe"])
+def test_the_loss_of_a_step_is_the_librarys_and_exact_under_accumulation(name):
+    model, ids = make_model(name).train(), torch.randint(97, (8, 17), generator=torch.Generator().manual_seed(0))
+    ids[2, 9:] = 0  # a repeated token, which all experts do not share alike
+    library = model(input_ids=ids, labels=ids).loss
+    with_router_loss = step_loss(model, ids)
+    whole = gradients(model)
+    model.zero_grad()
+    halves = [step_loss(model, part, 8 * 16) for part in ids.split(4)]
+    assert sum(halves) == pytest.approx(with_router_loss, abs=1e-6)
+    torch.testing.assert_close(gradients(model), whole, rtol=0, atol=1e-7)
+    without_router_loss = step_loss(model.eval(), ids)
+    assert without_router_loss == pytest.approx(library.item(), abs=1e-6)
+    assert (with_router_loss != without_router_loss) == (name == "qwen3_moe")
+
+
+def test_the_balance_loss_of_a_row_is_the_librarys():
+    model = make_model("qwen3_moe", router_aux_loss_coef=0.5)
+    ids = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
+    outputs = model(input_ids=ids[:1], output_router_logits=True)
+    assert model.router_loss(outputs.router_logits, ids[:1]).item() == pytest.approx(outputs.aux_loss.item(), rel=1e-6)
+    # padding does not count, nor does a row that only fills the batch
+    padded = torch.cat([ids, ids[:, :8]], dim=1)
+    labels = torch.cat([ids, torch.full((2, 8), -100)], dim=1)
+    labels[1] = -100
+    outputs = model(input_ids=padded, output_router_logits=True)
+    alone = model(input_ids=ids[:1], output_router_logits=True).aux_loss
+    assert model.router_loss(outputs.router_logits, labels).item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_class_that_does_not_do_what_a_task_expects_is_refused():
+    check_class(make_model("mistral"), "causal", "best_fit", isolates_documents=True, pads_rows=True)
+    check_class(make_model("roberta"), "mlm", "pad", pads_rows=True)
+    with pytest.raises(InputError, match="does not keep the documents of a row apart"):
+        check_class(make_model("mamba"), "causal", "documents", isolates_documents=True)
+    bidirectional = make_model("roberta").config
+    with pytest.raises(InputError, match="its tokens see later ones, .*is_decoder: true"):
+        check_class(training_class(transformers.RobertaForCausalLM)(bidirectional), "causal", "stream")
+    bidirectional.is_decoder = True
+    check_class(training_class(transformers.RobertaForCausalLM)(bidirectional), "causal", "stream")
