@@ -8,12 +8,14 @@ from . import tasks
 from .checkpoint import find_run_dir
 from .data import cache, corpus, readers, sources, streaming
 from .data import tokenizer as tokenizers
+from .data.columns import check_template
 from .data.discovery import TOKEN_ID_FORMATS
 from .errors import DataError, InputError, ModelError, printable
 from .models import FAMILIES
 from .models.auto import num_positions
 from .reporting.metrics_log import read_run
 
+_COLUMN_KEYS = ("text_column", "text_pair_column", "label_column", "target_column", "columns", "template")
 DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
 
 
@@ -45,6 +47,20 @@ class Sources:
 
 def find_sources(recipe, train_data=None, eval_data=None):
     """Return the [`Sources`] of a recipe, or of data in memory in place of its files."""
+    found, template = _find_sources(recipe, train_data, eval_data), recipe.data.template or {}
+    is_text = isinstance(template, str)
+    for text in [template] if is_text else template.values():
+        try:
+            check_template(text)
+        except ValueError as error:
+            raise DataError(f"template: {error}") from None
+    if is_text:
+        found.training = [sources.with_template(source, template) for source in found.training]
+        found.validation = found.validation and sources.with_template(found.validation, template)
+    return found
+
+
+def _find_sources(recipe, train_data, eval_data):
     data, validation = recipe.data, None
     column = data.text_column or "text"
     if eval_data is not None:
@@ -232,8 +248,7 @@ def _train_tokenizer(recipe, texts_from):
     new_tokens = tasks.TASKS[recipe.task].new_tokens
     texts, task_key = readers.SourceTexts(texts_from), [new_tokens] if new_tokens else []
     if tasks.TASKS[recipe.task].is_labelled:
-        columns = {name: getattr(data, name) for name in ("text_column", "text_pair_column", "label_column")}
-        columns |= {"target_column": data.target_column} if data.target_column else {}
+        columns = {name: value for name in _COLUMN_KEYS if (value := getattr(data, name)) or name in _COLUMN_KEYS[:3]}
         texts, task_key = tasks.LabelledTexts(texts_from, recipe.task, **columns), [*task_key, recipe.task, columns]
 
     def train(folder):

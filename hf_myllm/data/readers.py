@@ -18,6 +18,7 @@ import pyarrow as pa
 from ..errors import DataError, first_line
 from . import discovery
 from .arrow_rows import library_errors, open_dataset, read_arrow
+from .columns import fill_template
 from .discovery import COMPRESSIONS, TOKEN_ID_FORMATS, check_expansion, check_length
 
 _PIECE_CHARS = 100_000  # a longer document is read in pieces of about this length
@@ -84,14 +85,14 @@ def resume_documents(source, split_pattern, position):
             skip = 0
         return
     with library_errors(f"{source.name} cannot be read"):
-        rows, features = open_dataset(source, (source.text_column,))
-        if features and source.text_column not in features:
-            _text_of(features, source.name, source.text_column)
+        rows, features = open_dataset(source, source.text_columns)
+        if features and not source.template and source.text_column not in features:
+            _text_of(features, source.name, source)
         if "dataset" in position:
             rows.load_state_dict(position["dataset"])
         state = rows.state_dict()
         for number, row in enumerate(rows, start=1):
-            text = _text_of(row, f"{source.name} row {number}", source.text_column)
+            text = _text_of(row, f"{source.name} row {number}", source)
             for index, (piece, is_end) in enumerate(_split_document([text], split_pattern)):
                 if index >= skip:
                     yield piece, is_end, {"dataset": state, "pieces": index}
@@ -103,8 +104,8 @@ def _document_blocks(source, progress):
     if source.format in TOKEN_ID_FORMATS:
         raise DataError(f"{source.name} holds token ids, not text: a tokenizer cannot be trained on it")
     if source.format != "text":
-        for where, row in read_rows(source, progress, (source.text_column,)):
-            yield [_text_of(row, where, source.text_column)]
+        for where, row in read_rows(source, progress, source.text_columns):
+            yield [_text_of(row, where, source)]
         return
     for file in source.files:
         if source.document == "file":
@@ -139,7 +140,10 @@ def _split_document(blocks, split_pattern):
         yield buffer[offset:], True
 
 
-def _text_of(row, where, column):
+def _text_of(row, where, source):
+    if source.template:
+        return check_text(fill_template(source.template, row, where), where)
+    column = source.text_column
     if column not in row:
         columns = ", ".join(map(repr, row))
         raise DataError(f"{where} has no column {column!r}, but {columns}; name it with --text_column")

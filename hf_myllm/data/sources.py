@@ -18,7 +18,8 @@ from ..errors import DataError, first_line
 from ..files import digest_file
 from . import discovery
 from .cache import cached_folder, cached_path
-from .discovery import file_format, find_files
+from .columns import template_columns
+from .discovery import TOKEN_ID_FORMATS, file_format, find_files
 
 _CLOCK_TICK = 2_000_000_000  # nanoseconds; the clocks of file systems are coarser than the processor's
 _HEAD_CHARS, _BLOCK_CHARS = 4096, 1 << 20  # read at once, to compare files
@@ -38,6 +39,7 @@ class Source:
         max_chars: stop reading after this many characters, for a sample of the beginning; 0: read everything.
         data: the list of strings or the `datasets.Dataset` in memory.
         fingerprint: a digest of the data in memory.
+        template: makes the text of several columns in place of text_column; see columns.py.
     """
 
     format: str
@@ -53,6 +55,12 @@ class Source:
     max_chars: int = 0
     data: object = field(default=None, compare=False, repr=False)
     fingerprint: str = ""
+    template: str = ""
+
+    @property
+    def text_columns(self):
+        """The names of the columns that hold the text."""
+        return tuple(template_columns(self.template)) if self.template else (self.text_column,)
 
 
 def file_source(spec, text_column="text", document="file"):
@@ -113,6 +121,17 @@ def _blocks(file):
         return
 
 
+def with_template(source, template):
+    """Return a source whose texts are made by a template; a source of another text column is left as it is.
+
+    Raises:
+        DataError: it has no columns.
+    """
+    if source.format in ("text", *TOKEN_ID_FORMATS):
+        raise DataError(f"template: {source.name} has no columns; give .jsonl, .json, .csv, .tsv, .parquet or Hub data")
+    return replace(source, template=template)
+
+
 def hub_source(name, config=None, split="train", revision=None, text_column="text"):
     """Return the source for `dataset`, a data set of the Hub.
 
@@ -171,6 +190,8 @@ def source_key(source):
         DataError: a file no longer exists.
     """
     key = asdict(replace(source, files=(), data=None))
+    if not source.template:  # the keys of version 0.2 have none
+        del key["template"]
     if source.format == "hub":  # an unpinned revision may have changed
         return key if source.is_streamed else key | {"fingerprint": load_hub(source)._fingerprint}
     key |= {"name": "", "num_duplicates": 0}

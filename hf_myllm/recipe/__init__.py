@@ -140,6 +140,7 @@ class Recipe(BaseModel):
             task: the task's class, with its `packings`, the default first, and its `unused_keys`.
         """
         data = self.data
+        self._check_columns(task)
         data.packing = data.packing or task.packings[0]
         for name in task.unused_keys:
             if getattr(getattr(self, SECTION_OF[name]), name) not in (None, False):
@@ -152,6 +153,20 @@ class Recipe(BaseModel):
         if data.streaming:
             _check_streaming(self)
         return self
+
+    def _check_columns(self, task):
+        """Check `columns` and `template` against the columns that the task has names for; see [`check_task`]."""
+        columns, template = self.data.columns or {}, self.data.template or {}
+        if template and isinstance(template, str) == task.is_labelled:
+            forms = "a mapping of " + ", ".join(task.own_columns) if task.is_labelled else "one text"
+            use = f"give {forms}" if task.own_columns or not task.is_labelled else "remove it"
+            raise RecipeError(f"template: task {self.task} cannot use {template!r:.80}; {use}")
+        if template and any(source.get("text_column") for source in self.data.datasets or ()):
+            raise RecipeError("template: a source of datasets has a text_column too; give one of them")
+        for name in [*columns, *(template if task.is_labelled else ())]:
+            if name not in task.own_columns:
+                known = f"choose {', '.join(task.own_columns)}" if task.own_columns else "use text_column"
+                raise RecipeError(f"columns: task {self.task} has no column {name!r}; {known}")
 
     def check_sources(self, has_train_data=False, has_eval_data=False):
         """Check that there is data to train or evaluate on, from the recipe or in memory, and not from both.

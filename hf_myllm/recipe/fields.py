@@ -129,9 +129,11 @@ def _convert_text(text, options):
         return None
     if (dict in options and stripped[:1] == "{") or (list in options and str not in options and stripped[:1] == "["):
         try:
-            return read_yaml(stripped)
+            value = read_yaml(stripped)
         except ValueError:
             return text
+        is_text = str in options and isinstance(value, dict) and None in value.values()  # '{question}' of a template
+        return text if is_text else value
     if str in options:
         return text
     if bool in options and stripped.lower() in ("true", "false", "yes", "no"):

@@ -69,6 +69,18 @@ class Data(Section):
         "Column with the text in .jsonl, .parquet and Hub data, with the words for token_classification, or with the "
         "source for seq2seq. Default: text, or tokens; for seq2seq see target_column.",
     )
+    columns: dict[str, str] | None = changeable(
+        None,
+        "The data's columns by what they are: {prompt: question, completion: answer}, or {messages: chat}. Default: "
+        "found by the shape of the rows.",
+        tasks=("instruction", "seq2seq"),
+    )
+    template: str | dict[str, str] | None = changeable(
+        None,
+        "Text made of several columns, whose names stand in braces: 'Q: {question}\\nA: {answer}'. For instruction: "
+        "{prompt: 'Q: {question}\\nA: ', completion: '{answer}'}; for seq2seq the same of source and target.",
+        tasks=(*TEXT_TASKS, "instruction", "seq2seq"),
+    )
     text_pair_column: str | None = changeable(None, "Column with the second text of a pair.", tasks=("classification",))
     target_column: str | None = changeable(
         None,
@@ -431,6 +443,7 @@ ALIASES = {
 # A recipe gives one key of each pair; a flag replaces the file's.
 EXCLUSIVE = (
     ("train_file", "dataset"),
+    ("template", "text_column"),
     ("train_file", "datasets"),
     ("dataset", "datasets"),
     ("total_batch_size", "gradient_accumulation_steps"),

@@ -94,7 +94,7 @@ def _show_data(run, about):
                 end="; ",
             )
             print(f"{num_bytes:.2f} bytes per token")
-    for line in run.mixture():
+    for line in (*run.mixture(), *run.task.summary_lines(run.train_rows, run.val_rows, stats)):
         print(f"            {line}")
 
 
@@ -157,5 +157,5 @@ def _show_first_batch(run):
     print(f"  reads     {show_tokens(run.tokenizer, batch['input_ids'][0])}")
     target = run.task.describe_target(batch, 0)
     print(f"  predicts  {target}")
-    if "\u00b7" in target:
-        print("            (\u00b7 is a position without a target)")
+    if run.task.target_note[1] in target:
+        print(f"            {run.task.target_note}")

@@ -55,6 +55,8 @@ class Settings:
     source_prefix: str | None = None
     max_target_len: int = 128
     label_smoothing: float = 0.0
+    columns: dict | None = None
+    template: str | dict | None = None
 
 
 class Task:
@@ -82,6 +84,8 @@ class Task:
     chance_loss = 0.0  # nats that guessing costs beside the tokens
     text_share = 1.0  # share of the targets that are text; to guess the others costs nothing
     new_tokens = {}  # special tokens that a tokenizer gets which is trained for the task: {attribute: token or list}
+    own_columns = ()  # names of columns that `columns` and `template` of a recipe may give
+    target_note = "(\u00b7 is a position without a target)"  # explains `describe_target`
     labels = None  # [`labels.Labels`] of tasks that have them
 
     def __init__(self, tokenizer=None, seed=0, **settings):

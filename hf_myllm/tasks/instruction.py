@@ -1,8 +1,13 @@
-"""Instruction tuning: predict completions, or the assistant's turns of a chat, and no other tokens."""
+"""Instruction tuning: predict completions, or the assistant's turns of a chat, and no other tokens.
+
+row_shapes.py reads what rows of data sets look like.
+"""
 
 import json
 import re
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 
 import datasets
 import numpy as np
@@ -12,10 +17,14 @@ from ..data.readers import check_text
 from ..data.tokenizer import end_of_document, render_chat
 from ..errors import InputError
 from ..terminal import plural
+from . import row_shapes
+from .base import IGNORE_INDEX
 from .causal_lm import CausalLM
 from .labelled import LabelledTask
 from .labels import BadRowError
 
+_SHOWN_CHARS, _SHOWN_PARTS = 160, 6  # of a row in the dry run
+_BESIDE = ("system", "tools", "documents")  # columns that belong to a chat in any column
 _WEIGHTS = ("weight", "train", "training")  # of a turn: 0 or false if it is read and not learned
 
 
@@ -30,6 +39,8 @@ class Instruction(LabelledTask, CausalLM):
     unused_keys = ("stride", "streaming", "datasets", "metrics")
     label_feature = datasets.List(datasets.Value("int8"))  # 1 for the tokens that are targets
     target_name = "learned tokens"
+    own_columns = ("messages", "prompt", "completion")  # that `columns` and `template` may name
+    target_note = "([] encloses what is learned)"
 
     @cached_property
     def marks(self):
@@ -54,42 +65,51 @@ class Instruction(LabelledTask, CausalLM):
                 raise InputError(f"chat_template {path[:100]!r} is not a file that can be read: {error}") from None
 
     def cache_key(self):
-        return [*super().cache_key(), self.tokenizer.chat_template]
+        return [*super().cache_key(), self.tokenizer.chat_template, "row shapes"]
 
     # ---- examples
 
     def used_columns(self):
-        return ["messages", "prompt", "completion", "tools", "documents"]
+        return [*row_shapes.COLUMNS, *self.mapped_columns()]
+
+    def _read_row(self, record, where):
+        """Return (shape, row): the record in the shape that is trained on, see [`row_shapes.read_shape`]."""
+        if mapped := self.map_columns(record, where):
+            record = {name: record[name] for name in _BESIDE if name in record} | mapped
+        template = self.tokenizer.chat_template if self.tokenizer is not None else ""
+        return row_shapes.read_shape(record, where, str(template or "")), record
 
     def texts(self, record, where):
-        if isinstance(record.get("prompt"), str):
-            return [self.read_text(record, where, name) for name in ("prompt", "completion") if name in record]
-        turns = record.get("messages") or [*(record.get("prompt") or []), *(record.get("completion") or [])]
-        return [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
+        (_, row), _ = self._read_row(record, where)
+        if isinstance(row.get("prompt"), str):
+            return [self.read_text(row, where, name) for name in ("prompt", "completion")]
+        turns = row.get("messages") or [*(row["prompt"] or []), *(row["completion"] or [])]
+        return [turn["content"] for turn in turns]
 
     def parse(self, record, where):
-        """Return a dict of where, text, spans (the characters that are targets), is_chat, num_unlearned (turns of the
-        assistant that are no targets) and end_token (the token that closes the last turn; set by `example_rows`)."""
-        if "messages" not in record and not {"prompt", "completion"} <= set(record):
-            raise BadRowError(
-                f"{where} has neither messages nor prompt and completion, but {', '.join(map(repr, record))}"
-            )
+        """Return a dict of where, shape, text, spans (the characters that are targets), is_chat, num_unlearned (turns
+        of the assistant that are no targets), and, set by `example_rows`, end_tokens (the token that closes the last
+        turn) and the numbers of tokens and learned tokens."""
+        (shape, row), record = self._read_row(record, where)
         options = self._template_options(record, where)
-        if "messages" in record:
-            return self._parse_chat(record["messages"], 0, where, options)
-        prompt, completion = record["prompt"], record.get("completion")
+        return {"where": where, "shape": shape} | self._parse_row(row, where, options)
+
+    def _parse_row(self, row, where, options):
+        if "messages" in row:
+            return self._parse_chat(row["messages"], 0, where, options)
+        prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list):
             if not isinstance(completion, list):
                 raise BadRowError(
                     f"{where}: the prompt is a list of turns, and so must the completion be: {completion!r:.80}"
                 )
             return self._parse_chat([*prompt, *completion], len(prompt), where, options)
-        prompt = self.read_text(record, where, "prompt")
+        prompt = self.read_text(row, where, "prompt")
         if completion is None or completion == "":
             raise BadRowError(f"{where} has no completion")
-        completion = self.read_text(record, where, "completion")
+        completion = self.read_text(row, where, "completion")
         spans = [(len(prompt), len(prompt) + len(completion))]
-        return {"where": where, "text": prompt + completion, "spans": spans, "is_chat": False, "num_unlearned": 0}
+        return {"text": prompt + completion, "spans": spans, "is_chat": False, "num_unlearned": 0}
 
     def _template_options(self, record, where):
         """Return what the chat template gets of a record beside the turns: its tools and documents, if it has any."""
@@ -116,20 +136,15 @@ class Instruction(LabelledTask, CausalLM):
 
     def _parse_turns(self, messages, where):
         """Return the turns of a chat, checked, and whether each is learned."""
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise BadRowError(f"{where}: messages is not a list of turns, each with role and content: {messages!r:.80}")
         turns, learned = [], []
         for index, message in enumerate(messages, start=1):
-            message = {name: value for name, value in message.items() if value is not None}  # Arrow fills in None
+            message = dict(message)
             weights = [message.pop(name, 1) for name in _WEIGHTS]
             if any(weight not in (0, 1) for weight in weights):
                 raise BadRowError(f"{where}, turn {index}: its {' or '.join(_WEIGHTS)} must be 0 or 1: {weights!r:.80}")
             if message.get("tool_calls"):
                 self._check_in_template("tool_calls", where)
-                message.setdefault("content", "")
             for name in ("role", "content"):
-                if not isinstance(message.get(name), str):
-                    raise BadRowError(f"{where}, turn {index} has no {name} of text: {message!r:.80}")
                 check_text(message[name], where, BadRowError)
             turns.append(message)
             learned.append(message["role"] == "assistant" and all(weights))
@@ -156,7 +171,7 @@ class Instruction(LabelledTask, CausalLM):
             )
         num_unlearned = len(turns) - len(spans)
         text = text[: spans[-1][1]]
-        return {"where": where, "text": text, "spans": spans, "is_chat": True, "num_unlearned": num_unlearned}
+        return {"text": text, "spans": spans, "is_chat": True, "num_unlearned": num_unlearned}
 
     def _start_of_turn(self, messages, turn, after, where, options):
         """Return where the assistant's turn begins in the chat up to it, `after`; None if that is not clear."""
@@ -187,6 +202,10 @@ class Instruction(LabelledTask, CausalLM):
     def update_stats(self, stats, example):
         stats["unlearned"] = stats.get("unlearned", 0) + example["num_unlearned"]
         stats["ends"] = sorted({*stats.get("ends", ()), *example["end_tokens"]})
+        shapes = stats.setdefault("shapes", {})
+        shapes[example["shape"]] = shapes.get(example["shape"], 0) + 1
+        for name in ("num_tokens", "num_learned"):
+            stats[name] = stats.get(name, 0) + example[name]
 
     # ---- rows
 
@@ -214,6 +233,7 @@ class Instruction(LabelledTask, CausalLM):
             raise BadRowError(f"{where} has {len(ids) - 1} tokens, and max_len is {self.max_len}; raise it")
         if not is_target[1:].any():
             raise BadRowError(f"{where} has no token to learn")
+        example["num_tokens"], example["num_learned"] = len(ids), int(is_target.sum())
         return [{"input_ids": ids, "second_text": len(ids), "labels": is_target.astype(np.int8)}], False
 
     def make_rows(self, data, name, stride=None):
@@ -229,12 +249,36 @@ class Instruction(LabelledTask, CausalLM):
     # ---- what a person sees
 
     def summary_lines(self, train_rows, val_rows, stats):
-        if not stats.get("unlearned"):
-            return []
-        return [
-            f"{plural(stats['unlearned'], 'turn')} of the assistant read and not learned: the chat template renders "
-            "them differently when other turns follow"
+        lines = []
+        if shapes := stats.get("shapes"):
+            total = sum(shapes.values())
+            shares = [name if count == total else f"{name} {count / total:.1%}" for name, count in shapes.items()]
+            lines.append(f"rows look like {', '.join(shares)}")
+            learned, tokens = stats["num_learned"], stats["num_tokens"]
+            lines.append(f"{learned / tokens:.1%} of the tokens are learned, {learned:,} of {tokens:,}")
+        if stats.get("unlearned"):
+            lines.append(
+                f"{plural(stats['unlearned'], 'turn')} of the assistant read and not learned: the chat template "
+                "renders them differently when other turns follow"
+            )
+        return lines
+
+    def describe_target(self, batch, index):
+        """Return the text of a row with what is learned in brackets."""
+        inputs, labels = batch["input_ids"][index].tolist(), self.targets(batch)[index].tolist()
+        tokens = [inputs[0]] + [
+            b if a == IGNORE_INDEX else a for a, b in zip(labels, inputs[1:] + inputs[-1:], strict=True)
         ]
+        learned = [False] + [label != IGNORE_INDEX for label in labels]
+        last = max(place for place, is_learned in enumerate(learned) if is_learned)
+        shown = []
+        for is_learned, group in groupby(zip(learned[: last + 1], tokens, strict=False), key=itemgetter(0)):
+            text = self.tokenizer.decode([token for _, token in group])
+            if len(text) > _SHOWN_CHARS:
+                text = f"{text[: _SHOWN_CHARS // 2]} ... {text[-_SHOWN_CHARS // 2 :]}"
+            text = repr(text)[1:-1]
+            shown.append(f"[{text}]" if is_learned else text)
+        return "".join(shown[:_SHOWN_PARTS]) + " ..." * (len(shown) > _SHOWN_PARTS)
 
     def usage(self, run_dir, prompt=None):
         label, command = super().usage(run_dir, prompt)

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import torch
 
+from ..data.columns import fill_template, read_column, template_columns
 from ..data.readers import check_text, read_rows
 from ..data.sampler import evenly_spaced
 from ..data.tokenizer import end_of_document
@@ -62,6 +63,8 @@ class LabelledTask(Task):
         columns = [self.settings.text_pair_column, self.text_column, self.label_column]
         labels = (self.labels.problem_type, self.labels.names) if self.labels else None
         tokenizer = [tokenizer_fingerprint(self.tokenizer), self.tokenizer.special_tokens_map]
+        if self.settings.columns or self.settings.template:
+            columns += [self.settings.columns, self.settings.template]
         return [type(self).__name__, *tokenizer, self.max_len, labels, columns, self.settings.skip_bad_rows]
 
     def row_features(self):
@@ -77,6 +80,22 @@ class LabelledTask(Task):
         """Return the names of the columns that the task reads."""
         labels = self.label_column if isinstance(self.label_column, list) else [self.label_column]
         return [self.text_column, self.settings.text_pair_column, *labels]
+
+    def mapped_columns(self):
+        """Return the names of the columns that `columns` and `template` of the recipe read."""
+        named = [name.split(".")[0] for name in (self.settings.columns or {}).values()]
+        templates = (self.settings.template or {}).values()
+        return [*named, *(name for text in templates for name in template_columns(text))]
+
+    def map_columns(self, record, where):
+        """Return the columns that `columns` and `template` of the recipe make of a record.
+
+        Raises:
+            BadRowError: a column is missing, or cannot be a part of a text.
+        """
+        columns, templates = self.settings.columns or {}, self.settings.template or {}
+        mapped = {name: read_column(record, where, column, BadRowError) for name, column in columns.items()}
+        return mapped | {name: fill_template(text, record, where, BadRowError) for name, text in templates.items()}
 
     def split_key(self, example):
         """Return (group, text): of each group the same share is held out; a text does not stand on both sides."""

@@ -31,6 +31,7 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     """
 
     packings = ("pad",)
+    own_columns = ("source", "target")
     unused_keys = ("stride", "streaming", "datasets", "metrics")
     record_features = datasets.Features({"target": datasets.Value("string")})
     logits_share = 1.0
@@ -51,13 +52,13 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     def used_columns(self):
         named = {self.settings.text_column, self.settings.target_column} - {None}
-        return [*named, _TRANSLATION, *(name for pair in _COLUMNS for name in pair)]
+        return [*named, *self.mapped_columns(), _TRANSLATION, *(name for pair in _COLUMNS for name in pair)]
 
     def read(self, source):
         is_text = source.format == "text" and not self.reads_labels
         for where, record in read_lines(source, self.text_column) if is_text else super().read(source):
             languages = record.get(_TRANSLATION)
-            if isinstance(languages, dict):
+            if isinstance(languages, dict) and not self.mapped_columns():
                 record = {name: value for name, value in record.items() if name != _TRANSLATION} | languages
             yield where, record
 
@@ -89,6 +90,7 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     def parse(self, record, where):
         """Return a dict of source and target, and of the names of their columns."""
+        record = record | self.map_columns(record, where)
         text_column, target_column = self.find_columns(record, where)
         source = self.read_text(record, where, text_column, "text_column")
         if not source.strip():

@@ -724,7 +724,7 @@ def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
         Instruction,
         num_kept=1,
     )
-    check("line 2 has neither messages nor prompt", [good, {"prompt": "x"}], Instruction, num_kept=1)
+    check("line 2 has neither messages, conversations", [good, {"prompt": "x"}], Instruction, num_kept=1)
     turn = [{"role": "user", "content": "x"}]
     check("so must the completion be: 5", [good, {"prompt": turn, "completion": 5}], Instruction, num_kept=1)
     bpe.chat_template = "{{ 1 / 0 }}"
