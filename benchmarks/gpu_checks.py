@@ -457,14 +457,23 @@ def check_launched(place, kind):
     options = f"--config_file {shlex.quote(str(ROOT / 'accelerate_configs' / f'{kind}.yaml'))} --main_process_port 0"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.getenv("PYTHONPATH", "")])
     environment = os.environ | launcher_environment(1, options) | {"RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": paths}
-    code = "import sys; from hf_myllm.cli import main; main(sys.argv[1:])"
+    limit = 240 if place.is_rehearsal else 55  # seconds, for each of the two commands
+    code = f"import faulthandler, sys; faulthandler.dump_traceback_later({limit - 5}); "  # where it hangs
+    code += "from hf_myllm.cli import main; main(sys.argv[1:])"
     if kind == "fsdp2" and not place.on_gpu:
         code = "import patches; patches.shard_on_cpu(); " + code
     for step, more in ((16, {}), (24, {"init_from": "resume", "allow_changed": True})):
         line = run_settings(place, kind, max_steps=step, **more)
         command = [sys.executable, "-c", code, *line]
-        with open(place.folder / f"{kind}.log", "a") as log:
-            done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=120)
-        result = "done" if done.returncode == 0 else tail(place.folder / f"{kind}.log", 3)
-        place.report(f"{kind}, one process: train to step {step} and exit", "done", result, done.returncode == 0)
+        log = place.folder / f"{kind}.log"
+        with open(log, "a") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        try:
+            is_done = process.wait(limit) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            is_done = False
+        print(tail(log, 60))
+        result = "done" if is_done else tail(log, 3)
+        place.report(f"{kind}, one process: train to step {step} and exit", "done", result, is_done)
     report_stock_loss(place, kind)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -224,3 +225,35 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def project(layer, hidden_states):
+    """Return `layer(hidden_states)`, of a linear layer with a bias and of hidden states (batch, length, size).
+
+    In a compiled training step, the kernel that computes the gradient of the output then sums that of the bias, too.
+    """
+    is_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if not is_training or type(layer) not in (nn.Linear, Conv1D) or hidden_states.dim() != 3:
+        return layer(hidden_states)
+    bias = layer.bias.detach()
+    if isinstance(layer, nn.Linear):
+        output = nn.functional.linear(hidden_states, layer.weight, bias)
+    else:
+        output = torch.addmm(bias, hidden_states.flatten(0, 1), layer.weight).view(*hidden_states.shape[:2], -1)
+    return _GradientOfBias.apply(output, layer.bias)
+
+
+class _GradientOfBias(torch.autograd.Function):
+    """Return the output, which includes the bias, and compute the gradient of the bias in two sums.
+
+    Inductor fuses a sum over the positions of a row with the operation before it, one over all positions not.
+    """
+
+    @staticmethod
+    def forward(ctx, output, bias):
+        ctx.dtype = bias.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.sum(1, dtype=torch.float32).sum(0).to(ctx.dtype)

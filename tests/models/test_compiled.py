@@ -5,9 +5,13 @@ import re
 import pytest
 import torch
 from families import DECODERS
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
+from transformers.pytorch_utils import Conv1D
 
+from hf_myllm.models.stock import project
 from hf_myllm.precision import cast_to_bf16
 
 
@@ -52,3 +56,27 @@ def test_a_compiled_step_stores_the_logits_once_and_in_bf16(monkeypatch):
         _, code = run_and_get_code(torch.compile(step))
     buffers = re.findall(r"= empty_strided_cpu\(\((?:66, 97|2, 33, 97)\), \([\d, ]+\), (\S+)\)", "\n".join(code))
     assert buffers == ["torch.bfloat16"]
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(6, 8), Conv1D(8, 6)])
+def test_the_compiled_gradient_of_a_bias_is_that_of_the_layer(layer):
+    graphs, inputs = [], torch.randn(2, 5, 6, requires_grad=True)
+
+    def step(project):
+        torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(0))
+        layer.zero_grad()
+        inputs.grad = None
+        output = project(layer, inputs)
+        output.square().sum().backward()
+        return output.detach(), inputs.grad, layer.weight.grad, layer.bias.grad
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        project, fullgraph=True, backend=aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=keep)
+    )
+    torch.testing.assert_close(step(compiled), step(lambda layer, inputs: layer(inputs)))
+    sums = [node.args[1] for node in graphs[0].graph.nodes if node.target == torch.ops.aten.sum.dim_IntList]
+    assert sums == [[1], [0]]  # over the positions of a row, then over rows

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..stock import StockPreTrainedModel, eager_attention, make_document_mask
+from ..stock import StockPreTrainedModel, eager_attention, make_document_mask, project
 from .configuration_bert import MyBertConfig
 
 
@@ -102,7 +102,7 @@ class MyBertIntermediate(nn.Module):
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
-        return self.intermediate_act_fn(self.dense(hidden_states))
+        return self.intermediate_act_fn(project(self.dense, hidden_states))
 
 
 class MyBertLayer(GradientCheckpointingLayer):

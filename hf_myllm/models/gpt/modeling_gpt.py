@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out), as in GPT-2 checkpoints
 
 from ..decoder import CausalLMMixin, CausalModelMixin, SequenceClassificationMixin
-from ..stock import StockPreTrainedModel, eager_attention
+from ..stock import StockPreTrainedModel, eager_attention, project
 from .configuration_gpt import GPTConfig
 
 
@@ -47,7 +47,8 @@ class GPTAttention(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (part.view(shape).transpose(1, 2) for part in self.c_attn(hidden_states).chunk(3, dim=-1))
+        parts = project(self.c_attn, hidden_states).chunk(3, dim=-1)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, upcast_attention)
@@ -79,7 +80,7 @@ class GPTMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states):
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+        return self.dropout(self.c_proj(self.act(project(self.c_fc, hidden_states))))
 
 
 class GPTBlock(GradientCheckpointingLayer):
