@@ -11,6 +11,15 @@ _MAX_MESSAGE = 2000  # characters: a message may quote a user's value
 CONTROL = re.compile(r"\x1b(?!\[K)|[\0-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_URL_USER = re.compile(r"://[^\s/]+@")  # with a password, as endpoints and proxies may have
+
+
+def hide_secrets(text):
+    """Return text without access tokens of the Hub, and without the users and passwords of URLs."""
+    return _URL_USER.sub("://***@", HUB_TOKEN.sub("hf_...", text))
+
+
 class InputError(Exception):
     """A user's input (recipe, file, folder, data set, network) cannot be used.
 
@@ -19,7 +28,7 @@ class InputError(Exception):
     """
 
     def __init__(self, message=""):
-        text = " ".join(str(message).splitlines())
+        text = hide_secrets(" ".join(str(message).splitlines()))
         super().__init__(text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ...")
 
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 
-from .errors import printable
+from .errors import hide_secrets, printable
 
 PIPE_INTERVAL = 10  # seconds between the lines of a [`Status`] if the output is not a terminal
 
@@ -13,7 +13,7 @@ PIPE_INTERVAL = 10  # seconds between the lines of a [`Status`] if the output is
 def warn(text):
     """Print a warning on stderr, once per machine of a launch."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(hide_secrets(text))}", file=sys.stderr, flush=True)
 
 
 def encodable(text, stream):

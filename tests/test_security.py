@@ -14,9 +14,11 @@ from conftest import run_cli, train
 from small_runs import flags, generate, predict, read_lines, write_lines
 
 from hf_myllm.data.pickled import read_token_ids
+from hf_myllm.data.sources import file_source
 from hf_myllm.errors import CheckpointError, DataError, RecipeError, first_line
 from hf_myllm.files import markdown, markdown_code, open_new, write_text_atomically
 from hf_myllm.recipe import Recipe
+from hf_myllm.terminal import warn
 
 METRIC = """
 import datasets
@@ -30,6 +32,22 @@ class Halves(evaluate.Metric):
     def _compute(self, predictions, references):
         return {{"halves": 0.5}}
 """
+
+
+def test_passwords_and_tokens_are_in_no_message(capsys):
+    for secret in ("https://jane:s3cr@t@hub.org:80/x.txt", "http://s3cr@hub.org", "hf_" + "s3cr" * 6):
+        for error in (DataError(f"{secret}: it is gone"), RecipeError(f"train_file: {secret!r} is gone")):
+            assert "s3cr" not in str(error)
+            assert str(error).endswith("is gone")
+        with pytest.raises(DataError, match="(does not exist|hf_...)") as raised:
+            file_source(secret)
+        assert "s3cr" not in str(raised.value)
+        warn(f"retrying {secret} now")
+        assert capsys.readouterr().err.strip() in (
+            "warning: retrying https://***@hub.org:80/x.txt now",
+            "warning: retrying http://***@hub.org now",
+            "warning: retrying hf_... now",
+        )
 
 
 # ---- programs

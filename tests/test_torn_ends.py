@@ -12,6 +12,7 @@ from conftest import read_metrics, run_cli, train
 from small_runs import write_lines
 
 import hf_myllm
+from hf_myllm.data.cache import cached_folder
 from hf_myllm.data.tokenizer import render_chat
 from hf_myllm.errors import InputError, ModelError
 from hf_myllm.generate import load_tokenizer
@@ -157,12 +158,37 @@ def test_a_cache_that_lost_or_truncated_a_file_is_made_again(finished, tmp_path,
     contents = {path: path.read_bytes() for path in files}
     assert {"train.arrow", "stats.json", "tokenizer.json"} <= {path.name for path in files}
     for index, (path, content) in enumerate(contents.items()):
-        if index % 2:
+        if index % 3 == 0:
             path.unlink()
         else:
-            path.write_bytes(content[: len(content) // 2])
+            path.write_bytes(content[: len(content) // 2] if index % 3 == 1 else bytes(len(content)))
         assert run_cli(*prepare) == 0
         assert {path: path.read_bytes() for path in files} == contents
+
+
+@pytest.mark.parametrize("position", [0, 5_000_000, 9_999_999, None])
+@pytest.mark.parametrize("name", ["a.bin", "train/a.bin"])
+def test_a_cached_file_that_changed_is_made_again(name, position, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bytes(10_000_000))
+
+    file = cached_folder(["key"], make) / name
+    cached_folder(["key"], make)
+    assert len(made) == 1
+    if position is None:
+        file.unlink()
+    else:  # a block of a disk
+        with open(file, "r+b") as damaged:
+            damaged.seek(max(0, position - 200_000))
+            damaged.write(b"\1" * min(200_001, 10_000_000 - damaged.tell()))
+    assert cached_folder(["key"], make) / name == file
+    assert len(made) == 2
+    assert file.read_bytes() == bytes(10_000_000)
 
 
 # ---- damaged folders

@@ -11,7 +11,8 @@ from filelock import FileLock
 from ..errors import DataError
 from ..files import atomic_path
 
-_SIZES = "sizes.json"  # written last: name of each file -> its bytes
+_FILES = "files.json"  # written last: name of each file -> its size and a digest of samples of its content
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # a file of up to 4 MiB is compared whole
 _FORMAT = 6  # raise this number when the content of cached folders changes
 
 
@@ -29,7 +30,7 @@ def cached_folder(key, make):
     """Return the cached folder for a key; `make(folder)` fills it if it does not exist. It is complete or absent.
 
     Every rank may call this: one rank of each machine makes the folder while the others wait. A folder that has lost a
-    file, or a part of one, is made again.
+    file, or a part of one, or whose files have changed in one of the samples of their content, is made again.
 
     Raises:
         DataError: the cache cannot be written.
@@ -45,19 +46,31 @@ def cached_folder(key, make):
                 with atomic_path(folder) as partial:
                     partial.mkdir()
                     make(partial)
-                    (partial / _SIZES).write_text(json.dumps(_sizes(partial)))
+                    (partial / _FILES).write_text(json.dumps(_describe_files(partial)))
     except OSError as error:
         raise DataError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
     return folder
 
 
 def _is_whole(folder):
-    """Return whether a cached folder has all its files, of the size that they were written with."""
+    """Return whether a cached folder has all its files, as they were written."""
     try:
-        return json.loads((folder / _SIZES).read_text()) == _sizes(folder)
+        return json.loads((folder / _FILES).read_text()) == _describe_files(folder)
     except (OSError, ValueError):
         return False
 
 
-def _sizes(folder):
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != _SIZES}
+def _describe_files(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _FILES)
+    return {str(path.relative_to(folder)): _describe(path) for path in files}
+
+
+def _describe(path):
+    """Return the size of a file and a digest of evenly spaced samples: a digest of the whole would take minutes."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    end = max(0, size - _SAMPLE_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        for start in (*range(0, end, max(_SAMPLE_BYTES, size // _SAMPLES)), end):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return [size, digest.hexdigest()]

@@ -116,7 +116,7 @@ def _list_folder(folder):
             suffix = Path(name).suffix.lower()
             is_data = suffix in (".txt", *_FORMATS, *COMPRESSIONS, *_MISNAMED)
             is_text = file_format(name) == "text" and suffix not in _MISNAMED
-            if is_data and not name.startswith(".") and (not is_text or ".txt" in name.lower()):
+            if is_data and not name.startswith(".") and (not is_text or content_suffix(name) == ".txt"):
                 yield os.path.join(parent, name)
 
 
@@ -157,10 +157,15 @@ def refuse_content(path, head, allowed=(), prefix="it is "):
             raise DataError(f"{path}: {prefix}{name} by its first bytes; {advice}")
 
 
-def file_format(file):
-    """Return the format of a file by its suffix, leaving out the suffix of a compression."""
+def content_suffix(file):
+    """Return the suffix of a file in lower case, leaving out that of a compression."""
     path = Path(file)
-    return _FORMATS.get(Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower(), "text")
+    return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+
+
+def file_format(file):
+    """Return the format of a file by its suffix."""
+    return _FORMATS.get(content_suffix(file), "text")
 
 
 def check_expansion(file, size, stored_size):

@@ -331,7 +331,7 @@ def _read_csv(file, progress):
     """Yield the rows of CSV or of tab-separated values."""
     csv.field_size_limit(min(discovery.MAX_LINE_CHARS, 1 << 30))
     lines, options = (line for _, line in read_lines(file, progress)), {"strict": True}
-    is_tsv = ".tsv" in Path(file).name.lower()
+    is_tsv = discovery.content_suffix(file) == ".tsv"
     if is_tsv:
         first = list(islice(lines, _SAMPLE_LINES))
         lines, options = chain(first, lines), {"delimiter": "\t"} | _tsv_quoting(first)

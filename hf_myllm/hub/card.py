@@ -9,13 +9,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import TemplateError
 
 from ..checkpoint import find_run_dir
-from ..errors import HubError
+from ..errors import HubError, hide_secrets
 from ..files import render_template, write_text_atomically
 from ..models import find_family, lora
 from ..reporting.metrics_log import last_evaluation, metric_label, read_run, validation_metrics
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _MARKER = "<!-- written by hf_myllm; delete this line to keep your own edits -->"
 _PIPELINES = {  # what follows "For" in the name of the class
     "CausalLM": "text-generation",
@@ -45,11 +44,6 @@ def step_of(folder):
     return int(match[1]) if match else None
 
 
-def hide_tokens(text):
-    """Return the text without access tokens of the Hub."""
-    return HUB_TOKEN.sub("hf_...", text)
-
-
 def make_card(folder, repo=None, revision=None, has_plot=False):
     """Return the model card of a run's folder or of a checkpoint as Markdown.
 
@@ -63,7 +57,7 @@ def make_card(folder, repo=None, revision=None, has_plot=False):
     config, run = lora.read_config(folder), read_run(run_dir)
     try:
         values = _card_values(folder, run_dir, config, run, repo or run_dir.name, revision)
-        return hide_tokens(render_template(TEMPLATE, **values, has_plot=has_plot, marker=_MARKER))
+        return hide_secrets(render_template(TEMPLATE, **values, has_plot=has_plot, marker=_MARKER))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, TemplateError) as error:
         raise HubError(f"{run_dir}/run.json: no model card can be made of it: {error!r:.200}") from None
 

@@ -22,9 +22,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .. import checkpoint
 from ..distributed import exit_with_parent
-from ..errors import HubError, first_line
+from ..errors import HUB_TOKEN, HubError, first_line, hide_secrets
 from ..files import link_or_copy, regular_files
-from .card import HUB_TOKEN, hide_tokens, is_edited, make_card, step_of
+from .card import is_edited, make_card, step_of
 from .stock_check import check, single_process_environment
 
 # The files of a model and its tokenizer, which are uploaded. Nothing else in the folder is.
@@ -52,7 +52,7 @@ def check_target(repo):
         if repo.count("/") != 1:
             raise HFValidationError("it has no user")
     except HFValidationError:
-        raise HubError(f"push_to_hub: {hide_tokens(repo)!r} is not a repository; give user/name") from None
+        raise HubError(f"push_to_hub: {repo!r} is not a repository; give user/name") from None
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise HubError(f"push_to_hub: {repo} cannot be reached: HF_HUB_OFFLINE is set; unset it or drop push_to_hub")
     if huggingface_hub.get_token() is None:
@@ -107,7 +107,7 @@ def push(run, repo, private=False, revision=None):
                 delete_patterns=outdated,  # the shards or the adapter of an earlier model
             )
 
-        return _retry(upload, repo).commit_url
+        return hide_secrets(_retry(upload, repo).commit_url)
 
 
 def _is_shared(name):
@@ -155,7 +155,7 @@ def _retry(upload, repo):
             )
             if delay is None or is_permanent:
                 problem = ": ".join(dict.fromkeys(first_line(cause)[:200] for cause in (error, causes[-1])))
-                problem = hide_tokens(re.sub(r"\?\S+", "", problem))  # the query of a URL may be a signature
+                problem = re.sub(r"\?\S+", "", problem)  # the query of a URL may be a signature
                 attempts = "" if is_permanent else f" ({len(RETRY_DELAYS) + 1} attempts)"
                 raise HubError(f"{repo}: the push failed: {problem}{attempts}") from None
             time.sleep(delay)

@@ -139,6 +139,8 @@ def check_rope(rope, head_dim):
     """
     rope = {name: value for name, value in rope.items() if value is not None}
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))  # "type" in old files
+    if rope.get("partial_rotary_factor") == 1 and rope_type != "proportional":  # all of a head, as without it
+        rope.pop("partial_rotary_factor")
     if rope_type not in _ROPE_KEYS:
         raise ValueError(f"rope_parameters: rope_type {rope_type!r} is unknown; choose {', '.join(_ROPE_KEYS)}")
     required, optional = _ROPE_KEYS[rope_type]

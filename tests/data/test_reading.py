@@ -125,6 +125,14 @@ def test_json_lines_by_other_names(tmp_path, suffix):
     assert texts(tmp_path / f"a.{suffix}") == texts(tmp_path) == ["one", "two"]
 
 
+def test_the_last_suffix_says_the_format(tmp_path):
+    write(tmp_path / "x.tsv.csv", "text,b\na,1\n")
+    write(tmp_path / "y.csv.tsv", "text\tb\na,c\t1\n")
+    assert texts(tmp_path / "x.tsv.csv") == ["a"]
+    assert texts(tmp_path / "y.csv.tsv") == ["a,c"]
+    assert len(sources.file_source(str(tmp_path)).files) == 2
+
+
 def test_validation_files_are_not_training_files(tmp_path):
     train, val = write(tmp_path / "data" / "train.txt", "one"), write(tmp_path / "data" / "val.txt", "two")
     (tmp_path / "link.txt").symlink_to(val)

@@ -195,3 +195,15 @@ def test_rope_parameters_are_checked_completely(message, family):
     settings |= {"head_dim": 12} if family == "qwen3" else {}
     with pytest.raises(ModelError, match=re.escape(message)):
         loading.build_config(family, settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_partial_rotary_factor_of_one_is_the_whole(family):
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    ids = torch.arange(12)[None]
+    expected = CASES[family].make_model(rope_parameters=rope).eval()(ids).logits
+    whole = CASES[family].make_model(rope_parameters=rope | {"partial_rotary_factor": 1.0})
+    assert torch.equal(whole.eval()(ids).logits, expected)
+    settings = CASES[family].sizes | {"rope_parameters": rope | {"partial_rotary_factor": 0.5}}
+    with pytest.raises(ModelError, match="rope_type default has no key 'partial_rotary_factor'"):
+        loading.build_config(family, settings)
