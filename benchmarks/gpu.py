@@ -118,7 +118,9 @@ def run_all(items, work, args, deadline, report):
         return Forked(partial(execute, item, work, args, device), work / f"{slug(item.name)}.log", has_group=True)
 
     def done(item, status, seconds):
-        report.add(item.name, status, seconds)
+        left = max(0.0, deadline - time.monotonic())
+        reason = f"{left:.0f} s are left, and it may take {item.budget:.0f}; raise --budget"
+        report.add(item.name, status, seconds, reason if status == "skipped" else None)
         if item.name == "hardware" and "memory" in report.hardware():
             limits["memory"] = 0.9 * report.hardware()["memory"] / 2**30
 
@@ -171,12 +173,14 @@ class Report:
         self.start = time.monotonic()
         (folder / "log.txt").write_text("")
 
-    def add(self, name, status, seconds):
+    def add(self, name, status, seconds, reason=None):
         path, log = self.work / f"{slug(name)}.jsonl", self.work / f"{slug(name)}.log"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         item = {"item": name, "status": status, "seconds": round(seconds, 1), "rows": rows}
         if status in ("failed", "timed out"):
-            item["error"] = tail(log, 30)
+            reason = tail(log, 30)
+        if reason:
+            item["error"] = reason
         self.items.append(item)
         with open(self.folder / "log.txt", "a") as file:
             file.write(f"==== {name}: {status}, {seconds:.1f} s\n{tail(log, 200)}")

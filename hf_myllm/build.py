@@ -19,6 +19,7 @@ from .build_data import check_tokenizer, find_sources, find_tokenizer, keeps_old
 from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
+    PREPARATION,
     create_accelerator,
     end_training,
     explain_failures,
@@ -71,7 +72,7 @@ class Run:
     reporter: object = None
     uploads: object = None
     resume_warnings: list = field(default_factory=list)
-    phase: str = "its preparation"  # for error messages
+    phase: str = PREPARATION  # for error messages
 
     @property
     def scale(self):
@@ -116,7 +117,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         InputError: the recipe, the data, the model or the folder cannot be used.
     """
     recipe.check_sources(train_data is not None, eval_data is not None)
-    recipe, run = Recipe.model_validate(recipe.to_dict()).check_family(FAMILIES), None  # a copy, checked as it is now
+    recipe, run = recipe.copy_checked(FAMILIES, train_data is not None, eval_data is not None), None
     recipe.check_task(TASKS[recipe.task])
     with process_settings(recipe.run.log_level, recipe.training.deterministic) as owns_process_group:
         snapshot = checkpoint.snapshot(recipe.run.save_model)
@@ -130,7 +131,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         accelerator = create_accelerator(section.precision, trains, section.compile, log_with, run_dir)
         with ExitStack() as cleanup:
             try:
-                with explain_failures(accelerator, lambda: run.phase if run else "its preparation"):
+                with explain_failures(accelerator, lambda: run.phase if run else PREPARATION):
                     resume_from = run_folder.share_checkpoint(resume_from, recipe.run.save_model, accelerator)
                     run = build_run(recipe, accelerator, resume_from, cleanup, train_data, eval_data)
                     cleanup.callback(run.close)

@@ -48,6 +48,7 @@ try:
 except ImportError:  # on Windows
     resource = None
 
+PREPARATION = "its preparation"  # the phase of a run that has not written to its folder yet
 _RUN_LOCK = threading.RLock()  # held while a run is open: runs share torch's random state and accelerate's state
 
 # ---- the process
@@ -325,7 +326,7 @@ def explain_failures(accelerator, phase):
         elif message := explain_nondeterminism(error):
             problem = message
         elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of the output
-            problem = os_problem(error)
+            problem = os_problem(error, can_resume=phase() != PREPARATION)
             if accelerator.num_processes == 1:
                 raise InputError(problem) from None
         elif accelerator.num_processes == 1:

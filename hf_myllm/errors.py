@@ -78,10 +78,11 @@ def first_line(error):
     return re.sub(r"[^.;:,(]*\b(trust_remote_code|weights_only)\b[^.;)]*[.;)]?", "", text).strip()
 
 
-def os_problem(error):
+def os_problem(error, can_resume=False):
     """Return an OSError in words: the file, the problem and, of a full disk, what to do."""
     text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
-    return f"{text}; free some space, then use --init_from resume" if error.errno in _DISK_FULL else text
+    again = "use --init_from resume" if can_resume else "try again"
+    return f"{text}; free some space, then {again}" if error.errno in _DISK_FULL else text
 
 
 def show(value, limit=80):

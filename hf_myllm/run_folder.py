@@ -129,7 +129,7 @@ def lock(run):
         CheckpointError: on all ranks, if rank 0 cannot lock the folder, or another run wrote to it while the data were
             prepared, which may take hours.
     """
-    run_dir, problem = Path(run.recipe.run.save_model), None
+    run_dir, problem, run.phase = Path(run.recipe.run.save_model), None, "the start of its training"
     if run.accelerator.is_main_process:
         try:
             run.lock = acquire_lock(run_dir)
@@ -170,7 +170,7 @@ def save_checkpoint(run, optimizer, state):
         InputError: a weight is not finite, or the checkpoint cannot be written.
     """
     accelerator, recipe, run.phase = run.accelerator, run.recipe, f"the save after step {state.step}"
-    run.reporter.status(f"saving checkpoint-{state.step}")
+    run.reporter.status(f"saving checkpoint-{state.step}", _is_large(run.model))
     is_sharded, model = accelerator.is_fsdp2, run.model
     if any_rank(accelerator, not all(bool(to_local(p).isfinite().all()) for p in model.parameters())):
         raise InputError(
@@ -199,6 +199,11 @@ def save_checkpoint(run, optimizer, state):
         if accelerator.is_main_process:
             checkpoint.remove_old(run_dir, recipe.run.save_total_limit, keep=state.best_step())
     accelerator.wait_for_everyone()
+
+
+def _is_large(model):
+    """Return whether it may take ten seconds to write a model."""
+    return sum(parameter.numel() for parameter in model.parameters()) > 2e8
 
 
 def _trainer_state(run, state):
@@ -232,7 +237,7 @@ def publish_model(run, state):
         the published model; None if it is sharded (FSDP2).
     """
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
-    run.reporter.status("publishing the model")
+    run.reporter.status("publishing the model", _is_large(run.model))
     chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
     restore_from_fp8(model)

@@ -43,7 +43,8 @@ class Status:
         self.is_shown, self.is_terminal, self.has_line = is_shown, sys.stderr.isatty(), False
         self.phase, self.shown_at = None, 0.0
 
-    def __call__(self, text):
+    def __call__(self, text, is_slow=False):
+        """Show a text; without a terminal, at once only if what it says is slow."""
         if not self.is_shown:
             return
         text = encodable(printable(text), sys.stderr)
@@ -51,9 +52,9 @@ class Status:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
             self.has_line = True
-        elif (phase := text.split(" ")[0]) != self.phase:
+        elif (phase := text.split(" ")[0]) != self.phase and not is_slow:
             self.phase, self.shown_at = phase, time.monotonic()
-        elif time.monotonic() - self.shown_at > PIPE_INTERVAL:
+        elif is_slow or time.monotonic() - self.shown_at > PIPE_INTERVAL:
             print(text, file=sys.stderr, flush=True)
             self.shown_at = time.monotonic()
 

@@ -136,6 +136,8 @@ class Flags(dict):
         if "max_steps" in changes:  # a recipe has either of the two
             flags["epochs"] = None
             flags["warmup_steps"] = changes.get("warmup_steps", min(5, changes["max_steps"]))
+        if flags.get("start_context") is None or flags.get("model") == "bert":  # no text is generated
+            flags["max_new_tokens"] = changes.get("max_new_tokens")
         return [text for key, value in flags.items() if value is not None for text in (f"--{key}", str(value))]
 
 

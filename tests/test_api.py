@@ -62,6 +62,22 @@ def finished(tmp_path_factory):
     return result, logged, evaluated
 
 
+def test_data_in_memory_that_replaces_files_is_said(tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("another text " * 300)
+    recipe = make_recipe(tmp_path / "run", max_steps=1)
+    recipe.data.train_file = recipe.data.val_file = str(tmp_path / "other.txt")
+    with pytest.raises(RecipeError, match="train_file: data in memory is given too"):
+        hf_myllm.train(recipe, TEXTS)
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    hf_myllm.train(Recipe.load(tmp_path / "r.yaml"), TEXTS, eval_data=EVAL_TEXTS)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    expected = "warning: {} of the recipe is not read; the data in memory replaces it"
+    assert said == [expected.format(name) for name in ("train_file", "val_file")]
+    # what was not read is not recorded, so no later command takes it for the data of the run
+    data = Recipe.load(tmp_path / "run" / "recipe.yaml").data
+    assert (data.train_file, data.val_file) == (None, None)
+
+
 def test_validation_data_in_another_format_is_not_training_data(tmp_path):
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     with pytest.raises(DataError, match="val.jsonl: it holds the same tokens as train_data; give others"):

@@ -23,7 +23,7 @@ from hf_myllm.reporting.console import Reporter
 from hf_myllm.reporting.metrics_log import read_metrics
 from hf_myllm.reporting.profiling import category_of
 from hf_myllm.tasks import TASKS
-from hf_myllm.terminal import plural
+from hf_myllm.terminal import Status, plural
 
 
 def write(folder, lines, tail=""):
@@ -108,6 +108,14 @@ def test_a_terminal_of_80_columns_has_one_line_of_progress(tiny):
     assert all(len(bar) <= 80 for bar in bars)
     assert all(len(line) <= 80 for line in lines if line.startswith("  | "))  # samples
     assert not any("warning" in line.lower() or "Traceback" in line for line in lines)
+
+
+def test_without_a_terminal_a_line_says_what_is_slow(capsys):
+    status = Status()
+    status("saving checkpoint-1")
+    status("saving checkpoint-2", is_slow=True)
+    Status(is_shown=False)("saving checkpoint-3", is_slow=True)
+    assert capsys.readouterr().err == "saving checkpoint-2\n"
 
 
 def test_an_error_begins_on_a_line_of_its_own(tiny):

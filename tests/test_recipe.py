@@ -163,6 +163,43 @@ def test_load_takes_a_name_and_overrides():
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--temperature", 0.5), "temperature has no effect without start_context; set it too, or remove temperature"),
+        (("--project_name", "x"), "project_name has no effect without log_with"),
+        (("--dataset_split", "test"), "dataset_split has no effect without dataset"),
+        (("--mlm_probability", 0.3), "mlm_probability has no effect with task causal"),
+        (("--max_answer_len", 3), "max_answer_len has no effect with task causal"),
+        (("--skip_bad_rows", "on"), "skip_bad_rows has no effect with task causal"),
+        (("--model", "bert", "--bin_dtype", "uint16", "--task", "classification"), "bin_dtype has no effect with task"),
+        (("--model", "bert", "--start_context", "a [MASK]", "--top_k", 5), "top_k has no effect with task mlm"),
+        (("--streaming_window", 1000), "streaming_window has no effect without streaming"),
+    ],
+)
+def test_keys_without_an_effect_are_refused(flags, message, tmp_path):
+    recipe = read("--train_file", "a.txt", *flags)
+    with pytest.raises(RecipeError, match=message):
+        recipe.check_task(TASKS[recipe.task])
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe.to_yaml())
+    loaded = Recipe.load(path)
+    with pytest.raises(RecipeError, match=message):
+        loaded.check_family(FAMILIES).check_task(TASKS[recipe.task])
+
+
+def test_a_flag_may_switch_off_what_keys_of_the_file_need(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("data: {dataset: user/x, dataset_config: en}\nevaluation: {start_context: a, temperature: 0.5}\n")
+    for changes in ({"start_context": None}, {"train_file": "a.txt"}, {}):
+        Recipe.load(path, **changes).check_family(FAMILIES).check_task(TASKS["causal"])
+    recipe = Recipe.load(path, start_context=None, temperature=0.6)
+    with pytest.raises(RecipeError, match="temperature has no effect without start_context"):
+        recipe.check_family(FAMILIES).check_task(TASKS["causal"])
+    mixed = {"datasets": [{"dataset": "user/x"}], "dataset_split": "test"}  # the default of the sources
+    Recipe(data=mixed).check_family(FAMILIES).check_task(TASKS["causal"])
+
+
 def test_only_relevant_keys_are_shown():
     recipe = read("--train_file", "a.txt", "--max_steps", 3)
     shown = recipe.relevant()

@@ -131,6 +131,15 @@ def test_templates_of_commands_end_in_one_line(run, tmp_path, capsys, monkeypatc
 # ---- disks
 
 
+def test_a_full_disk_without_a_run_names_no_resume(finished, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "curves.svg")
+
+    monkeypatch.setattr("hf_myllm.reporting.plots.plot", fail)
+    assert run_cli("plot", finished) == 2
+    assert errors(capsys) == ["error: curves.svg: No space left on device; free some space, then try again"]
+
+
 @pytest.mark.parametrize("step", ["before", "after"])
 def test_a_disk_that_is_full_at_run_json_is_one_line(finished, tmp_path, capsys, monkeypatch, step):
     write, calls = metrics_log._write_json, []

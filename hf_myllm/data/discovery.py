@@ -46,12 +46,13 @@ _SIGNATURES = [
         (rb"\x93NUMPY", "a NumPy array", (), "write token ids with array.astype('uint16').tofile('ids.bin')"),
         (rb"\x89HDF\r\n|SQLite format 3\0|Obj\x01", "a database file", (), "export it as .jsonl or .parquet"),
         (rb".{4}\0{4}\{\"|GGUF[\1-\t]|\x7fELF", "a model or a program", (), "give the data, not the model"),
+        (rb"PK\x03\x04.{26}(\[Content_Types|_rels/|mimetype)", "an office document", (), "export it as .csv or .txt"),
         (rb"PK\x03\x04", "a zip archive", ("pkl",), "unpack it, or call it .pkl if torch.save wrote token ids"),
         (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a|.{257}ustar(\0|  \0)", "an archive", (), "unpack it"),
         (rb"\x80[\x02-\x05][\x8c\x95\]\}c(]", "a pickle", ("pkl", "bin"), "call it .pkl if it holds token ids"),
         (rb"%PDF-|\xd0\xcf\x11\xe0|\{\\rtf", "a document of a word processor", (), "save its text as .txt"),
         (
-            rb"\x89PNG|\xff\xd8\xff[\xdb-\xee]|GIF8[79]a|RIFF.{4}WAVE|OggS\0|fLaC\0",
+            rb"\x89PNG|\xff\xd8\xff[\xdb-\xee]|GIF8[79]a|RIFF.{4}(WAVE|WEBP|AVI )|OggS\0|fLaC\0|ID3[\2-\4]|.{4}ftyp",
             "a picture or sound",
             (),
             "give text",
@@ -94,7 +95,12 @@ def _expand(pattern):
     matches = glob.glob(glob.escape(parent) + path[len(parent) :], recursive=True)
     files = sorted(file for file in matches if os.path.isfile(file))
     if not files:
-        raise DataError(f"{pattern} does not exist (looked in {os.getcwd()})")
+        problem = f"does not exist (looked in {os.getcwd()})"
+        if os.path.islink(path):
+            problem = f"is a link to {os.readlink(path)}, which does not exist; correct it"
+        elif any(map(os.path.isdir, matches)):
+            problem = f"matches folders only; give one of them, or a glob of files: {pattern}/*.txt"
+        raise DataError(f"{pattern} {problem}")
     return files
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ..errors import ModelError, RecipeError, show
 from ..files import read_yaml
+from ..terminal import warn
 from .fields import Section, convert, members
 from .messages import explain, unknown_key
 from .sections import (
@@ -91,14 +92,23 @@ class Recipe(BaseModel):
     def relevant(self):
         """Return `to_dict()` without keys that have no effect: unset, of another task, or of a feature that is off."""
         values = self.to_dict()
-        flat = {name: values[section][name] for name, section in SECTION_OF.items()}
-        for name, value in flat.items():
-            details = FIELDS[name].json_schema_extra
-            is_of_task = self.task in details.get("tasks", [self.task]) or self.task not in TASKS
-            needed = details.get("needs")
-            if value is None or not is_of_task or (needed and flat[needed] in (None, False)):
-                del values[SECTION_OF[name]][name]
+        for name, section in SECTION_OF.items():
+            if values[section][name] is None or self._missing(name):
+                del values[section][name]
         return {name: value for name, value in values.items() if value}
+
+    def _mlm_probability(self):
+        return MLM_PROBABILITY.get(self.task, 0.15)
+
+    def _missing(self, name):
+        """Return what a key lacks to have an effect: another task, or another key that is not set; None if nothing."""
+        details = FIELDS[name].json_schema_extra
+        if self.task in TASKS and self.task not in details.get("tasks", [self.task]):
+            return "task"
+        needed = details.get("needs")
+        if needed and getattr(getattr(self, SECTION_OF[needed]), needed) in (None, False):
+            is_of_source = needed == "dataset" and self.data.datasets  # whose keys default to those of the section
+            return None if is_of_source else needed
 
     def identity(self):
         """Return the keys that define the run, flat: two recipes with equal identities train the same model."""
@@ -130,21 +140,36 @@ class Recipe(BaseModel):
             raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
         self.config = _check_config(self.config, self.model, family.config, origins or {})
         if self.data.mlm_probability is None:
-            self.data.mlm_probability = MLM_PROBABILITY.get(self.task, 0.15)
+            self.data.mlm_probability = self._mlm_probability()
         return self
 
+    def copy_checked(self, families, has_train_data=False, has_eval_data=False):
+        """Return a copy, checked as it is now, without the data that data in memory replaces."""
+        recipe = Recipe.model_validate(self.to_dict()).check_family(families)
+        recipe._overrides = self._overrides
+        for name in ("train_file", "dataset", "datasets") * has_train_data + ("val_file",) * has_eval_data:
+            setattr(recipe.data, name, None)
+        return recipe
+
     def check_task(self, task):
-        """Refuse keys that the task does not use, and fill in the packing if it was left open.
+        """Refuse keys that have no effect, and fill in the packing if it was left open.
+
+        A key of the file may stay when a flag or Python code switches off the key that it needs.
 
         Args:
-            task: the task's class, with its `packings`, the default first, and its `unused_keys`.
+            task: the task's class, with its `packings`, the default first.
         """
-        data = self.data
+        data, overrides = self.data, self._overrides or ()
         self._check_columns(task)
-        data.packing = data.packing or task.packings[0]
-        for name in task.unused_keys:
-            if getattr(getattr(self, SECTION_OF[name]), name) not in (None, False):
+        filled_in = {"packing": data.packing, "final_model": "last", "mlm_probability": self._mlm_probability()}
+        for name, field in FIELDS.items():
+            is_default = getattr(getattr(self, SECTION_OF[name]), name) in (field.default, None, filled_in.get(name))
+            missing = None if is_default else self._missing(name)
+            if missing == "task":
                 raise RecipeError(f"{name} has no effect with task {self.task}; remove it")
+            if missing and (name in overrides or missing not in overrides):
+                raise RecipeError(f"{name} has no effect without {missing}; set it too, or remove {name}")
+        data.packing = data.packing or task.packings[0]
         if data.packing not in task.packings:
             choices = " or ".join(task.packings)
             raise RecipeError(f"packing {data.packing} cannot be used with task {self.task}; use {choices}")
@@ -171,13 +196,15 @@ class Recipe(BaseModel):
     def check_sources(self, has_train_data=False, has_eval_data=False):
         """Check that there is data to train or evaluate on, from the recipe or in memory, and not from both.
 
-        Data in memory may replace what a recipe file names, but not what Python code names beside it.
+        Data in memory may replace what a recipe file names, which is said, but not what Python code names beside it.
         """
         data = self.data
-        for name in ("train_file", "dataset", "val_file"):
+        for name in ("train_file", "dataset", "datasets", "val_file"):
             is_given = has_eval_data if name == "val_file" else has_train_data
-            if is_given and getattr(data, name) and (self._overrides is None or name in self._overrides):
-                raise RecipeError(f"{name}: data in memory is given too; leave out one of the two")
+            if is_given and getattr(data, name):
+                if self._overrides is None or name in self._overrides:
+                    raise RecipeError(f"{name}: data in memory is given too; leave out one of the two")
+                warn(f"{name} of the recipe is not read; the data in memory replaces it")
         has_training_data = has_train_data or bool(data.train_file or data.dataset or data.datasets)
         if not self.evaluation.eval_only and not has_training_data:
             raise RecipeError("there is nothing to train on; give --train_file FILE, or --dataset ID of the Hub")
@@ -395,6 +422,7 @@ def _drop_replaced(name, sections, origins, where):
             other = pair[1 - pair.index(name)]
             if origins.get(other, where) != where:
                 sections[SECTION_OF[other]].pop(other, None)
+                origins[other] = where
 
 
 def _resolve_aliases(values, where):

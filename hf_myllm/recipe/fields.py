@@ -27,9 +27,8 @@ def fixed(default, help, *, on_resume="refuse", tasks=None, needs=None, **limits
         default: its default value.
         help: one or two sentences for `--help`, the docs and the JSON schema, with the unit.
         on_resume: see [`changeable`].
-        tasks: the tasks for which the dry run shows the key; None means all. It refuses nothing; `Task.unused_keys`
-            does.
-        needs: the key that must be set for this one to have an effect.
+        tasks: the tasks for which the key has an effect; None means all. With others, it is refused.
+        needs: the key that must be set for this one to have an effect; without it, this one is refused.
         limits: pydantic's `ge`, `gt`, `le` and `lt`.
     """
     extra = {"on_resume": on_resume} | ({"tasks": list(tasks)} if tasks else {}) | ({"needs": needs} if needs else {})
@@ -136,8 +135,8 @@ def _convert_text(text, options):
         return text if is_text else value
     if str in options:
         return text
-    if bool in options and stripped.lower() in ("true", "false", "yes", "no"):
-        return stripped.lower() in ("true", "yes")
+    if bool in options and stripped.lower() in ("true", "false", "yes", "no", "on", "off"):  # YAML 1.1 has them all
+        return stripped.lower() in ("true", "yes", "on")
     for number in (int, float):
         if (int in options or float in options) and not re.match(r"[-+]?0[0-9_]+$", stripped):  # octal in YAML 1.1
             try:

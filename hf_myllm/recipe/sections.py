@@ -344,9 +344,8 @@ class Evaluation(Section):
     @model_validator(mode="after")
     def _check_best(self):
         if self.metric_for_best is None:
-            for name in ("patience", "final_model"):
-                if getattr(self, name) not in (None, "last"):
-                    raise RecipeError(f"{name} {getattr(self, name)} needs a metric; give --metric_for_best NAME")
+            if self.final_model == "best":
+                raise RecipeError("final_model best needs a metric; give --metric_for_best NAME")
             self.final_model = "last"
             return self
         if self.eval_freq is None:
@@ -368,13 +367,6 @@ class Lora(Section):
     merge_lora: bool = changeable(
         False, "Merge LoRA into the model at the end, so that the run's folder holds a full model.", needs="r"
     )
-
-    @model_validator(mode="after")
-    def _check_rank(self):
-        for name in ("lora_alpha", "target_modules", "lora_dropout", "merge_lora"):
-            if self.r is None and getattr(self, name):
-                raise RecipeError(f"{name} has no effect without LoRA; give --r 16, or remove it")
-        return self
 
 
 class Run(Section):

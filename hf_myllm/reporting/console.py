@@ -87,12 +87,12 @@ class Reporter:
         if self.is_main:
             tqdm.write(encodable(printable(text), sys.stderr), file=sys.stderr)
 
-    def status(self, text):
-        """Show what goes on between steps, such as an evaluation."""
+    def status(self, text, is_slow=False):
+        """Show what goes on between steps, such as an evaluation; see [`Status`]."""
         if self.bar is not None:
             self.bar.set_description_str(text)
         else:
-            self.status_line(text)
+            self.status_line(text, is_slow)
 
     def show_evaluation(self, step, train_metrics, val_metrics, details=""):
         """Print the losses of an evaluation, and its metrics, in lines of at most 80 columns.

@@ -70,7 +70,6 @@ class Task:
 
     name = "task"  # the name in a recipe; `tasks.build` sets it
     packings = ("stream", "documents", "pad", "best_fit")  # the values of `packing` that it supports, the default first
-    unused_keys = ()  # keys that are refused because they have no effect; their default must be None or False
     is_labelled = False  # reads labelled examples (see labelled.py) instead of a stream of tokens
     has_predictions = False  # predicts labels: metrics and `hf_myllm.predict` instead of perplexity and generated text
     num_special_tokens = 0  # positions of a row that hold no text

@@ -19,7 +19,6 @@ class CausalLM(Task):
     and the first input of the next: no target is lost, and a text that is generated from nothing starts as in training.
     """
 
-    unused_keys = ("metrics",)
     has_bits_per_byte = True
     logits_share = 1.0
 

@@ -37,7 +37,6 @@ class CorruptedText(EncoderDecoder):
     """Base class of the tasks that restore packed rows of text. A subclass sets `text_length` in `configure`."""
 
     packings = ("stream",)
-    unused_keys = ("stride", "metrics")
     has_stride = False
 
     @property

@@ -36,7 +36,6 @@ class Instruction(LabelledTask, CausalLM):
     """
 
     packings = ("best_fit", "pad")
-    unused_keys = ("stride", "streaming", "datasets", "metrics")
     label_feature = datasets.List(datasets.Value("int8"))  # 1 for the tokens that are targets
     target_name = "learned tokens"
     own_columns = ("messages", "prompt", "completion")  # that `columns` and `template` may name

@@ -173,7 +173,6 @@ class PredictionTask(LabelledTask):
     """
 
     packings = ("stream",)
-    unused_keys = ("stride", "streaming", "datasets", "start_context")
     has_predictions = True
     is_pair = False  # whether a row is two texts
     length_group_steps = 8  # fewer than for text: where the length predicts the label, batches would hold one label

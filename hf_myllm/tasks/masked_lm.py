@@ -30,7 +30,6 @@ class MaskedLM(Task):
     whole_word_masking, all tokens of a word are chosen or none.
     """
 
-    unused_keys = ("metrics",)
     num_special_tokens = 2
     target_name = "masked tokens"
 

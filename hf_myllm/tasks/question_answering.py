@@ -26,7 +26,6 @@ class QuestionAnswering(PredictionTask):
     section 4.3).
     """
 
-    unused_keys = ("streaming", "datasets", "start_context")
     is_pair = True
     is_split_by_context = True
     label_feature = datasets.List(datasets.Value("int64"))

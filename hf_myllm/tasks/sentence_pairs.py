@@ -23,7 +23,6 @@ class SentencePairs(MaskedLM):
     """
 
     packings = ("stream",)
-    unused_keys = ("stride", "streaming", "metrics")
     num_special_tokens = 3
     min_text_tokens = 2
     pads_rows = True

@@ -32,7 +32,6 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     packings = ("pad",)
     own_columns = ("source", "target")
-    unused_keys = ("stride", "streaming", "datasets", "metrics")
     record_features = datasets.Features({"target": datasets.Value("string")})
     logits_share = 1.0
     target_name = "target tokens"

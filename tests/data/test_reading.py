@@ -8,6 +8,7 @@ import lzma
 import os
 import pickle
 import tarfile
+import zipfile
 
 import datasets
 import numpy as np
@@ -94,6 +95,10 @@ CONTENTS = {
     "an Arrow stream": (arrow_stream(), "is Arrow by its first bytes; .*to_parquet"),
     "a NumPy array": (written(lambda file: np.save(file, np.arange(9))), r"tofile\('ids.bin'\)"),
     "a zip archive": (written(lambda file: torch.save(torch.arange(9), file)), "a zip archive .*unpack it"),
+    "a spreadsheet": (
+        written(lambda file: zipfile.ZipFile(file, "w").writestr("[Content_Types].xml", "")),
+        "an office",
+    ),
     "a pickle": (pickle.dumps([1, 2]), "call it .pkl"),
     "safetensors": ((99).to_bytes(8, "little") + b'{"a": 1}', "a model"),
     "a PDF": (b"%PDF-1.7\n", "save its text"),
@@ -107,6 +112,20 @@ def test_a_file_is_not_read_as_something_else(tmp_path, content, message):
         write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
         with pytest.raises(DataError, match=f"{name}: it (is|holds) .*{message.removeprefix('is ')}"):
             sources.file_source(str((tmp_path / name).parent if "/" in name else tmp_path / name))
+
+
+def test_what_is_no_file_or_no_text_is_said(tmp_path):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "folders" / "a").mkdir(parents=True)
+    write(tmp_path / "binary.txt", bytes(range(128, 160)) + b"\3")
+    for name, message in (
+        ("link.txt", "link.txt is a link to .*gone, which does not exist"),
+        ("folders/*", "matches folders only"),
+        ("none*", "does not exist"),
+        ("binary.txt", "is not text, by its bytes in line 1"),
+    ):
+        with pytest.raises(DataError, match=message):
+            texts(tmp_path / name)
 
 
 def test_a_misnamed_file_is_not_left_out_of_a_folder(tmp_path):

@@ -84,7 +84,7 @@ def test_the_best_checkpoint_needs_a_metric(tmp_path, noise, capsys):
             {"metric_for_best": "f2"},
             "metric_for_best: val_f2 is not a metric of task classification; choose one of val_loss, val_acc",
         ),
-        ({"patience": 2}, "patience 2 needs a metric; give --metric_for_best"),
+        ({"patience": 2}, "patience has no effect without metric_for_best; set it too"),
         ({"final_model": "best"}, "final_model best needs a metric"),
         ({"metric_for_best": "loss", "eval_freq": None}, "needs several evaluations; give --eval_freq"),
         (

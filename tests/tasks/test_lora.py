@@ -153,7 +153,7 @@ def test_settings_that_lora_cannot_use_are_refused(tmp_path, gpt, capsys):
     )
     for more, message in (
         (flags(tokenizer=BPE, r=4, **GPT), "lora needs a trained model to add to; give --init_from"),
-        (flags(init_from=gpt, lora_alpha=4), "lora_alpha has no effect without LoRA; give --r 16"),
+        (flags(init_from=gpt, lora_alpha=4), "lora_alpha has no effect without r; set it too"),
         (flags(init_from=gpt, r=4, target_modules="q_proj"), "lora: Target modules"),
         (flags(init_from=gpt, r=4, add_tokens="<x>"), "add_tokens needs trained embeddings"),
         (
@@ -161,8 +161,8 @@ def test_settings_that_lora_cannot_use_are_refused(tmp_path, gpt, capsys):
             "lora leaves the embeddings as they are, and the model lacks 108 rows",
         ),
         (flags(init_from=gpt, r=4, target_modules="wte"), "lora: transformer.wte shares its weight with another"),
-        (flags(init_from=gpt, lora_dropout=0.1), "lora_dropout has no effect without LoRA"),
-        ((*flags(init_from=gpt), "--merge_lora"), "merge_lora has no effect without LoRA"),
+        (flags(init_from=gpt, lora_dropout=0.1), "lora_dropout has no effect without r"),
+        ((*flags(init_from=gpt), "--merge_lora"), "merge_lora has no effect without r"),
     ):
         assert train(*settings, *more) == 2
         assert message in capsys.readouterr().err
@@ -246,9 +246,9 @@ def test_lora_on_all_modules_trains_the_whole_head(tmp_path, entities_run):
 
 
 def test_a_sample_does_not_change_what_is_saved(tmp_path, gpt):
-    settings = flags(model="gpt", task="instruction", init_from=gpt, max_len=64, r=4, max_steps=3, max_new_tokens=3)
+    settings = flags(model="gpt", task="instruction", init_from=gpt, max_len=64, r=4, max_steps=3)
     settings += flags(train_file=write_instructions(tmp_path / "a.jsonl"), eval_freq=2, save_freq=1)
-    for name, more in (("sampled", flags(start_context="say")), ("silent", [])):
+    for name, more in (("sampled", flags(start_context="say", max_new_tokens=3)), ("silent", [])):
         assert train(*settings, *more, "--save_model", tmp_path / name) == 0
     configs = [(tmp_path / name / "generation_config.json").read_text() for name in ("sampled", "silent")]
     assert configs[0] == configs[1]
