@@ -45,6 +45,8 @@ def check(folder):
     shape = (2, min(64, num_positions(config) or 64))
     inputs = {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
     inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"].flip(1)
     stock_outputs = _run_stock(folder, architecture, base, config_path, inputs)
     model = loading.load_model(own_class, folder, family.config.from_pretrained(config_path), torch.float32)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..errors import ModelError
 from . import auto
+from .bart import MyBartConfig, MyBartForConditionalGeneration
 from .bert import (
     MyBertConfig,
     MyBertForMaskedLM,
@@ -17,6 +18,7 @@ from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
 from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
 from .qwen3 import MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification
 from .stock import StockConfigMixin
+from .t5 import MyT5Config, MyT5ForConditionalGeneration
 
 
 class Family(NamedTuple):
@@ -109,6 +111,13 @@ FAMILIES = {  # recipe's `model` -> family
         },
         tokenizer="wordpiece",
     ),
+    "t5": Family(
+        "T5",
+        MyT5Config,
+        dict.fromkeys(("span_corruption", "seq2seq"), MyT5ForConditionalGeneration),
+        tokenizer="unigram",
+    ),
+    "bart": Family("BART", MyBartConfig, dict.fromkeys(("denoising", "seq2seq"), MyBartForConditionalGeneration)),
 }
 FAMILIES = Families(FAMILIES)
 

@@ -348,8 +348,9 @@ def _initialize(model_class, config, dtype, family):
         )
     try:
         model = model_class(config)
-        for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact, as when loaded
-            parameter.data = parameter.data.to(dtype)
+        # All that is saved, as when loaded. Buffers that are not, as rotary frequencies, stay exact.
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor.data = tensor.data.to(dtype)
         return model
     except (RuntimeError, MemoryError) as error:
         raise ModelError(f"a {family} of this config cannot be made; reduce its sizes: {first_line(error)}") from None

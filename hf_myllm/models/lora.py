@@ -19,6 +19,7 @@ _TASK_TYPES = {  # end of the model's class name -> peft's task type, which sele
     "CausalLM": "CAUSAL_LM",
     "SequenceClassification": "SEQ_CLS",
     "TokenClassification": "TOKEN_CLS",
+    "ConditionalGeneration": "SEQ_2_SEQ_LM",
     # No type for question answering: its peft class drops the token types.
 }
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -133,6 +134,7 @@ def how_to_load(folder, name=None):
     name = json.dumps(str(name or folder), ensure_ascii=False)  # a JSON string is a Python string
     config = read_config(folder)
     head = config["architectures"][0].partition("For")[2] or "CausalLM"  # GPT2LMHeadModel has no "For"
+    head = head.replace("ConditionalGeneration", "Seq2SeqLM")  # the ending of the Auto class
     if base and head in ("MaskedLM", "PreTraining", "QuestionAnswering"):
         return f'PeftModel.from_pretrained(AutoModelFor{head}.from_pretrained("{base}"), {name})'
     if base:

@@ -49,13 +49,14 @@ def _check_tied(model, path, missing):
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if model.get_parameter(target) is not model.get_parameter(source):
             problem = f"its config.json ties {target} to {source}, which differs in its file", "false"
-    had_head = any(
-        re.search("LMHead|ForCausalLM|MaskedLM|PreTraining", name) for name in model.config.architectures or ()
-    )
+    heads = "LMHead|ForCausalLM|MaskedLM|PreTraining|ConditionalGeneration"
+    had_head = any(re.search(heads, name) for name in model.config.architectures or ())
     ties = model._tied_weights_keys if had_head and not model.config.tie_word_embeddings else {}
     if heads := [name for name in ties or () if name in missing]:
         problem = f"its config.json does not tie {heads[0]} to the embeddings, and its file has no such weight", "true"
-    if problem:
+    # The stock configurations of T5 1.1 and its relatives call each head tied; there the file decides.
+    is_free = not getattr(model.config, "scale_decoder_outputs", False)
+    if problem and not (is_free and type(model.config)(tie_word_embeddings=False).tie_word_embeddings):
         raise ModelError(f"the model {path}: {problem[0]}; set tie_word_embeddings to {problem[1]} in its config.json")
 
 

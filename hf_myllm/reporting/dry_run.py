@@ -16,6 +16,7 @@ from ..models import loading, lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
 from ..terminal import plural
+from .flops import num_decoder_layers
 
 
 def show(run, arguments):
@@ -129,7 +130,9 @@ def _estimate_memory(run):
         state /= accelerator.num_processes
     tokens = section.batch_size * run.recipe.data.max_len
     per_layer = (2 if section.gradient_checkpointing else 34) * config.hidden_size * (1 if is_16_bit else 2)
-    activations = tokens * config.num_hidden_layers * per_layer
+    # A decoder's layer that attends to an encoder too stores about 1.4 times as much.
+    layers = config.num_hidden_layers + 1.4 * num_decoder_layers(config) * run.task.logits_share
+    activations = tokens * layers * per_layer
     # Logits in fp32 with their gradient; the compiled loss does not store the fp32 copy.
     per_logit = (4 if is_16_bit else 8) if section.compile else (10 if is_16_bit else 12)
     logits = tokens * run.task.logits_share * config.vocab_size * per_logit

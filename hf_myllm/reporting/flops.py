@@ -31,6 +31,8 @@ _PEAK_TFLOPS = {
     r"V100-PCIE-\d+GB": {"fp16": 112},
 }
 
+_CROSS_KEYS = r"\.(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)\."  # of a decoder's attention to the encoder
+
 
 def peak_flops(device_name, precision):
     """Return the peak FLOP/s of a GPU in a precision, or None if it is unknown.
@@ -51,19 +53,33 @@ def flops_per_token(model, length, head_share=1.0):
     """Return the FLOPs of a training step per token (Chowdhery et al. 2022, "PaLM", appendix B).
 
     A token costs 6 FLOPs for each parameter that it is multiplied with, 4 if the parameter is frozen, and the attention
-    scores. Looking up an embedding costs nothing, unless the head multiplies with it too.
+    scores. Looking up an embedding costs nothing, unless the head multiplies with it too. Of an encoder-decoder, the
+    tokens are those of the encoder.
 
     Args:
         length: tokens per row.
-        head_share: the share of the tokens that the language-modeling head runs on.
+        head_share: the share of the tokens that the language-modeling head runs on; of an encoder-decoder, the tokens
+            of the decoder per token of the encoder.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body, head = set(model.base_model.parameters()), getattr(model.get_output_embeddings(), "weight", None)
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    config, decoder = model.config, set()
+    if config.is_encoder_decoder:  # whose keys and values of the encoder's output are computed for the encoder's tokens
+        named = model.get_decoder().named_parameters()
+        decoder = {parameter for name, parameter in named if not re.search(_CROSS_KEYS, name)}
     flops = 0
     for parameter in {*body, *model.parameters()} - (looked_up - {head}):
-        share = head_share if parameter is head or parameter not in body else 1.0
+        is_partial = parameter is head or parameter in decoder or parameter not in body
+        share = head_share if is_partial else 1.0
         flops += share * (6 if parameter.requires_grad else 4) * parameter.numel()
-    config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return flops + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
+    # of layers with attention within a row; a decoder of an encoder-decoder also attends to the encoder
+    layers = config.num_hidden_layers + num_decoder_layers(config) * head_share * (1 + head_share)
+    return flops + 12 * layers * config.num_attention_heads * head_dim * length
+
+
+def num_decoder_layers(config):
+    """Return the number of layers in the decoder of an encoder-decoder; 0 for other models."""
+    names = ("decoder_layers", "num_decoder_layers") if config.is_encoder_decoder else ()
+    return next((getattr(config, name) for name in names if hasattr(config, name)), 0)

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils.generic import find_labels
 
+from hf_myllm.errors import ModelError
+from hf_myllm.models import loading
 from hf_myllm.models.encoder_decoder import shift_tokens_right
 from hf_myllm.models.t5.modeling_t5 import position_buckets
 from hf_myllm.optim import hidden_matrices
@@ -150,8 +152,8 @@ def test_a_folder_is_a_stock_checkpoint_both_ways(tmp_path, family):
     config = AutoConfig.for_model(family.name, **{**family.sizes, **family.no_dropout, "decoder_start_token_id": 0})
     stock = stock_class(config).eval()
     stock.save_pretrained(tmp_path / "stock")
-    ours, loading = family.model_class.from_pretrained(tmp_path / "stock", output_loading_info=True)
-    assert not any(loading.values())
+    ours, info = family.model_class.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not any(info.values())
     assert_close(ours.eval()(**batch()).logits, stock(**batch()).logits)
     ours.load_state_dict(stock.state_dict())
     ours.save_pretrained(tmp_path / "ours", max_shard_size="50KB")
@@ -161,14 +163,12 @@ def test_a_folder_is_a_stock_checkpoint_both_ways(tmp_path, family):
     theirs = load_file(tmp_path / "stock" / "model.safetensors")
     mine = {name: x for path in (tmp_path / "ours").glob("model-*.safetensors") for name, x in load_file(path).items()}
     assert {name: value.shape for name, value in mine.items()} == {name: value.shape for name, value in theirs.items()}
-    again, loading = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(loading.values())
+    again, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
     again.load_state_dict(ours.state_dict())
     module = importlib.import_module(f"hf_myllm.models.{family.name}")
-    body, loading = getattr(module, f"My{family.stock}Model").from_pretrained(
-        tmp_path / "stock", output_loading_info=True
-    )
-    assert not loading["missing_keys"]
+    body, info = getattr(module, f"My{family.stock}Model").from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not info["missing_keys"]
     body.save_pretrained(tmp_path / "body")  # the model without a head loads both ways too
     inputs = {"input_ids": ids(), "decoder_input_ids": ids(5)}
     expected = AutoModel.from_pretrained(tmp_path / "body")(**inputs).last_hidden_state
@@ -198,8 +198,8 @@ def test_checkpoints_with_any_of_the_tied_weights_load(tmp_path, family, kept):
         state["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(32, 4)
     ours.save_pretrained(tmp_path)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again, loading = family.model_class.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values())
+    again, info = family.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
     assert torch.equal(again.eval()(**batch()).logits, ours(**batch()).logits)
     assert again.lm_head.weight is again.get_input_embeddings().weight is again.get_decoder().embed_tokens.weight
 
@@ -286,8 +286,8 @@ def test_resized_embeddings_keep_the_ties(tmp_path, family, tied):
     ours.resize_token_embeddings(120)
     assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
     ours.save_pretrained(tmp_path)
-    stock, loading = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values())
+    stock, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
     mine, theirs = ours.eval()(**batch()).logits, stock.eval()(**batch()).logits
     assert mine.shape[-1] == 120
     assert_close(mine, theirs)
@@ -331,6 +331,7 @@ def test_t5_1_1_keeps_a_head_of_its_own(tmp_path):
         assert not again.config.tie_word_embeddings
         again.tie_weights()
         assert torch.equal(again(**batch()).logits, ours(**batch()).logits)
+        assert type(loading.load_stock_model(tmp_path / folder)) is transformers.T5ForConditionalGeneration
     torch.manual_seed(0)
     fresh = transformers.T5ForConditionalGeneration(
         transformers.T5Config(**T5.sizes, **T5_1_1, decoder_start_token_id=0)
@@ -339,6 +340,25 @@ def test_t5_1_1_keeps_a_head_of_its_own(tmp_path):
     again = T5.model_class.from_pretrained(tmp_path / "tied").eval()
     assert again.config.tie_word_embeddings
     assert_close(again(**batch()).logits, fresh.eval()(**batch()).logits)
+
+
+def test_a_t5_whose_head_is_not_as_its_config_says_is_refused(tmp_path):
+    for tied, tensors, message in (
+        (True, {"lm_head.weight": torch.ones(97, 48)}, "ties lm_head.weight to shared.weight, which differs"),
+        (
+            False,
+            {"lm_head.weight": None},
+            "does not tie lm_head.weight to the embeddings, and its file has no such weight",
+        ),
+    ):
+        model = T5.make_model(tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path)
+        state = {
+            name: x for name, x in {**load_file(tmp_path / "model.safetensors"), **tensors}.items() if x is not None
+        }
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            loading.build_model("t5", "seq2seq", loading.build_config("t5", {}, tmp_path), tmp_path)
 
 
 def test_t5_generates_with_more_layers_in_the_decoder():
@@ -425,8 +445,8 @@ def test_a_width_that_the_heads_do_not_divide_is_valid_for_t5(tmp_path):
 
 def test_a_real_bart_equals_stock_and_pronounces_words(assets):
     folder = assets / "weights" / "bart-g2p-us"
-    ours, loading = BART.model_class.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values())
+    ours, info = BART.model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
     stock = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     config = json.loads((folder / "config.json").read_text())
     words = ["hello", "transformer", "psychology", "a"]

@@ -275,10 +275,7 @@ class MyT5ForConditionalGeneration(ConditionalGenerationMixin, MyT5Model):
         return MyT5Model.forward(self, *arguments, **options)
 
     def tie_weights(self, missing_keys=None, recompute_mapping=True):
-        # As in the stock class, the file decides: without a head of its own the head is tied, and two weights that
-        # differ are not.
-        if missing_keys is not None and "lm_head.weight" in missing_keys:
-            self.all_tied_weights_keys["lm_head.weight"] = "shared.weight"
         super().tie_weights(missing_keys, recompute_mapping)
-        if missing_keys is not None:
+        if missing_keys is not None and not self.config.scale_decoder_outputs:
+            # The stock class saves a T5 1.1 as tied in any case; it has a head of its own if the file has one.
             self.config.tie_word_embeddings = "lm_head.weight" in self.all_tied_weights_keys
