@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import is_typeddict
+from typing_extensions import TypedDict, is_typeddict
 
 from ..files import read_yaml
 
@@ -49,6 +49,28 @@ def one_or_many(item, schema):
 Texts = one_or_many(str, {"type": "string"})
 # A file or folder, or what may name one. A shell expands ~ in a flag, but nothing does in a recipe.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+class TrainedTokenizer(TypedDict):
+    """A tokenizer that is trained on the training text."""
+
+    __pydantic_config__ = STRICT
+    train: Literal["bpe", "unigram", "wordpiece"]
+    vocab_size: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 100})]
+
+
+class Source(TypedDict, total=False):
+    """One of several data sources; `weight` is its share of the rows, in any unit."""
+
+    __pydantic_config__ = STRICT
+    train_file: PathText | list[PathText] | None
+    dataset: str | None
+    weight: Annotated[float, Field(gt=0)]
+    dataset_config: str | None
+    dataset_split: str
+    dataset_revision: str | None
+    text_column: str | None
+    document: Literal["file", "line"]
 
 
 class Section(BaseModel):

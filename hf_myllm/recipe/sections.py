@@ -1,13 +1,12 @@
 """The sections of a recipe: every key with its type, default, limits and help."""
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, WithJsonSchema, model_validator
-from typing_extensions import TypedDict
+from pydantic import model_validator
 
 from ..errors import RecipeError
-from .fields import STRICT, PathText, Section, Texts, changeable, fixed, one_or_many
+from .fields import PathText, Section, Source, Texts, TrainedTokenizer, changeable, fixed, one_or_many
 
 MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
 Paths = one_or_many(PathText, {"type": "string"})
@@ -21,28 +20,6 @@ Trackers = one_or_many(
 )
 LABELLED_TASKS = ("classification", "token_classification", "question_answering")
 TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction", "seq2seq")  # of others the dry run shows all keys
-
-
-class TrainedTokenizer(TypedDict):
-    """A tokenizer that is trained on the training text."""
-
-    __pydantic_config__ = STRICT
-    train: Literal["bpe", "unigram", "wordpiece"]
-    vocab_size: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 100})]
-
-
-class Source(TypedDict, total=False):
-    """One of several data sources; `weight` is its share of the rows, in any unit."""
-
-    __pydantic_config__ = STRICT
-    train_file: PathText | list[PathText] | None
-    dataset: str | None
-    weight: Annotated[float, Field(gt=0)]
-    dataset_config: str | None
-    dataset_split: str
-    dataset_revision: str | None
-    text_column: str | None
-    document: Literal["file", "line"]
 
 
 class Data(Section):
