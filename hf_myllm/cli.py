@@ -271,6 +271,10 @@ def _predict_arguments(parser):
     parser.add_argument("--max_len", type=int, help="tokens per row (default: the recipe's, or the model's positions)")
     parser.add_argument("--text_column", help="column of the text, or of the words (default: the recipe's)")
     parser.add_argument("--text_pair_column", help="column of the second text (default: the recipe's)")
+    parser.add_argument("--target_column", help="column of the targets of generated texts (default: the recipe's)")
+    parser.add_argument("--source_prefix", help="text before each source (default: the recipe's)")
+    parser.add_argument("--max_target_len", type=int, help="tokens to generate, at most (default: the recipe's)")
+    parser.add_argument("--num_beams", type=int, help="beams of the search; 1: greedy (default: the recipe's)")
     parser.add_argument("--skip_bad_rows", action="store_true", help="skip examples that cannot be used")
 
 
@@ -281,12 +285,14 @@ def _predict(args):
 
     silence_libraries()
     options = {name: value for name, value in vars(args).items() if name != "command"}
-    count, skipped = predict_file(**options)
+    count, skipped, metrics = predict_file(**options)
     for message in skipped[:3]:
         print(f"left out: {message}", file=sys.stderr)
     if args.output or skipped:
         more = f", {len(skipped):,} left out" if skipped else ""
         print(f"{plural(count, 'row')} judged{more}{f': {args.output}' if args.output else ''}", file=sys.stderr)
+    for name, value in metrics.items():
+        print(f"{name:<18}{value:.4g}", file=sys.stderr)
 
 
 def _plot_arguments(parser):
@@ -364,7 +370,9 @@ COMMANDS = {
     "prepare": Command("Train the tokenizer and tokenize the data of a recipe, ahead of a launch", _prepare),
     "evaluate": Command("Evaluate the model of a run on all validation rows", _evaluate),
     "generate": Command("Generate text with a model, or fill in [MASK]", _generate, _generate_arguments),
-    "predict": Command("Label the examples of a file, or answer their questions", _predict, _predict_arguments),
+    "predict": Command(
+        "Label the examples of a file, answer their questions, or generate their targets", _predict, _predict_arguments
+    ),
     "plot": Command("Draw the curves of one or several runs", _plot, _plot_arguments),
     "report": Command("Write a run's report.html and loss.png", _report, _report_arguments),
     "push": Command("Push a run's model with its card to the Hugging Face Hub", _push, _push_arguments),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .data.sampler import derive_seed, micro_batches
+from .data.sampler import derive_seed, evenly_spaced, micro_batches
 from .distributed import any_rank, shard_model, to_device
 from .errors import InputError, RecipeError, first_line
 from .tasks.base import language_metrics
@@ -30,17 +30,18 @@ def evaluate_rows(
     should_stop=lambda done, total: False,
     with_predictions=True,
     extra_metrics=None,
+    max_generated=None,
 ):
     """Return the metrics of some rows, each counted once, whatever the batch size and the number of ranks.
 
     Args:
-        task, rows: a [`Task`] and its rows.
-        indices: array of the rows to evaluate.
+        task, rows, indices: a [`Task`], its rows, and an array of those to evaluate.
         token_bytes: bytes of text per token id, for bits per byte.
         should_stop: called before each batch, by all ranks together, with the number of batches done and their total;
             True ends the evaluation.
         with_predictions: whether to compute the metrics of the task's predictions too, if it has any.
         extra_metrics: metrics of the library `evaluate`, see [`load_metrics`].
+        max_generated: of a task that generates its predictions, the number of rows for which it does; default: all.
     Returns:
         None if it was stopped; else a dict of loss and the task's metrics. Tasks on text have perplexity, tokens (the
         number of targets) and bits_per_byte (None without token_bytes).
@@ -70,15 +71,45 @@ def evaluate_rows(
             sums["bytes"] += int(token_bytes[targets[targets >= 0].numpy()].sum())
     model.train(was_training)
     sums["loss"] = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch waits for it
-    if accelerator.num_processes > 1:
+    if with_predictions and task.generates_predictions:
+        indices = indices[evenly_spaced(max_generated, len(indices))]
+        predictions = generate_rows(model, task, rows, indices, batch_size, accelerator, should_stop)
+        if predictions is None:
+            return None
+    elif accelerator.num_processes > 1:
         predictions = gather_object(predictions) if with_predictions and task.has_predictions else []
-    metrics = task.loss_metrics(_sum_over_ranks(sums, accelerator))
+    return _all_metrics(task, rows, _sum_over_ranks(sums, accelerator), predictions, extra_metrics or {})
+
+
+def _all_metrics(task, rows, sums, predictions, extra_metrics):
+    """Return the metrics of the sums and the (row, prediction) pairs from all ranks."""
+    metrics = task.loss_metrics(sums)
     if predictions:
         indices, predictions = zip(*sorted(predictions, key=lambda pair: pair[0]), strict=True)
         inputs = task.metric_inputs(rows, np.array(indices), predictions)
         metrics |= task.compute_metrics(*inputs)
-        metrics |= library_metrics(extra_metrics or {}, *inputs, metrics)
+        metrics |= library_metrics(extra_metrics, *inputs, metrics)
     return metrics
+
+
+def generate_rows(model, task, rows, indices, batch_size, accelerator, should_stop=lambda done, total: False):
+    """Return (row, prediction) of some rows from all ranks, or None if it was stopped.
+
+    The groups of rows that are generated together do not depend on the number of ranks, and so neither do the texts.
+    """
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    groups, world_size, predictions = task.generation_groups(rows, indices, batch_size), accelerator.num_processes, []
+    rounds = math.ceil(len(groups) / world_size)
+    for done in range(rounds):
+        if should_stop(done, rounds):
+            return None
+        position = done * world_size + accelerator.process_index
+        has_group = position < len(groups)
+        if has_group or accelerator.is_fsdp2:  # sharded weights need all ranks
+            group = groups[min(position, len(groups) - 1)]
+            texts = task.generate(model, rows, group)
+            predictions += zip(group.tolist(), texts, strict=True) if has_group else ()
+    return gather_object(predictions) if world_size > 1 else predictions
 
 
 def _sum_over_ranks(sums, accelerator):
@@ -179,7 +210,7 @@ def evaluate_run(run, model, step, is_final=False):
     train_metrics, val_metrics = _evaluate_some(run, model, run.train_rows, count, first, with_predictions=False), {}
     if train_metrics is not None and run.val_rows:
         reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
-        val_metrics = _evaluate_some(run, model, run.val_rows, None if reads_all else count)
+        val_metrics = _evaluate_some(run, model, run.val_rows, None if reads_all else count, max_generated=count)
     if train_metrics is None or val_metrics is None:
         return None
     line = {"step": step, "train_loss": train_metrics["loss"]}
@@ -234,10 +265,11 @@ def evaluate_all(run):
         return _evaluate_some(run, model, run.val_rows, None, status=status)
 
 
-def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, status=None):
+def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, status=None, max_generated=None):
     """Return the metrics of `count` rows, evenly spaced (None: all), counted from row `first`.
 
     Args:
+        max_generated: see [`evaluate_rows`].
         status: called with a text about the progress; default: the reporter's, if there is one.
     """
     show = status or (run.reporter.status if run.reporter else lambda text: None)
@@ -257,4 +289,5 @@ def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, stat
         should_stop,
         with_predictions,
         run.metrics,
+        max_generated,
     )

@@ -66,18 +66,18 @@ def load_tokenizer(folder):
 
 
 def read_recipe(run_dir):
-    """Return the task, the data section and the precision of a run's recipe, given its folder or a checkpoint.
-
-    Of any other folder: no task, no data section, and auto.
+    """Return the task, the settings of data and evaluation, and the precision of a run's recipe, given its folder or a
+    checkpoint. Of any other folder: no task, no settings, and auto.
     """
     try:
         folder = checkpoint.find_run_dir(Path(run_dir).resolve())
         recipe = read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        data = {key: value for key, value in recipe["data"].items() if value is not None}
+        settings = {**recipe.get("evaluation", {}), **recipe["data"]}
+        settings = {key: value for key, value in settings.items() if value is not None}
         precision = recipe.get("training", {}).get("precision", "auto")
-        return {"task": recipe.get("task"), "data": data, "precision": precision}
+        return {"task": recipe.get("task"), "settings": settings, "precision": precision}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {"task": None, "data": {}, "precision": "auto"}
+        return {"task": None, "settings": {}, "precision": "auto"}
 
 
 def generate(run_dir, prompt="", max_new_tokens=100, temperature=0.8, top_k=50, top_p=1.0, seed=0):
@@ -179,8 +179,6 @@ def generate_text(
     Raises:
         InputError: the prompt leaves no position to generate at.
     """
-    if lora.is_added(model):  # peft would copy the sampling settings into the configuration that is saved
-        model = model.get_base_model()
     is_encoder_decoder, positions = model.config.is_encoder_decoder, num_positions(model.config) or _NO_LIMIT
     if is_encoder_decoder:
         ids, is_empty, num_read = encode_source(tokenizer, prompt, positions), False, 1
@@ -192,7 +190,7 @@ def generate_text(
         sampling = {"do_sample": False}
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, positions - num_read),
-        eos_token_id=_end_tokens(model, tokenizer),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
@@ -213,6 +211,8 @@ def generate_ids(model, inputs, config, seed=0, streamer=None):
         inputs: (rows, length) token ids without padding.
         config: a `GenerationConfig`; unset values do not come from the model's own.
     """
+    if lora.is_added(model):  # peft would copy the sampling settings into the configuration that is saved
+        model = model.get_base_model()
     was_training, own_config, attention = model.training, model.generation_config, model.config._attn_implementation
     model.eval()
     if attention == "flex_attention":  # it would be compiled for the shapes of generation, twice
@@ -240,7 +240,7 @@ def _preserved_random_state():
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
-def _end_tokens(model, tokenizer):
+def end_tokens(model, tokenizer):
     """Return the tokens that end a text: the tokenizer's, and the model's own, for example the end of a chat turn."""
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

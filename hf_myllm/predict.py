@@ -1,7 +1,8 @@
 """Predictions of a trained model for each row of a file: `hf-myllm predict RUN --input FILE`.
 
-RUN is any folder whose model classifies texts or words, or answers questions. The file is of the kinds that training
-reads, without labels (labels are ignored); a .txt holds one text per line. The output is JSON Lines.
+RUN is any folder whose model classifies texts or words, answers questions, or makes one text of another. The file is of
+the kinds that training reads, without labels (labels are ignored); a .txt holds one text per line. The output is JSON
+Lines. Generated texts are compared with the targets, where the file has them.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -37,6 +38,7 @@ _TASKS = {  # the end of the stock class's name -> its task if there is no recip
     "ForSequenceClassification": "classification",
     "ForTokenClassification": "token_classification",
     "ForQuestionAnswering": "question_answering",
+    "ForConditionalGeneration": "seq2seq",
 }
 _CHUNK = 1000  # examples read before the first is written
 
@@ -61,7 +63,15 @@ def load(run_dir, device="cpu"):
 
 @torch.no_grad()
 def predict(model, task, rows, batch_size):
-    """Return the task's predictions of each row, one array each."""
+    """Return the task's predictions of each row, one array or text each."""
+    if task.generates_predictions:
+        groups = task.generation_groups(rows, np.arange(len(rows)), batch_size)
+        texts = {
+            int(row): text
+            for group in groups
+            for row, text in zip(group, task.generate(model, rows, group), strict=True)
+        }
+        return [texts[row] for row in range(len(rows))]
     order = np.argsort(-rows.lengths(np.arange(len(rows))), kind="stable")  # rows of similar length together
     predictions = [None] * len(rows)
     for start in range(0, len(rows), batch_size):
@@ -84,7 +94,8 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
         max_len: tokens per row; default: the recipe's, or the model's positions.
         settings: fields of [`tasks.Settings`] that replace the recipe's; None keeps the recipe's.
     Returns:
-        the number of examples, and the messages of those that were left out.
+        the number of examples, the messages of those that were left out, and the metrics of generated texts whose
+        targets the file has ({} without).
     Raises:
         InputError: the model, the file or an option cannot be used.
     """
@@ -92,11 +103,13 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     source = file_source(input)
     model, tokenizer, name = load(run_dir, device)
     recipe = read_recipe(run_dir)
-    name = recipe["task"] if recipe["task"] in TASKS else name
+    if (trained := TASKS.get(recipe["task"])) and (trained.has_predictions or trained.generates_predictions):
+        name = recipe["task"]
     settings = {key: value for key, value in settings.items() if value is not None}
-    if settings.get("text_pair_column") and name not in FIELDS["text_pair_column"].json_schema_extra["tasks"]:
-        raise InputError(f"--text_pair_column: it has no effect with task {name}; leave it out")
-    settings = recipe["data"] | {"skip_bad_rows": False} | settings
+    for key in settings:
+        if settings[key] and name not in FIELDS[key].json_schema_extra.get("tasks", [name]):
+            raise InputError(f"--{key}: it has no effect with task {name}; leave it out")
+    settings = recipe["settings"] | {"skip_bad_rows": False} | settings
     positions = num_positions(model.config)
     max_len = max_len or settings.get("max_len") or positions or 512
     positions = positions or max_len
@@ -111,7 +124,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     task = tasks.build(name, tokenizer, settings, stored_config=model.config, is_trained=True)
     task.reads_labels = False
     task.configure(model.config, max_len)
-    skipped, count = [], 0
+    skipped, count, compared = [], 0, []
     examples = read_examples(source, task, skipped)
     with _opened(output) as file, inference_precision(recipe["precision"], device):
         escapes = (file.encoding or "utf-8").lower().replace("-", "") != "utf8"  # a terminal that lacks characters
@@ -119,11 +132,16 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
             rows = rows_in_memory(chunk, task, source.name, skipped)
             if rows is None:
                 continue
-            for line in task.describe_predictions(rows, predict(model, task, rows, batch_size)):
+            predictions = predict(model, task, rows, batch_size)
+            if task.generates_predictions:
+                has_target = [row for row, record in enumerate(rows.records) if record["target"] is not None]
+                texts = [predictions[row] for row in has_target]
+                compared += zip(*task.metric_inputs(rows, np.array(has_target, dtype=int), texts), strict=True)
+            for line in task.describe_predictions(rows, predictions):
                 text = json.dumps(line, ensure_ascii=escapes)  # which leaves some control characters as they are
                 file.write(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
                 count += 1
-    return count, skipped
+    return count, skipped, task.compute_metrics(*zip(*compared, strict=True)) if compared else {}
 
 
 @contextmanager

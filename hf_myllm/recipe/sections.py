@@ -257,7 +257,7 @@ class Evaluation(Section):
     eval_iter: int | None = changeable(
         None,
         "Batches of total_batch_size rows per evaluation of the training and validation loss. Default: 20. The "
-        "evaluation at the end reads all validation rows.",
+        "evaluation at the end reads all validation rows. For seq2seq it is also the number of generated targets.",
         ge=1,
         le=MANY,
     )
@@ -284,6 +284,9 @@ class Evaluation(Section):
         ge=0,
         tasks=GENERATING_TASKS,
         needs="start_context",
+    )
+    num_beams: int = changeable(
+        1, "Beams of the generated targets; 1 is greedy decoding.", ge=1, le=256, tasks=("seq2seq",)
     )
     metrics: Paths | None = changeable(
         None, "Additional metrics of the `evaluate` library, by name or path.", tasks=LABELLED_TASKS
@@ -400,7 +403,7 @@ SECTION_OF = {name: section for section, model in SECTIONS.items() for name in m
 EVALUATION_KEYS = {
     *(set(Data.model_fields) - {"stride", "streaming", "streaming_window"}),
     *("batch_size", "compile", "dtype", "precision", "deterministic"),
-    *("metrics", "trust_metric_code", "eval_only"),
+    *("metrics", "trust_metric_code", "eval_only", "num_beams"),
     *("save_model", "init_from", "resume", "seed", "log_level"),
 }
 ALIASES = {

@@ -55,6 +55,7 @@ class Settings:
     source_prefix: str | None = None
     max_target_len: int = 128
     label_smoothing: float = 0.0
+    num_beams: int = 1
     columns: dict | None = None
     template: str | dict | None = None
 
@@ -72,6 +73,7 @@ class Task:
     packings = ("stream", "documents", "pad", "best_fit")  # the values of `packing` that it supports, the default first
     is_labelled = False  # reads labelled examples (see labelled.py) instead of a stream of tokens
     has_predictions = False  # predicts labels: metrics and `hf_myllm.predict` instead of perplexity and generated text
+    generates_predictions = False  # generates texts, which evaluations and `hf_myllm.predict` compare with targets
     num_special_tokens = 0  # positions of a row that hold no text
     min_text_tokens = 1  # tokens of text that a row must have room for
     length_group_steps = 32  # steps among which rows are grouped by length

@@ -1,10 +1,14 @@
 """Sequence to sequence: predict a target text from a source text, for example a summary or a translation."""
 
+import copy
+from importlib.util import find_spec
+
 import datasets
 import numpy as np
 import torch
 
-from ..generate import encode_source
+from ..generate import decode_target, encode_source, end_tokens, generate_ids
+from ..models.auto import num_positions
 from ..terminal import plural
 from .base import IGNORE_INDEX, padded_width, to_tensors
 from .classification import read_lines
@@ -21,6 +25,7 @@ _COLUMNS = (
     ("dialogue", "summary"),
     ("article", "highlights"),
 )
+_HAS_LIBRARIES = all(map(find_spec, ("sacrebleu", "rouge_score")))
 _TRANSLATION = "translation"  # column with a dict of a text in each language
 
 
@@ -32,14 +37,15 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     packings = ("pad",)
     own_columns = ("source", "target")
+    generates_predictions = True
     record_features = datasets.Features({"target": datasets.Value("string")})
     logits_share = 1.0
     target_name = "target tokens"
 
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)
-        positions = getattr(model_config, "max_position_embeddings", None) or self.settings.max_target_len
-        self.max_target_len = min(self.settings.max_target_len, positions)
+        longest = self.settings.max_target_len
+        self.max_target_len = min(longest, num_positions(model_config) or longest)
 
     # ---- examples
 
@@ -110,8 +116,9 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     def record(self, example):
         if self.reads_labels:
             return {"target": example["target"]}
-        values = dict(zip(example["columns"], (example["source"], example["target"]), strict=True))
-        return {name: value for name, value in values.items() if value is not None}
+        columns = dict(zip(example["columns"], (example["source"], example["target"]), strict=True))
+        columns = {name: text for name, text in columns.items() if text is not None}
+        return {"columns": columns, "target": example["target"]}
 
     def update_stats(self, stats, example):
         stats["cut_targets"] = stats.get("cut_targets", 0) + example["is_target_cut"]
@@ -121,11 +128,14 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
             ("cut", "source", "max_len", self.max_len),
             ("cut_targets", "target", "max_target_len", self.max_target_len),
         )
-        return [
+        lines = [
             f"{plural(stats[name], text)} longer than {key} {limit}: cut"
             for name, text, key, limit in cut
             if stats.get(name)
         ]
+        if val_rows is not None and not _HAS_LIBRARIES:
+            lines.append("ROUGE, BLEU and chrF need: pip install sacrebleu rouge-score")
+        return lines
 
     # ---- rows and batches
 
@@ -183,10 +193,117 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         outputs.loss = loss / counts["num_items_in_batch"]
         return outputs
 
+    # ---- generated predictions
+
+    def generation_groups(self, rows, indices, size):
+        return equal_length_groups(rows.second_text, indices, size)
+
+    def generate(self, model, rows, indices):
+        """Return the texts that the model generates for some rows whose sources have the same length."""
+        sources = np.stack([ids[:start] for ids, start in (rows.read(int(index)) for index in indices)])
+        outputs = generate_ids(model, torch.from_numpy(sources), self.generation_config(model))
+        return [decode_target(self.tokenizer, ids) for ids in outputs]
+
+    def generation_config(self, model):
+        """Return the settings of the model's own generation with this task's limits: greedy, or beam search."""
+        config = copy.deepcopy(model.generation_config)
+        config.update(do_sample=False, temperature=None, top_k=None, top_p=None, max_length=None)
+        config.update(num_beams=self.settings.num_beams, max_new_tokens=self.max_target_len - 1)
+        config.update(pad_token_id=self.pad, eos_token_id=end_tokens(model, self.tokenizer))
+        return config
+
+    def metric_inputs(self, rows, indices, predictions):
+        return predictions, [rows.records[int(index)]["target"] for index in rows.example[indices]]
+
+    def compute_metrics(self, predictions, references):
+        ids = [self.backend().encode_batch(texts, add_special_tokens=False) for texts in (predictions, references)]
+        return text_metrics(predictions, references, *([encoding.ids for encoding in texts] for texts in ids))
+
+    def describe_metrics(self, metrics):
+        if "exact_match" not in metrics:
+            return ""
+        shown = [f"{name} {metrics[name]:.4g}" for name in ("rouge2", "bleu", "chrf") if name in metrics]
+        shown += [f"exact match {metrics['exact_match']:.1%}", f"token errors {metrics['token_error_rate']:.1%}"]
+        return f"{', '.join(shown)} of {plural(metrics['generated_rows'], 'generated row')}"
+
+    def describe_predictions(self, rows, predictions):
+        """Yield the columns of each example, and what the model generated."""
+        for record, prediction in zip(rows.records, predictions, strict=True):
+            yield record["columns"] | {"prediction": prediction}
+
     # ---- what a person sees
 
     def check_prompt(self, text, max_positions):
         encode_source(self.tokenizer, self.add_prefix(text), max_positions)
+
+    def usage(self, run_dir, prompt=None):
+        return "predict", f"hf-myllm predict {run_dir} --input FILE"
+
+    def update_generation_config(self, model, stats):
+        """Let the published model generate as evaluations do: the library's default are 20 tokens."""
+        model.generation_config.update(num_beams=self.settings.num_beams, max_new_tokens=self.max_target_len - 1)
+
+    def sample(self, model, text, **sampling):
+        """Return what the model generates for a source, as in an evaluation."""
+        ids = encode_source(self.tokenizer, self.add_prefix(text), self.max_len)
+        return decode_target(self.tokenizer, generate_ids(model, torch.tensor([ids]), self.generation_config(model))[0])
+
+
+def equal_length_groups(lengths, indices, size):
+    """Return rows in groups of at most `size` rows of equal length, so that none is padded; the longest first.
+
+    Args:
+        lengths: (rows,) of all rows.
+        indices: the rows to group.
+    """
+    indices = np.asarray(indices)[np.argsort(-lengths[indices], kind="stable")]
+    runs = np.split(indices, np.flatnonzero(np.diff(lengths[indices])) + 1)
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+
+
+def text_metrics(predictions, references, predicted_ids, reference_ids):
+    """Return the metrics of generated texts.
+
+    Args:
+        predictions, references: sequences of texts.
+        predicted_ids, reference_ids: their token ids.
+    Returns:
+        exact_match: share of texts that are equal but for white space at their ends.
+        token_error_rate: edit distance in tokens divided by the tokens of the references.
+        generated_rows: the number of texts.
+        With sacrebleu and rouge-score: bleu and chrf from 0 to 100; rouge1, rouge2 and rougeL, F1 of stemmed English
+        words, from 0 to 1.
+    """
+    predictions, references = list(predictions), list(references)
+    pairs = list(zip(predictions, references, strict=True))
+    errors = sum(edit_distance(*ids) for ids in zip(predicted_ids, reference_ids, strict=True))
+    metrics = {
+        "exact_match": sum(first.strip() == second.strip() for first, second in pairs) / len(pairs),
+        "token_error_rate": errors / max(1, sum(map(len, reference_ids))),
+        "generated_rows": len(pairs),
+    }
+    if not _HAS_LIBRARIES:
+        return metrics
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    metrics["bleu"] = sacrebleu.corpus_bleu(predictions, [references], force=True).score
+    metrics["chrf"] = sacrebleu.corpus_chrf(predictions, [references]).score
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    return metrics | {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
+
+
+def edit_distance(first, second):
+    """Return the least number of insertions, deletions and replacements that turn one sequence into the other."""
+    second, places = np.asarray(second), np.arange(len(second) + 1)
+    row = places
+    for count, item in enumerate(first, start=1):
+        # a replacement or a match, or a deletion; then insertions, one after the other
+        best = np.concatenate([[count], np.minimum(row[:-1] + (second != item), row[1:] + 1)])
+        row = np.minimum.accumulate(best - places) + places
+    return int(row[-1])
 
 
 def _pad(rows, limit, value):

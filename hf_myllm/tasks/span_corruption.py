@@ -6,6 +6,7 @@ import numpy as np
 
 from ..data.sampler import derive_seed, random_uint64
 from ..errors import InputError
+from ..models.auto import num_positions
 from .encoder_decoder import CorruptedText
 
 NUM_SENTINELS = 100  # of T5, and of a tokenizer that is trained for this task
@@ -55,7 +56,7 @@ class SpanCorruption(CorruptedText):
                 f"max_len {max_len}: a row has {self.num_spans} spans, and the tokenizer has {len(self.sentinels)} "
                 "sentinels; lower max_len, or raise mean_span_length"
             )
-        positions = getattr(model_config, "max_position_embeddings", None)
+        positions = num_positions(model_config)
         if positions and self.num_targets > positions:
             raise InputError(
                 f"mlm_probability {share}: a row has {self.num_targets} targets, and the model has {positions} "

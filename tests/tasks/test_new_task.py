@@ -55,13 +55,13 @@ def test_a_new_task_trains_saves_and_predicts(word_count, tmp_path, capsys):
     assert metrics["val_mean_error"] == pytest.approx(
         sum(abs(count - len(text.split())) for count, text in zip(counts, texts, strict=True)) / len(texts), abs=1e-4
     )
-    assert predict_file(run, str(tmp_path / "val.jsonl"), tmp_path / "predictions.jsonl") == (41, [])
+    assert predict_file(run, str(tmp_path / "val.jsonl"), tmp_path / "predictions.jsonl") == (41, [], {})
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == texts
     assert [line["words"] for line in lines] == pytest.approx(counts, abs=1e-4)
 
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    assert predict_file(run, str(tmp_path / "empty.jsonl"), tmp_path / "predictions.jsonl") == (1, [])
+    assert predict_file(run, str(tmp_path / "empty.jsonl"), tmp_path / "predictions.jsonl") == (1, [], {})
 
     # a run that is resumed ends with the same bytes
     weights = (run / "model.safetensors").read_bytes()

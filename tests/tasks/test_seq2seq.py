@@ -1,17 +1,21 @@
 """Sequence to sequence: columns, rows, batches, loss, generated evaluation and predictions."""
 
+import itertools
 import json
+import random
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_myllm import tasks
+from hf_myllm import evaluation, tasks
 from hf_myllm.data import sources
 from hf_myllm.data import tokenizer as tokenizers
 from hf_myllm.errors import InputError
-from hf_myllm.tasks import IGNORE_INDEX
+from hf_myllm.tasks import IGNORE_INDEX, seq2seq
 from hf_myllm.tasks.labelled_rows import load_rows
 
 ROWS = [{"source": "abc def " * (n % 5 + 1) + str(n), "target": f"{n} words"} for n in range(30)]
@@ -143,3 +147,109 @@ def test_the_same_source_does_not_stand_on_both_sides(tmp_path, bpe):
     assert len(first) + len(second) == 20
     assert second
     assert not first & second
+
+
+# ---- metrics
+
+
+def test_edit_distance():
+    for first, second, expected in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ba", 2)):
+        assert seq2seq.edit_distance(list(map(ord, first)), list(map(ord, second))) == expected
+    draw = random.Random(0)
+    for _ in range(50):
+        first, second = ([draw.randint(0, 3) for _ in range(draw.randint(0, 9))] for _ in range(2))
+        table = {(i, 0): i for i in range(10)} | {(0, j): j for j in range(10)}
+        for i, j in itertools.product(range(1, len(first) + 1), range(1, len(second) + 1)):
+            replaced = table[i - 1, j - 1] + (first[i - 1] != second[j - 1])
+            table[i, j] = min(replaced, table[i - 1, j] + 1, table[i, j - 1] + 1)
+        assert seq2seq.edit_distance(first, second) == table[len(first), len(second)]
+
+
+def test_metrics_are_those_of_the_libraries():
+    sacrebleu, rouge = pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score.rouge_scorer")
+    predictions = ["the cat sat on the mat .", "a dog barks loudly at me", " same words here "]
+    references = ["the cat is on the mat .", "the dogs bark loudly at night", "same words here"]
+    metrics = seq2seq.text_metrics(predictions, references, [[1, 2], [3], [4]], [[1], [3], [5, 6]])
+    assert metrics["exact_match"] == 1 / 3
+    assert metrics["token_error_rate"] == (1 + 0 + 2) / 4
+    assert metrics["generated_rows"] == 3
+    assert metrics["bleu"] == sacrebleu.BLEU().corpus_score(predictions, [references]).score
+    assert metrics["chrf"] == sacrebleu.CHRF().corpus_score(predictions, [references]).score
+    scorer = rouge.RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(references, predictions, strict=True)]
+    assert metrics["rougeL"] == pytest.approx(np.mean(scores), abs=1e-12)
+
+
+def test_without_the_libraries_two_metrics_are_left(monkeypatch, bpe):
+    monkeypatch.setattr(seq2seq, "_HAS_LIBRARIES", False)
+    metrics = seq2seq.text_metrics(["a"], ["a"], [[1]], [[1]])
+    assert metrics == {"exact_match": 1.0, "token_error_rate": 0.0, "generated_rows": 1}
+    task = make_task(bpe)
+    assert task.summary_lines(None, [1], {}) == ["ROUGE, BLEU and chrF need: pip install sacrebleu rouge-score"]
+    assert task.describe_metrics(metrics | {"loss": 1.0}) == "exact match 100.0%, token errors 0.0% of 1 generated row"
+
+
+# ---- generated predictions
+
+
+@pytest.fixture
+def generator(tmp_path, bpe):
+    """Return a task, the rows of a file, and a stock T5 with random weights that generates texts of its own."""
+    task = make_task(bpe, max_target_len=12)
+    rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    tokens = {"pad_token_id": bpe.pad_token_id, "decoder_start_token_id": bpe.pad_token_id}
+    config = T5Config(vocab_size=len(bpe), eos_token_id=bpe.eos_token_id, **tokens, **sizes)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than the initial weights, by which it repeats one token
+            parameter.normal_(std=0.5)
+    return SimpleNamespace(task=task, rows=rows, model=model.train())
+
+
+def fake_rank(rank, world_size):
+    names = {"process_index": rank, "num_processes": world_size, "is_fsdp2": False, "device": torch.device("cpu")}
+    return SimpleNamespace(**names, unwrap_model=lambda model, keep_torch_compile: model)
+
+
+def test_groups_have_rows_of_equal_length_and_every_row_once():
+    lengths = np.array([3, 5, 3, 3, 5, 1, 3])
+    groups = seq2seq.equal_length_groups(lengths, np.array([0, 1, 2, 3, 4, 6]), 3)
+    assert [group.tolist() for group in groups] == [[1, 4], [0, 2, 3], [6]]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generated_texts_are_those_of_stock_rows_alone_on_any_number_of_ranks(generator, bpe, monkeypatch, num_beams):
+    task, rows, model, indices = generator.task, generator.rows, generator.model, np.arange(12)
+    task.settings.num_beams = num_beams
+    gathered = evaluation.generate_rows(model, task, rows, indices, 4, fake_rank(0, 1))
+    assert model.training
+    texts = dict(gathered)
+    assert len(set(texts.values())) > 3
+    for row in indices:
+        ids, start = rows.read(int(row))
+        options = {"num_beams": num_beams, "max_new_tokens": 11, "do_sample": False}
+        (output,) = model.eval().generate(torch.from_numpy(ids[None, :start]), **options)
+        assert texts[row] == bpe.decode(output, skip_special_tokens=True)
+    monkeypatch.setattr(evaluation, "gather_object", lambda predictions: predictions)
+    shares = [evaluation.generate_rows(model, task, rows, indices, 4, fake_rank(rank, 3)) for rank in range(3)]
+    assert all(shares)
+    assert dict(itertools.chain(*shares)) == texts
+    assert sum(map(len, shares)) == len(indices)
+
+
+def test_an_evaluation_generates_a_limited_number_of_rows(generator, monkeypatch):
+    task, rows, generated = generator.task, generator.rows, []
+    monkeypatch.setattr(
+        task, "generate", lambda model, rows, group: generated.extend(group) or ["5 words"] * len(group)
+    )
+    monkeypatch.setattr(task, "forward", lambda model, inputs, counts: SimpleNamespace(loss=torch.tensor(1.0)))
+    arguments = generator.model, task, rows, np.arange(len(ROWS)), 4, fake_rank(0, 1)
+    metrics = evaluation.evaluate_rows(*arguments, max_generated=10)
+    assert sorted(generated) == list(range(0, 30, 3))
+    assert metrics["generated_rows"] == 10
+    assert metrics["exact_match"] == 0.0
+    assert evaluation.evaluate_rows(*arguments)["exact_match"] == 1 / 30
+    assert "exact_match" not in evaluation.evaluate_rows(*arguments, with_predictions=False)
+    assert evaluation.evaluate_rows(*arguments, should_stop=lambda done, total: len(generated) > 45) is None
