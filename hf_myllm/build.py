@@ -214,6 +214,8 @@ def adapt_model(recipe, accelerator, model, task):
     # The model's own checkpointing draws the same dropout when it recomputes a layer; accelerate's does not.
     fsdp_checkpoints_activations = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
     if recipe.training.gradient_checkpointing or fsdp_checkpoints_activations:
+        if not model.supports_gradient_checkpointing:
+            raise RecipeError(f"gradient_checkpointing: {model.config.model_type} does not support it; leave it out")
         # transformers renamed the method in 5.23
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if accelerator.mixed_precision == "bf16" and not accelerator.is_fsdp2:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .errors import InputError
 from .precision import layers
 
 
@@ -61,6 +62,8 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     ]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    if name == "muon" and not hidden:
+        raise InputError("optimizer: muon finds no matrices in the layers of this model; use adamw")
     if not hidden:
         return adamw
     matrices = {}

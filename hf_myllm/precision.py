@@ -150,7 +150,9 @@ def _cast_hidden_states(layer, inputs, named):
 
 def layers(model):
     """Return the layers of a model, which are sharded and compiled one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    names = {name for kind in getattr(model, "_no_split_modules", None) or () for name in (kind, f"FSDP{kind}")}
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return layers or [module for module in model.modules() if type(module).__name__ in names]
 
 
 # ---- fp8

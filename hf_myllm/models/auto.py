@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModel
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,6 +23,7 @@ from .stock import StockConfigMixin
 
 # Tasks -> the library's list of the classes that have their head.
 _HEADS = {
+    ("seq2seq", "span_corruption", "denoising"): modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     ("mlm",): modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     ("mlm_nsp",): modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     ("causal", "instruction"): modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -54,11 +56,16 @@ class StockTraining:
 
         Args:
             shift_labels: (batch, length) token ids, -100 is ignored; position t predicts shift_labels t.
-            labels: in place of shift_labels: (batch, length), or (batch, masked) at `masked_positions`.
+            labels: in place of shift_labels: (batch, length), or (batch, masked) at `masked_positions`. Without
+                decoder_input_ids, a decoder reads these, shifted to the right.
             next_sentence_label: (batch,), as in BertForPreTraining.
             num_items_in_batch, num_pairs_in_batch: divide the sums by these.
             inputs: of the stock class; None and what it does not take is left out.
         """
+        if self.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+            # Only the class knows the first token that a decoder reads. A row without labels only fills the batch.
+            other = int(not self.config.pad_token_id)  # than the padding
+            inputs["labels"] = labels.where((labels != IGNORE_INDEX).any(-1, keepdim=True), other)
         coefficient = self.router_coefficient if self.training and shift_labels is not None else 0
         if coefficient:
             inputs["output_router_logits"] = True
@@ -74,9 +81,18 @@ class StockTraining:
             loss = loss + coefficient * self.router_loss(outputs.router_logits, targets, num_items_in_batch)
         return type(outputs)(loss=loss)
 
-    def stock_forward(self, **inputs):
-        """Return the outputs of the stock class for those of the inputs that are not None and that it takes."""
+    def stock_forward(self, document_ids=None, **inputs):
+        """Return the outputs of the stock class for those of the inputs that are not None and that it takes.
+
+        Args:
+            document_ids: (batch, length), equal within a document of an encoder, whose tokens attend within it only.
+        """
         names = self.input_names
+        if document_ids is not None:
+            inputs["attention_mask"] = _document_mask(self.config, document_ids, self.dtype)
+            inputs["position_ids"] = inputs["position_ids"] + position_offset(
+                type(self.config), self.config.pad_token_id
+            )
         known = {name: value for name, value in inputs.items() if value is not None and name in names}
         if "return_dict" in names:
             known["return_dict"] = True
@@ -117,6 +133,21 @@ class StockTraining:
 def _mean_cross_entropy(logits, targets, count):
     loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
     return loss / ((targets != IGNORE_INDEX).sum() if count is None else count)
+
+
+def _document_mask(config, document_ids, dtype):
+    """Return the mask of an encoder for rows of several documents, or a dict of masks by layer type."""
+
+    def same_document(batch, head, query, key):
+        return document_ids[batch, query] == document_ids[batch, key]
+
+    embeddings = torch.empty(*document_ids.shape, 0, dtype=dtype, device=document_ids.device)
+    arguments = {"config": config, "inputs_embeds": embeddings, "attention_mask": None}
+    mask = create_bidirectional_mask(**arguments, and_mask_function=same_document)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return mask
+    sliding = create_bidirectional_sliding_window_mask(**arguments, and_mask_function=same_document)
+    return {"full_attention": mask, "sliding_attention": sliding}
 
 
 def _input_names(model_class):
@@ -161,14 +192,13 @@ def find_classes(model_type):
         raise ModelError(
             f"model {model_type} consists of {' and '.join(parts)}, and only text models can be trained{hint}"
         )
-    is_encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    is_encoder_decoder = model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     tasks = {}
     for names, classes in _HEADS.items():
         name = classes.get(model_type)
         name = name[0] if isinstance(name, tuple) else name
-        # An encoder with a causal head sees the tokens that it should predict.
-        if name is None or is_encoder_decoder or (is_encoder and "causal" in names):
+        # In the library, encoder-decoders also have heads of encoders and of decoders, and encoders those of decoders,
+        # with which they see the tokens that they should predict.
+        if name is None or "seq2seq" in tasks or (tasks and "causal" in names):
             continue
         stock_class = getattr(transformers, name)
         if names == ("mlm_nsp",) and "next_sentence_label" not in _input_names(stock_class):

@@ -220,7 +220,13 @@ def build_model(
         _check_lora(pretrained, base, is_trained)
     torch.manual_seed(seed)
     if not pretrained:
-        return _initialize(FAMILIES[family].tasks[task], config, dtype, family), []
+        model = _initialize(FAMILIES[family].tasks[task], config, dtype, family)
+        own = dict.get(FAMILIES, family.removeprefix("stock:"))
+        if family.startswith("stock:") and own and task in own.tasks:  # the same weights, for the same run
+            torch.manual_seed(seed)
+            own_model = own.tasks[task](own.config.from_dict(config.to_dict()))
+            model.load_state_dict(own_model.state_dict(), strict=False)
+        return model, []
     try:  # what a base model lacks, its adapter has
         must_be_whole = is_trained and not base
         model, new = _load_whole_model(family, task, config, base or pretrained, must_be_whole, replaces_head, dtype)

@@ -35,11 +35,13 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
         newly_initialized: names of weights that the base model lacks; they are trained and saved as a whole.
         r: rank of the matrices.
         alpha: numerator of the scale alpha / r; default: 2 * r.
-        target_modules: names of modules, ["all-linear"], or None for peft's default of the model type.
+        target_modules: names of modules, ["all-linear"], or None for peft's default of the model type, all-linear if it
+            has none.
     Raises:
         ModelError: peft finds no such modules in the model, or an adapter cannot hold the trained weights.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     if rows := [name for name in newly_initialized if " " in name]:  # "2 rows of the vocabulary"
         raise ModelError(f"lora leaves the embeddings as they are, and the model lacks {rows[0]}: train without it")
@@ -51,6 +53,8 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
         )
     if head_type == "QuestionAnswering":
         heads = sorted({*heads, "qa_outputs"})
+    if target_modules is None and not DEFAULTS.get(model.config.model_type):
+        target_modules = ["all-linear"]
     config = LoraConfig(
         r=r,
         lora_alpha=alpha or 2 * r,

@@ -13,7 +13,8 @@ from .auto import StockTraining, num_positions
 from .loss import IGNORE_INDEX
 
 _LENGTH, _TAIL = 16, 4  # tokens of a row, and how many of them are changed or padded
-_LANGUAGE_TASKS = ("causal", "instruction", "mlm")
+_NEXT_TOKEN_TASKS = ("causal", "instruction")
+_ENCODER_DECODER_TASKS = ("seq2seq", "span_corruption", "denoising")
 
 
 def check_class(model, task, packing, isolates_documents=False, pads_rows=False):
@@ -44,17 +45,20 @@ def check_class(model, task, packing, isolates_documents=False, pads_rows=False)
 
 def _find_problem(model, task, packing, isolates_documents, pads_rows):
     """Return why a model cannot be trained, or None."""
-    probe, predicts_next = _Probe(model), task in ("causal", "instruction")
+    probe, is_decoder = _Probe(model), task in _NEXT_TOKEN_TASKS
     probe.logits(probe.ids)  # it must not fail
-    if predicts_next and probe.sees_later_tokens():
+    if task in (*_NEXT_TOKEN_TASKS, *_ENCODER_DECODER_TASKS) and probe.sees_later_tokens():
         hint = "; set is_decoder: true in config" if hasattr(model.config, "is_decoder") else ""
         return f"its tokens see later ones, which task {task} predicts{hint}"
-    if task in _LANGUAGE_TASKS and (losses := probe.compare_losses(shifts=predicts_next)):
+    if model.config.is_encoder_decoder and model.router_coefficient:
+        return "the balance losses of its experts cannot be computed here; set router_aux_loss_coef: 0 in config"
+    is_language_task = task in ("mlm", *_NEXT_TOKEN_TASKS, *_ENCODER_DECODER_TASKS)
+    if is_language_task and (losses := probe.compare_losses(is_decoder)):
         own, ours = losses
         return f"its loss of a row is {own:.6g}, and the cross-entropy of its logits {ours:.6g}; train another model"
-    if isolates_documents and not probe.isolates_documents():
+    if isolates_documents and not probe.isolates_documents(is_decoder):
         return f"it does not keep the documents of a row apart, as packing {packing} needs it; use stream or pad"
-    if pads_rows and not predicts_next and probe.sees_padding():
+    if pads_rows and not is_decoder and probe.sees_padding():
         remedy = "use packing stream" if task == "mlm" else f"train another model for task {task}"
         return f"its outputs depend on the padding of a row; {remedy}"
     return None
@@ -74,6 +78,8 @@ class _Probe:
 
     def logits(self, ids, model=None, **inputs):
         """Return the first tensor that a model computes of some rows."""
+        if self.model.config.is_encoder_decoder:
+            inputs = {"decoder_input_ids": self.others} | inputs
         outputs = (model or self.model).stock_forward(input_ids=ids, use_cache=False, **inputs)
         return next(tensor for tensor in outputs.to_tuple() if isinstance(tensor, torch.Tensor)).float()
 
@@ -83,27 +89,43 @@ class _Probe:
 
     def sees_later_tokens(self):
         changed = torch.cat([self.ids[:, :-_TAIL], self.others[:, -_TAIL:]], dim=1)
-        return self.differ(*(self.logits(ids)[:, :-_TAIL] for ids in (self.ids, changed)))
+        if self.model.config.is_encoder_decoder:
+            logits = [self.logits(self.ids, decoder_input_ids=ids) for ids in (self.ids, changed)]
+        else:
+            logits = [self.logits(ids) for ids in (self.ids, changed)]
+        return self.differ(*(values[:, :-_TAIL] for values in logits))
 
     def compare_losses(self, shifts):
-        """Return the class's own loss of a row and the cross-entropy that a step computes, if they differ."""
-        row, weight = self.ids[:1], self.model.router_coefficient
-        flags = {"output_router_logits": True} if weight else {}
-        outputs = self.model.stock_forward(input_ids=row, labels=row, use_cache=False, **flags)
+        """Return the class's own loss of a row and the one that a training step computes, if they differ.
+
+        Args:
+            shifts: whether each position predicts the next token.
+        """
+        row, model, weight = self.ids[:1], self.model, self.model.router_coefficient
+        labels = row[:, :-_TAIL] if model.config.is_encoder_decoder else row
+        inputs = {"input_ids": row, "use_cache": False} | ({"output_router_logits": True} if weight else {})
+        outputs = model.stock_forward(labels=labels, **inputs)
         padding = torch.full((1, 1), IGNORE_INDEX)
-        targets = {"shift_labels": torch.cat([row[:, 1:], padding], dim=1)} if shifts else {"labels": row}
-        loss = self.model.training_step(input_ids=row, use_cache=False, **targets).loss
+        targets = {"shift_labels": torch.cat([row[:, 1:], padding], dim=1)} if shifts else {"labels": labels}
+        loss = model.training_step(**inputs, **targets).loss
         if weight:
-            loss = loss + weight * self.model.router_loss(outputs.router_logits, row)
+            loss = loss + weight * model.router_loss(outputs.router_logits, row)
         return (outputs.loss.item(), loss.item()) if self.differ(outputs.loss, loss, 256) else None
 
-    def isolates_documents(self):
-        """Return whether a change of a row's first document leaves the second as it is, which is also what it is in a
-        row of its own."""
+    def isolates_documents(self, is_decoder):
+        """Return whether a change of a row's first document leaves the second as it is, and as it is alone in a row."""
+        try:
+            return self._isolates_documents(is_decoder)
+        except Exception:  # of a class that does not take the positions or the mask of several documents
+            return False
+
+    def _isolates_documents(self, is_decoder):
         half = self.ids.shape[1] // 2
         starts = torch.arange(self.ids.shape[1]) % half == 0
         positions = (torch.arange(self.ids.shape[1]) % half).expand_as(self.ids)
-        packed = {"position_ids": positions, "document_ids": starts.cumsum(0).expand_as(self.ids)}
+        packed = {"position_ids": positions}  # of which a decoder sees where documents begin
+        if not is_decoder:
+            packed["document_ids"] = starts.cumsum(0).expand_as(self.ids)
         changed = torch.cat([self.others[:, :half], self.ids[:, half:]], dim=1)
         changed[:, half - 1] = self.ids[:, half - 1]
         model = self.model

@@ -4,6 +4,10 @@ import re
 
 from torch import nn
 
+from ..models.decoder import get_layer_types
+from ..models.stock import LAYER_TYPES
+from ..precision import layers
+
 # GPU, as a pattern for its whole name without the maker -> peak dense tensor-core TFLOP/s with fp32 accumulation, by
 # precision. From NVIDIA's data sheets, and for GeForce from the architecture papers; where they state the rate with
 # sparsity, half of it.
@@ -50,11 +54,11 @@ def peak_flops(device_name, precision):
 
 
 def flops_per_token(model, length, head_share=1.0):
-    """Return the FLOPs of a training step per token (Chowdhery et al. 2022, "PaLM", appendix B).
+    """Return the FLOPs of a training step per token (Chowdhery et al. 2022, "PaLM", appendix B); None if unknown.
 
     A token costs 6 FLOPs for each parameter that it is multiplied with, 4 if the parameter is frozen, and the attention
     scores. Looking up an embedding costs nothing, unless the head multiplies with it too. Of an encoder-decoder, the
-    tokens are those of the encoder.
+    tokens are those of the encoder; of a mixture of experts, only those that a token is sent to count.
 
     Args:
         length: tokens per row.
@@ -62,21 +66,47 @@ def flops_per_token(model, length, head_share=1.0):
             of the decoder per token of the encoder.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not _has_plain_attention(model):
+        return None
     body, head = set(model.base_model.parameters()), getattr(model.get_output_embeddings(), "weight", None)
-    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {head}
     config, decoder = model.config, set()
     if config.is_encoder_decoder:  # whose keys and values of the encoder's output are computed for the encoder's tokens
         named = model.get_decoder().named_parameters()
         decoder = {parameter for name, parameter in named if not re.search(_CROSS_KEYS, name)}
     flops = 0
-    for parameter in {*body, *model.parameters()} - (looked_up - {head}):
+    for name, parameter in model.named_parameters():  # a shared one once
+        if parameter in looked_up:
+            continue
         is_partial = parameter is head or parameter in decoder or parameter not in body
         share = head_share if is_partial else 1.0
+        if "experts" in name:
+            share *= config.num_experts_per_tok / len(parameter)
         flops += share * (6 if parameter.requires_grad else 4) * parameter.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # of layers with attention within a row; a decoder of an encoder-decoder also attends to the encoder
-    layers = config.num_hidden_layers + num_decoder_layers(config) * head_share * (1 + head_share)
-    return flops + 12 * layers * config.num_attention_heads * head_dim * length
+    windows = [config.sliding_window if kind == "sliding_attention" else length for kind in get_layer_types(config)]
+    lengths = sum(min(length, window) for window in windows)
+    lengths += num_decoder_layers(config) * head_share * (1 + head_share) * length
+    return flops + 12 * lengths * config.num_attention_heads * head_dim
+
+
+def _has_plain_attention(model):
+    """Return whether each layer of a model has its own attention with equal heads and, of experts, a known share."""
+    config, blocks = model.config, layers(model)
+    needed, others = (
+        ("num_hidden_layers", "num_attention_heads", "hidden_size"),
+        ("kv_lora_rank", "attention_hidden_size", "relative_attention"),
+    )
+    if not all(hasattr(config, name) for name in needed) or any(hasattr(config, name) for name in others):
+        return False
+    experts = [parameter for name, parameter in model.named_parameters() if "experts" in name]
+    return (
+        len(blocks) == config.num_hidden_layers + num_decoder_layers(config)
+        and all(any("Attention" in type(module).__name__ for module in block.modules()) for block in blocks)
+        and set(get_layer_types(config)) <= set(LAYER_TYPES)
+        and (not experts or hasattr(config, "num_experts_per_tok"))
+    )
 
 
 def num_decoder_layers(config):

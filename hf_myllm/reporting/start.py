@@ -42,11 +42,15 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
 
 
 def _utilization_per_speed(run):
-    """Return the model FLOPs utilization (MFU) divided by the tokens per second; 0 if the GPU's peak is unknown."""
+    """Return the model FLOPs utilization (MFU) divided by the tokens per second.
+
+    0 if the GPU's peak or the FLOPs of the model are unknown.
+    """
     accelerator, peak = run.accelerator, None
     if accelerator.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.precision)
     if peak is None:
         return 0.0
     head_share = run.task.logits_share or 1.0  # other heads are small
-    return flops_per_token(run.model, run.recipe.data.max_len, head_share) / (peak * accelerator.num_processes)
+    flops = flops_per_token(run.model, run.recipe.data.max_len, head_share)
+    return (flops or 0.0) / (peak * accelerator.num_processes)

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import read_metrics, write_story
+from conftest import assert_same_run, read_metrics, write_story
+from conftest import train as run_train
+from families import CASES
 from models.stock_types import DECODERS, SIZES
 
 from hf_myllm.errors import InputError
@@ -119,12 +121,60 @@ def test_the_balance_loss_of_a_row_is_the_librarys():
 
 
 def test_a_class_that_does_not_do_what_a_task_expects_is_refused():
-    check_class(make_model("mistral"), "causal", "best_fit", isolates_documents=True, pads_rows=True)
-    check_class(make_model("roberta"), "mlm", "pad", pads_rows=True)
+    def check(model, task, packing="stream", **expected):
+        check_class(model, task, packing, **expected)
+
+    check(make_model("mistral"), "causal", isolates_documents=True, pads_rows=True)
+    for name in ("mamba", "opt", "gpt_oss"):
+        with pytest.raises(InputError, match="does not keep the documents of a row apart, as packing best_fit"):
+            check(make_model(name), "causal", "best_fit", isolates_documents=True)
+    zeroed = make_model("opt")
+    for layer in zeroed.model.decoder.layers:
+        torch.nn.init.zeros_(layer.self_attn.out_proj.weight)  # no token sees another yet
     with pytest.raises(InputError, match="does not keep the documents of a row apart"):
-        check_class(make_model("mamba"), "causal", "documents", isolates_documents=True)
-    bidirectional = make_model("roberta").config
+        check(zeroed, "causal", isolates_documents=True)
+
+    # An encoder with the head of a decoder.
+    config = make_model("roberta").config
+    model_class = training_class(transformers.RobertaForCausalLM)
     with pytest.raises(InputError, match="its tokens see later ones, .*is_decoder: true"):
-        check_class(training_class(transformers.RobertaForCausalLM)(bidirectional), "causal", "stream")
-    bidirectional.is_decoder = True
-    check_class(training_class(transformers.RobertaForCausalLM)(bidirectional), "causal", "stream")
+        check(model_class(config), "causal")
+    config.is_decoder = True
+    check(model_class(config), "causal")
+
+    class OtherLoss(transformers.MistralForCausalLM):
+        def forward(self, input_ids=None, labels=None, use_cache=None, **inputs):
+            outputs = super().forward(input_ids, labels=labels, use_cache=use_cache, **inputs)
+            return outputs if labels is None else type(outputs)(loss=outputs.loss * 1.01, logits=outputs.logits)
+
+    with pytest.raises(InputError, match="its loss of a row is"):
+        check(training_class(OtherLoss)(make_model("mistral").config), "causal")
+
+
+@pytest.mark.parametrize("name", ["roberta", "modernbert", "distilbert", "bert"])
+def test_encoders_keep_packed_documents_apart(name):
+    """The documents of a row give the same logits as each in a row of its own; a window is kept too."""
+    family = FAMILIES[f"stock:{name}"]
+    sizes = {"vocab_size": 97, "pad_token_id": 3, "max_position_embeddings": 64, "local_attention": 6}
+    torch.manual_seed(0)
+    model = family.tasks["mlm"](family.config(**sizes | SIZES.get(name, {"hidden_size": 24, "num_hidden_layers": 2})))
+    model.eval()
+    ids = torch.randint(4, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    ends = [(0, 14), (14, 40)]
+    documents = torch.tensor([[0] * 14 + [1] * 26])
+    positions = torch.tensor([[*range(14), *range(26)]])
+    packed = model.stock_forward(input_ids=ids, document_ids=documents, position_ids=positions).logits
+    for start, stop in ends:
+        alone = model(ids[:, start:stop]).logits
+        torch.testing.assert_close(packed[:, start:stop], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_our_class_and_the_stock_one_make_the_same_run(name, tmp_path, tiny_family):
+    for implementation in ("ours", "stock"):
+        folder = tmp_path / implementation
+        changes = {"save_model": folder, "implementation": implementation, **CASES[name].no_dropout}
+        assert run_train(*tiny_family(name)(max_steps=3, start_context=None, **changes)) == 0
+    assert_same_run(tmp_path / "ours", tmp_path / "stock", 1e-5)
+    configs = [json.loads((tmp_path / part / "config.json").read_text()) for part in ("ours", "stock")]
+    assert configs[0]["architectures"] == configs[1]["architectures"]
