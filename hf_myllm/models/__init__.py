@@ -65,7 +65,11 @@ class Families(dict):
 
     def __missing__(self, name):
         name = name.removeprefix("stock:")
-        return _stock_family(self[name].config.model_type if name in self else name)
+        if name not in self:
+            return _stock_family(name)
+        stock, own = _stock_family(self[name].config.model_type), self[name]
+        tasks = {task: stock.tasks[task] for task in (*own.tasks, *stock.tasks)}  # with the same default task
+        return stock._replace(display_name=own.display_name, tasks=tasks, tokenizer=own.tokenizer)
 
     def name_of(self, model_type):
         """Return the name of a model type in recipes: "gpt" for "gpt2"."""
