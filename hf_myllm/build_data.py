@@ -244,7 +244,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
 
 def _train_tokenizer(recipe, texts_from):
     """Train a tokenizer on the text of some sources, or load it from the cache."""
-    data, algorithm, vocab_size = recipe.data, recipe.data.tokenizer["train"], recipe.data.tokenizer["vocab_size"]
+    data, algorithm, vocab_size = recipe.data, recipe.data.tokenizer["train"], recipe.data.tokenizer.get("vocab_size")
     new_tokens = tasks.TASKS[recipe.task].new_tokens
     texts, task_key = readers.SourceTexts(texts_from), [new_tokens] if new_tokens else []
     if tasks.TASKS[recipe.task].is_labelled:
@@ -254,7 +254,8 @@ def _train_tokenizer(recipe, texts_from):
     def train(folder):
         if recipe.run.log_level in ("debug", "info"):
             text = ", ".join(source.name for source in texts_from)
-            print(f"tokenizer   training {algorithm} with {vocab_size:,} tokens on {printable(text)}", flush=True)
+            size = f" with {vocab_size:,} tokens" if vocab_size else ""
+            print(f"tokenizer   training {algorithm}{size} on {printable(text)}", flush=True)
         tokenizers.save(tokenizers.train(algorithm, texts, vocab_size, new_tokens), folder)
 
     whole = [sources.known_whole(source) or source for source in texts_from]

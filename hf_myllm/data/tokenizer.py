@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from ..errors import ModelError, first_line
@@ -26,6 +26,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 _SAMPLE = (
     "Hello, world! It's 1234 o'clock;\n\n  x_2 = y ... na\u0308ive caf\u00e9 \u4e2d\u6587 \U0001f600\tTHEY'LL go  99 "
 )
+_CHARACTER_WORDS = r"\s?\S+|\s"  # how a tokenizer of characters splits text
 _SENTENCE_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\n")  # also the ellipsis and the full-width marks of East Asia
 
 
@@ -104,6 +105,25 @@ def _train_on_bytes(model, trainer_class, texts, vocab_size):
     return trained
 
 
+def train_characters(texts, vocab_size=None):
+    """Return a tokenizer whose tokens are the characters of some texts; others become the tokens of their UTF-8 bytes.
+
+    Args:
+        vocab_size: keep the most frequent characters; default: all.
+    """
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    tokens = [END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256))]
+    kept = sorted(counts, key=lambda character: (-counts[character], character))
+    tokens += sorted(kept if vocab_size is None else kept[: max(0, vocab_size - len(tokens))])
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    trained = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    trained.pre_tokenizer = pre_tokenizers.Split(Regex(_CHARACTER_WORDS), "isolated")  # words are cached
+    trained.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
 def train_wordpiece(texts, vocab_size):
     """Train a cased WordPiece tokenizer (Wu et al. 2016) with BERT's special tokens and splitting, of BERT's class.
 
@@ -147,23 +167,29 @@ def train(algorithm, texts, vocab_size, new_tokens):
 
     Args:
         algorithm: a key of TRAINERS.
+        vocab_size: None for all characters of the text.
         new_tokens: {attribute: special token or list of them} to add, where the algorithm has none of its own.
     Raises:
         ModelError: they leave too few tokens for the text.
     """
     num_new = sum(len(value) if isinstance(value, list) else 1 for value in new_tokens.values())
     smallest = num_new + (100 if algorithm == "wordpiece" else 257)  # as without new tokens
-    if vocab_size < smallest:
+    if vocab_size is not None and vocab_size < smallest:
         raise ModelError(
             f"tokenizer: vocab_size {vocab_size} leaves too few tokens beside {num_new} special tokens of the task; "
             f"give at least {smallest}"
         )
-    tokenizer = TRAINERS[algorithm](texts, vocab_size - num_new)
+    tokenizer = TRAINERS[algorithm](texts, vocab_size and vocab_size - num_new)
     tokenizer.add_special_tokens({name: token for name, token in new_tokens.items() if not getattr(tokenizer, name)})
     return tokenizer
 
 
-TRAINERS = {"bpe": train_bpe, "unigram": train_unigram, "wordpiece": train_wordpiece}
+TRAINERS = {
+    "bpe": train_bpe,
+    "unigram": train_unigram,
+    "wordpiece": train_wordpiece,
+    "characters": train_characters,
+}
 
 
 def save(tokenizer, folder):
@@ -295,6 +321,8 @@ def safe_split_pattern(tokenizer):
     if splitter.startswith("ByteLevel(add_prefix_space=False") and "use_regex=True" in splitter:
         # GPT-2's pattern never joins a line break or a space before a word to the text before it
         return re.compile(rf"(?=\n{word})|(?<=\S)(?= {word})") if normalizer == "None" else None
+    if splitter.startswith(f'Split(pattern=Regex("{_CHARACTER_WORDS}")') and normalizer == "None":
+        return re.compile(r"(?<=\S)(?=\s)")
     if splitter.startswith("BertPreTokenizer"):
         return re.compile(r"[ \t\r\n]+")
     if splitter.startswith("Sequence(pretokenizers=[WhitespaceSplit(), Metaspace("):

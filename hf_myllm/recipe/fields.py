@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict, is_typeddict
+from typing_extensions import NotRequired, TypedDict, is_typeddict
 
 from ..files import read_yaml
 
@@ -55,8 +55,8 @@ class TrainedTokenizer(TypedDict):
     """A tokenizer that is trained on the training text."""
 
     __pydantic_config__ = STRICT
-    train: Literal["bpe", "unigram", "wordpiece"]
-    vocab_size: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 100})]
+    train: Literal["bpe", "unigram", "wordpiece", "characters"]
+    vocab_size: NotRequired[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 100})]]
 
 
 class Source(TypedDict, total=False):

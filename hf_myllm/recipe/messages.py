@@ -13,7 +13,7 @@ LIMITS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
-EXPECTED = {"tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece)"}
+EXPECTED = {"tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece, characters)"}
 TOP_LEVEL = (*SECTIONS, "model", "task", "config")
 # key -> its names in nanoGPT, transformers' TrainingArguments and example scripts
 _FOREIGN_NAMES = {

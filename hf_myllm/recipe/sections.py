@@ -109,7 +109,7 @@ class Data(Section):
     tokenizer: PathText | TrainedTokenizer | None = fixed(
         None,
         "A Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (bpe or unigram; "
-        "wordpiece for BERT). Default: the tokenizer of the model in init_from.",
+        "wordpiece for BERT; characters, without a vocab_size for all that occur). Default: the tokenizer of the model in init_from.",
     )
     add_tokens: Texts | None = fixed(
         None, "Tokens to add to the tokenizer; the model of init_from gets an embedding for each."
@@ -167,7 +167,11 @@ class Data(Section):
     def _check_tokenizer(self):
         if not isinstance(self.tokenizer, dict):
             return self
-        algorithm, size = self.tokenizer["train"], self.tokenizer["vocab_size"]
+        algorithm, size = self.tokenizer["train"], self.tokenizer.get("vocab_size")
+        if algorithm == "characters" and size is None:
+            return self
+        if size is None:
+            raise RecipeError(f"tokenizer: {algorithm} needs a vocab_size; give {{train: {algorithm}, vocab_size: 8192}}")
         # a byte-level tokenizer has 256 bytes and an end-of-text token
         smallest = 100 if algorithm == "wordpiece" else 257
         if not smallest <= size <= MANY:

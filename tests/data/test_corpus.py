@@ -135,10 +135,11 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(assets, monkeypatch, tm
     assert len(tokens.chunks) > 10
 
 
-@pytest.mark.parametrize("name", ["bpe", "llama2", "bert-base-uncased", "t5"])
+@pytest.mark.parametrize("name", ["bpe", "characters", "llama2", "bert-base-uncased", "t5"])
 def test_unusual_text_in_pieces_gives_the_same_tokens(assets, bpe, monkeypatch, name):
     """Python code and random white space, punctuation and scripts, split as often as possible."""
-    loaded = bpe if name == "bpe" else tokenizer.load(str(assets / "tokenizers" / name))
+    own = {"bpe": bpe, "characters": tokenizer.train("characters", ["a \n\u4e2d"], None, {})}
+    loaded = own.get(name) or tokenizer.load(str(assets / "tokenizers" / name))
     monkeypatch.setattr(readers, "_PIECE_CHARS", 50)
     texts = list(readers.SourceTexts([sources.file_source("{stdlib}/[ab]*.py")]))[:20]
     draw = np.random.default_rng(0)

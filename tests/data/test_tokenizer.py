@@ -50,6 +50,22 @@ def test_a_unigram_tokenizer_encodes_any_text(tmp_path):
     assert tokenizers.safe_split_pattern(loaded) is not None
 
 
+def test_characters_are_tokens(tmp_path):
+    """Characters that the training text does not have become bytes."""
+    trained = tokenizers.train("characters", [TEXT], None, {})
+    tokenizers.save(trained, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == 257 + len(set(TEXT))
+    assert len(loaded(TEXT)["input_ids"]) == len(TEXT)
+    for text in (TEXT, "\u03a9mega \x00 \U0001f600\r\n\n  <0x41>"):
+        ids = loaded(text)["input_ids"]
+        assert loaded.decode(ids) == text
+        assert tokenizers.token_bytes(loaded, len(loaded))[ids].sum() == len(text.encode())
+    few = tokenizers.train("characters", ["aaabbc"], 259, {})
+    assert few.convert_ids_to_tokens(few("abc")["input_ids"]) == ["a", "b", "<0x63>"]
+    assert tokenizers.fingerprint(loaded) == tokenizers.fingerprint(tokenizers.train("characters", [TEXT], None, {}))
+
+
 def test_autotokenizer_loads_a_trained_wordpiece_tokenizer_which_is_reproducible(tmp_path):
     texts = [TEXT, "playing played plays player replay 漢字漢 naïveté " * 3] * 10
     trained = [tokenizers.train_wordpiece(texts, 200) for _ in range(6)]
