@@ -272,7 +272,8 @@ FILES = {
     "bpe's vocab_size must be at least 257": {
         "data": {"train_file": "a", "tokenizer": {"train": "bpe", "vocab_size": 3}}
     },
-    "'tokenizer' must be a name, a folder or": {"data": {"train_file": "a", "tokenizer": {"train": "bpe"}}},
+    "'tokenizer' must be a name, a folder or": {"data": {"train_file": "a", "tokenizer": {"train": "words"}}},
+    "tokenizer: bpe needs a vocab_size": {"data": {"train_file": "a", "tokenizer": {"train": "bpe"}}},
     "'epochs' and 'num_epochs' are the same key": {"training": {"epochs": 1, "num_epochs": 2}},
     "'hidden_size' and 'n_embd' are the same key": {"config": {"n_embd": 64, "hidden_size": 32}},
     "'batch_size' must be at most": {"training": {"batch_size": 10**15}},

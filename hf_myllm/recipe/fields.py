@@ -138,6 +138,8 @@ def convert(value, hint):
     if isinstance(value, (list, tuple)) and list in options:
         (item,) = typing.get_args(options[list]) or (Any,)
         return [convert(entry, item) for entry in value]
+    if isinstance(value, dict) and typing.get_args(options.get(dict))[:1] == (str,):  # YAML reads names such as 0
+        return {str(name): entry for name, entry in value.items()}
     if isinstance(value, dict) and is_typeddict(options.get(dict)):
         hints = typing.get_type_hints(options[dict])
         return {name: convert(entry, hints.get(name, Any)) for name, entry in value.items()}

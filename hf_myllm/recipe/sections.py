@@ -18,6 +18,7 @@ MLM_PROBABILITY = {"denoising": 0.3}  # task -> default of mlm_probability, if i
 Trackers = one_or_many(
     Literal["tensorboard", "wandb", "trackio"], {"type": "string", "enum": ["tensorboard", "wandb", "trackio"]}
 )
+CLASS_TASKS = ("classification", "token_classification")
 LABELLED_TASKS = ("classification", "token_classification", "question_answering")
 TASKS = (*TEXT_TASKS, *LABELLED_TASKS, "instruction", "seq2seq")  # of others the dry run shows all keys
 
@@ -75,6 +76,12 @@ class Data(Section):
         "label.",
         tasks=("classification", "token_classification"),
     )
+    labels: Texts | None = fixed(
+        None,
+        "Names of the classes in the order of the model's outputs; the training data may lack some. Default: those of "
+        "the training data, sorted.",
+        tasks=CLASS_TASKS,
+    )
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = fixed(
         None,
         "Meaning of the labels. Default: single-label, or multi-label if labels are lists.",
@@ -109,7 +116,8 @@ class Data(Section):
     tokenizer: PathText | TrainedTokenizer | None = fixed(
         None,
         "A Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (bpe or unigram; "
-        "wordpiece for BERT; characters, without a vocab_size for all that occur). Default: the tokenizer of the model in init_from.",
+        "wordpiece for BERT; characters, without a vocab_size for all that occur). Default: the tokenizer of the model "
+        "in init_from.",
     )
     add_tokens: Texts | None = fixed(
         None, "Tokens to add to the tokenizer; the model of init_from gets an embedding for each."
@@ -171,7 +179,9 @@ class Data(Section):
         if algorithm == "characters" and size is None:
             return self
         if size is None:
-            raise RecipeError(f"tokenizer: {algorithm} needs a vocab_size; give {{train: {algorithm}, vocab_size: 8192}}")
+            raise RecipeError(
+                f"tokenizer: {algorithm} needs a vocab_size; give {{train: {algorithm}, vocab_size: 8192}}"
+            )
         # a byte-level tokenizer has 256 bytes and an end-of-text token
         smallest = 100 if algorithm == "wordpiece" else 257
         if not smallest <= size <= MANY:
@@ -203,7 +213,17 @@ class Training(Section):
     beta2: float = fixed(0.95, "AdamW's second-moment decay.", ge=0, lt=1)
     epsilon: float = fixed(1e-8, "AdamW's epsilon.", gt=0)
     label_smoothing: float = fixed(
-        0.0, "Label smoothing of the training loss; that of evaluations is plain.", ge=0, lt=1, tasks=("seq2seq",)
+        0.0,
+        "Label smoothing of the training loss; that of evaluations is plain.",
+        ge=0,
+        lt=1,
+        tasks=("seq2seq", *CLASS_TASKS),
+    )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = fixed(
+        None,
+        "Weights of the classes in the training loss, as {spam: 4}; others have 1. balanced: all classes count alike. "
+        "They are scaled so that their mean over the training labels is 1. The loss of evaluations is plain.",
+        tasks=CLASS_TASKS,
     )
     grad_clip: float = fixed(1.0, "Maximum norm of the gradient; 0 disables clipping.", ge=0)
     max_skipped_steps: int = fixed(

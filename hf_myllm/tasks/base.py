@@ -56,6 +56,8 @@ class Settings:
     max_target_len: int = 128
     label_smoothing: float = 0.0
     num_beams: int = 1
+    labels: list | None = None
+    class_weights: str | dict | None = None
     columns: dict | None = None
     template: str | dict | None = None
 

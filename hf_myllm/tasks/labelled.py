@@ -4,6 +4,8 @@ A *record* is an item of the data as it was read, a dict of columns. An *example
 the task chooses. A *row* is one training sequence; a long example may become several rows.
 """
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from ..data.readers import check_text, read_rows
 from ..data.sampler import evenly_spaced
 from ..data.tokenizer import end_of_document
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
-from ..errors import printable
+from ..errors import InputError, printable
 from ..terminal import first_of, plural
 from .base import IGNORE_INDEX, Task, padded_width, require_tokens, to_tensors
 from .labelled_rows import load_rows
@@ -228,8 +230,13 @@ class PredictionTask(LabelledTask):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        outputs.loss = self.loss_sum(outputs, labels, inputs["attention_mask"]) / counts["num_items_in_batch"]
+        loss_sum = self.training_loss_sum if model.training else self.loss_sum
+        outputs.loss = loss_sum(outputs, labels, inputs["attention_mask"]) / counts["num_items_in_batch"]
         return outputs
+
+    def training_loss_sum(self, outputs, labels, mask):
+        """Return the loss that training minimizes, if it differs from `loss_sum`, which is evaluated."""
+        return self.loss_sum(outputs, labels, mask)
 
     def choose_rows(self, rows, count):
         """Return the indices of the rows of `count` examples."""
@@ -251,6 +258,8 @@ class LabelNames:
     label_values(record, where)     the label of a record as (value, place), or a list of them
     """
 
+    class_weights = None  # (classes,) weights of the training loss, whose mean over the training labels is 1
+
     def find_labels(self, source, stored_config, is_trained):
         """Set `labels`: those of a trained model, or those of the training data, in the order of the model's head.
 
@@ -261,9 +270,56 @@ class LabelNames:
         if is_trained:
             self.labels = stored
             return
-        self.labels = self.labels_of(source)
-        if stored:
-            self.labels = self.labels.in_order_of(stored)
+        self.labels = self._in_given_order(self.labels_of(source), source)
+        if stored and (known := self.labels.in_order_of(stored)) != self.labels:
+            if self.settings.labels:
+                raise InputError(
+                    f"labels: the model's head has them in the order {first_of(stored.names, 8)}; give that order, or "
+                    "leave labels out"
+                )
+            self.labels = known
+        weighs = self.settings.class_weights or self.settings.label_smoothing
+        if weighs and self.labels.problem_type != CLASSIFICATION:
+            raise InputError(
+                "class_weights and label_smoothing are for one class per text or word; remove them for "
+                f"{self.labels.problem_type}"
+            )
+
+    def _in_given_order(self, labels, source):
+        """Return the labels of the training data in the order of the recipe's `labels`, which may have more."""
+        given = tuple(self.settings.labels or ())
+        if not given:
+            return labels
+        if labels.problem_type == REGRESSION or labels.is_multi_hot:
+            raise InputError(f"labels: the labels of {source.name} have no names; remove labels")
+        return replace(labels, names=given)
+
+    def load(self, training, validation=None, show_progress=False):
+        train_rows, val_rows, stats = super().load(training, validation, show_progress)
+        if self.settings.class_weights and train_rows is not None:
+            self.class_weights = self._weigh_classes(train_rows.all_labels)
+        return train_rows, val_rows, stats
+
+    def _weigh_classes(self, labels):
+        """Return the weights of the classes, given the labels of the training data."""
+        given, names = self.settings.class_weights, self.labels.names
+        counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=len(names))
+        if given == "balanced":
+            weights = 1 / np.maximum(counts, 1)
+        else:
+            if unknown := [name for name in given if name not in names]:
+                raise InputError(f"class_weights: {unknown[0]!r} is not one of the labels, {first_of(names, 8)}")
+            weights = np.array([float(given.get(name, 1.0)) for name in names])
+        return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+
+    def training_loss_sum(self, outputs, labels, mask):
+        if self.class_weights is None and not self.settings.label_smoothing:
+            return self.loss_sum(outputs, labels, mask)
+        logits = outputs.logits.float().flatten(0, -2)
+        if self.class_weights is not None:  # moved once: it would wait for the GPU
+            self.class_weights = self.class_weights.to(logits.device)
+        options = {"weight": self.class_weights, "label_smoothing": self.settings.label_smoothing, "reduction": "sum"}
+        return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, **options)
 
     def labels_of(self, source, problem_type=None):
         """Return the labels of training data."""
@@ -275,6 +331,9 @@ class LabelNames:
             except BadRowError:
                 if not self.settings.skip_bad_rows:
                     raise
+        if unknown := [name for name in collector.names if self.settings.labels and name not in self.settings.labels]:
+            raise InputError(f"labels: {source.name} has {first_of(unknown, 8)} too; add what is missing")
+        collector.names |= dict.fromkeys(self.settings.labels or ())
         return collector.labels(source.name)
 
     def summary_lines(self, train_rows, val_rows, stats):
@@ -289,4 +348,7 @@ class LabelNames:
             order = np.argsort(-shares, kind="stable")
             listed = [f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order]
             lines.append(f"{name} labels: {first_of(listed, 8)}")
+        if self.class_weights is not None:
+            pairs = zip(self.labels.names, self.class_weights.tolist(), strict=True)
+            lines.append(f"class weights: {first_of([f'{printable(name)} {weight:.3g}' for name, weight in pairs], 8)}")
         return lines + super().summary_lines(train_rows, val_rows, stats)

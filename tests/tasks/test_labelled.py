@@ -50,6 +50,61 @@ def whole_batch(task, rows):
     return task.batch(rows, np.arange(len(rows)), size=len(rows) + 2)
 
 
+# ---- classes
+
+
+class FixedLogits(torch.nn.Module):
+    """A model whose logits are given."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, **inputs):
+        return SimpleNamespace(logits=self.logits)
+
+
+@pytest.mark.parametrize("given", ["balanced", {"ham": 0.5, "spam": 1.5, "unseen": 9.0}])
+def test_class_weights_and_label_smoothing(tmp_path, wordpiece, given):
+    """They change the loss of training only, and keep its scale."""
+    rows = [{"text": f"text {n}", "label": "spam" if n % 4 == 0 else "ham"} for n in range(40)]
+    source, names = write_source(tmp_path, rows), ["unseen", "spam", "ham"]
+    settings = {"class_weights": given, "label_smoothing": 0.1, "labels": names, "max_len": 20}
+    task = Classification(wordpiece, **settings)
+    assert find_labels(task, source).names == tuple(names)
+    data, _, _ = task.load([source])
+    mean = (0.25 * 1.5 + 0.75 * 0.5) if given != "balanced" else None
+    expected = [9 / mean, 1.5 / mean, 0.5 / mean] if mean else [40 / 2, 40 / 10 / 2, 40 / 30 / 2]
+    assert task.class_weights.tolist() == pytest.approx(expected)
+    assert any(line.startswith("class weights: unseen ") for line in task.summary_lines(data, None, data.stats))
+    torch.manual_seed(0)
+    model, inputs = FixedLogits(torch.randn(42, 3)), whole_batch(task, data)
+    labels, counts = inputs["labels"], task.count_targets(inputs)
+    options = {"weight": task.class_weights, "label_smoothing": 0.1, "reduction": "sum"}
+    trained = torch.nn.functional.cross_entropy(model.logits, labels, **options) / 40
+    assert torch.equal(task.forward(model.train(), inputs, counts).loss, trained)
+    plain = torch.nn.functional.cross_entropy(model.logits, labels)
+    assert task.forward(model.eval(), inputs, counts).loss == pytest.approx(plain.item())
+
+
+def test_labels_and_weights_that_do_not_fit(tmp_path, wordpiece):
+    source = write_source(tmp_path, [{"text": "a", "label": name} for name in ("x", "y", "y")])
+    for settings, message in (
+        ({"labels": ["x", "z"]}, "labels: .* has y too; add what is missing"),
+        ({"class_weights": {"w": 2.0}}, "class_weights: 'w' is not one of the labels, x, y"),
+        ({"class_weights": "balanced", "problem_type": "regression"}, "are for one class per text or word"),
+        ({"labels": ["x", "y"], "problem_type": "regression"}, "have no names; remove labels"),
+    ):
+        task = Classification(wordpiece, max_len=20, **settings)
+        with pytest.raises(InputError, match=message):  # noqa: PT012, either of the two
+            task.find_labels(source, None, False)
+            task.load([source])
+    stored = SimpleNamespace(problem_type=None, num_labels=2, id2label={0: "y", 1: "x"})
+    task = Classification(wordpiece, max_len=20, labels=["x", "y"])
+    with pytest.raises(InputError, match="the model's head has them in the order y, x"):
+        task.find_labels(source, stored, False)
+
+
 # ---- texts
 
 
