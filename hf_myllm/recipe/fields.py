@@ -16,6 +16,7 @@ from typing_extensions import NotRequired, TypedDict, is_typeddict
 
 from ..files import read_yaml
 
+MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
 
