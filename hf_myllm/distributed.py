@@ -375,6 +375,8 @@ def shard_model(accelerator, model, compile_model):
         if compile_model:
             layer.compile()
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
+    if compile_model and hasattr(model, "compute_loss"):  # uncompiled, it stores logits and their gradient in fp32
+        model.compute_loss = torch.compile(model.compute_loss)
     fully_shard(model, **options)
 
 

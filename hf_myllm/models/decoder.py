@@ -291,15 +291,15 @@ class CausalLMMixin:
             **kwargs,
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if skip_logits and shift_labels is not None and fuses_head_and_loss(self.lm_head, hidden_states):
-            loss = linear_cross_entropy(self.lm_head, hidden_states, shift_labels, kwargs.get("num_items_in_batch"))
+        if skip_logits and shift_labels is not None:
+            loss = self.compute_loss(hidden_states, shift_labels, kwargs.get("num_items_in_batch"))
         else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep, :])
-        if loss is None and (labels is not None or shift_labels is not None):
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
-            )
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
@@ -307,6 +307,13 @@ class CausalLMMixin:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def compute_loss(self, hidden_states, shift_labels, num_items_in_batch=None):
+        """Return the loss of the last hidden states. Under FSDP2 it is compiled by itself, as each layer is."""
+        if fuses_head_and_loss(self.lm_head, hidden_states):
+            return linear_cross_entropy(self.lm_head, hidden_states, shift_labels, num_items_in_batch)
+        logits, options = self.lm_head(hidden_states), {"num_items_in_batch": num_items_in_batch}
+        return self.loss_function(logits, None, self.config.vocab_size, shift_labels=shift_labels, **options)
 
 
 class SequenceClassificationMixin:

@@ -345,6 +345,18 @@ def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
     assert f"validation loss {read_metrics(run, 'val_loss')[-1]:.4f}" in result.stdout
 
 
+@pytest.mark.chaos  # compiles for a minute
+def test_sharded_compiled_training_is_the_same_run(tiny, tmp_path):
+    """The layers are compiled one by one, and the head with the loss."""
+    flags = tiny(max_steps=6, save_freq=6, eval_freq=6, start_context=None, n_layer=1, **NO_DROPOUT)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    result = run_sharded("cpu", 2, *flags, "--compile", "true", "--save_model", tmp_path / "sharded")
+    assert result.returncode == 0, result.stderr
+    for key in ("loss", "grad_norm", "val_loss"):
+        expected = pytest.approx(read_metrics(tmp_path / "one", key), abs=1e-6)
+        assert read_metrics(tmp_path / "sharded", key) == expected
+
+
 def copy_until_step_8(run, target):
     """Copy a run as it was after step 8 of 16."""
     shutil.copytree(run, target)

@@ -41,6 +41,19 @@ def test_the_compiled_loss_and_its_gradients_equal_the_uncompiled(name, trains_h
         torch.testing.assert_close(step(**training_batch()).loss, results[0][0])
 
 
+def test_the_loss_compiled_by_itself_equals_the_uncompiled():
+    """As FSDP2 compiles it: the layers, the embeddings and the last norm are not part of its graph."""
+    model = DECODERS["gpt"].make_model(num_hidden_layers=1).train()
+    results = []
+    for compute_loss in (model.compute_loss, torch.compile(model.compute_loss, fullgraph=True, backend="aot_eager")):
+        model.compute_loss = compute_loss
+        model.zero_grad()
+        loss = model(**training_batch()).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+
+
 def test_a_compiled_step_stores_the_logits_once_and_in_bf16(monkeypatch):
     """One buffer: the gradient of the logits overwrites them, and nothing of their size is kept in fp32."""
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *args, **options: lambda *tensors: None)
