@@ -93,6 +93,16 @@ def test_a_frozen_parameter_has_no_gradient_to_compute():
     assert flops_per_token(model, 64) == trained - 2 * weight.numel()
 
 
+def test_the_decoder_of_an_encoder_decoder_runs_on_its_own_tokens():
+    """Those of a T5 by hand; keys and values of the encoder's output are computed for each token of the encoder."""
+    width, inner, length, share = 48, 40, 64, 0.25
+    projection, feed_forward = width * inner, 2 * width * 80
+    encoder = 3 * (4 * projection + feed_forward + 2 * width) + width + 2 * 2 * projection
+    decoder = 2 * (6 * projection + feed_forward + 3 * width) + width + 97 * width
+    attention = 12 * inner * length * (3 + 2 * share * (1 + share))
+    assert flops("t5", "seq2seq", length, share) == 6 * (encoder + share * decoder) + attention
+
+
 def test_attention_counts_the_width_of_its_heads():
     """Qwen3's heads need not add up to the width."""
     base, longer = (flops("qwen3", "causal", length) for length in (64, 65))

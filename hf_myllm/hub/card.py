@@ -23,6 +23,7 @@ _PIPELINES = {  # what follows "For" in the name of the class
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
+    "ConditionalGeneration": "text2text-generation",
 }
 
 

@@ -52,5 +52,6 @@ def _utilization_per_speed(run):
     if peak is None:
         return 0.0
     head_share = run.task.logits_share or 1.0  # other heads are small
-    flops = flops_per_token(run.model, run.recipe.data.max_len, head_share)
-    return (flops or 0.0) / (peak * accelerator.num_processes)
+    length = run.recipe.data.max_len
+    flops_per_row = (flops_per_token(run.model, length, head_share) or 0.0) * length
+    return flops_per_row / run.task.row_tokens / (peak * accelerator.num_processes)

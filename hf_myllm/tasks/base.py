@@ -199,6 +199,11 @@ class Task:
         """Return the number of targets of each part of the loss, by the name of the model's argument for it."""
         return {"num_items_in_batch": int((self.targets(batch) != IGNORE_INDEX).sum())}
 
+    @property
+    def row_tokens(self):
+        """What [`count_tokens`] returns of a full row."""
+        return self.max_len
+
     def count_tokens(self, batch):
         """Return how many tokens of text a batch reads, without padding and empty rows."""
         has_target = (batch["labels"] != IGNORE_INDEX).reshape(len(batch["labels"]), -1).any(dim=1)

@@ -73,5 +73,9 @@ class CorruptedText(EncoderDecoder):
         labels = np.where(is_repeated, IGNORE_INDEX, targets)
         return to_tensors({**inputs, "decoder_input_ids": decoder_inputs, "labels": labels}, size)
 
+    @property
+    def row_tokens(self):
+        return self.text_length
+
     def count_tokens(self, batch):
         return int((batch["labels"] != IGNORE_INDEX).any(dim=1).sum()) * self.text_length

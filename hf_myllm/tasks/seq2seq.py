@@ -39,13 +39,13 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     own_columns = ("source", "target")
     generates_predictions = True
     record_features = datasets.Features({"target": datasets.Value("string")})
-    logits_share = 1.0
     target_name = "target tokens"
 
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)
         longest = self.settings.max_target_len
         self.max_target_len = min(longest, num_positions(model_config) or longest)
+        self.logits_share = self.max_target_len / max_len
 
     # ---- examples
 
@@ -176,6 +176,10 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         inputs, labels = _pad(sources, self.max_len, self.pad), _pad(targets, self.max_target_len, IGNORE_INDEX)
         mask = _pad([np.ones_like(ids) for ids in sources], self.max_len, 0)
         return to_tensors({"input_ids": inputs, "attention_mask": mask, "labels": labels}, size)
+
+    @property
+    def row_tokens(self):
+        return self.max_len + self.max_target_len
 
     def count_tokens(self, batch):
         return super().count_tokens(batch) + self.count_targets(batch)["num_items_in_batch"]
