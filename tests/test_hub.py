@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import run_command, train, write_story
+from families import ENCODER_DECODERS
 from hub_server import STAGES, TOKEN, serve
 from launching import start
 from patches import train_online_and_slowly
@@ -323,6 +324,7 @@ def test_the_card_of_a_model_that_was_not_trained_here(run, tmp_path):
         ("GPT2LMHeadModel", 'print(model("Once upon a time", max_new_tokens=16)[0]["generated_text"])'),
         ("BertForMaskedLM", 'print(model("Once upon a [MASK].")[0]["token_str"])'),
         ("BertForTokenClassification", 'model = pipeline("token-classification", model="user/a-model")'),
+        ("BartForConditionalGeneration", 'model = AutoModelForSeq2SeqLM.from_pretrained("user/a-model")'),
         ("BertForQuestionAnswering", 'model = AutoModelForQuestionAnswering.from_pretrained("user/a-model")'),
     ],
 )
@@ -334,7 +336,7 @@ def test_the_usage_example_is_valid_python(tmp_path, architecture, line):
     code = re.search(r"```python\n(.*?)```", make_card(tmp_path, NAME), re.S)[1]
     compile(code, "card", "exec")
     assert line in code.splitlines()
-    assert len(code.splitlines()) <= 4
+    assert len(code.splitlines()) <= 5
 
 
 def test_an_edited_card_is_kept(fake_hub, run, tmp_path):
@@ -415,6 +417,12 @@ def test_a_difference_in_logits_is_found(run, stock_here, tmp_path, monkeypatch)
     monkeypatch.setattr(stock_check, "SCRIPT", tmp_path / "changed.py")
     with pytest.raises(HubError, match="stock transformers computes other outputs .*logits differ by"):
         stock_check.check(run)
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_decoder_passes_the_check(family, stock_here, tmp_path):
+    ENCODER_DECODERS[family].make_model().save_pretrained(tmp_path)
+    stock_check.check(tmp_path)
 
 
 def test_an_adapter_to_a_local_model_is_not_pushed(run, tiny, tmp_path):
