@@ -15,7 +15,15 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint, run_folder, tasks
-from .build_data import check_tokenizer, find_sources, find_tokenizer, keeps_old_split, load_data, make_rows
+from .build_data import (
+    check_tokenizer,
+    find_sources,
+    find_tokenizer,
+    keeps_old_split,
+    load_data,
+    load_sets,
+    make_rows,
+)
 from .data import sampler
 from .data import tokenizer as tokenizers
 from .distributed import (
@@ -52,7 +60,7 @@ class Run:
     tokenizer: object  # None for token ids without a tokenizer
     task: object
     train_rows: object  # None if only evaluating
-    val_rows: object  # None without validation data
+    val_sets: dict  # validation rows by name, "" if there is one set; {} without validation data
     model: torch.nn.Module
     newly_initialized: list  # names of weights that the model of init_from did not have
     resume_from: Path | None
@@ -75,13 +83,19 @@ class Run:
     phase: str = PREPARATION  # for error messages
 
     @property
+    def val_rows(self):
+        """The validation rows, of several sets those of the first; None without."""
+        return next(iter(self.val_sets.values()), None)
+
+    @property
     def scale(self):
         """Return how much more text there is than was read: above 1 in a dry run that samples the beginning."""
         return 1 / max(1e-9, self.data_stats.get("share", 1.0))
 
     def data_fingerprints(self):
         """Return a digest of the tokens of the training and of the validation data."""
-        parts = {"training data": self.train_rows, "validation data": self.val_rows}
+        parts = {"training data": self.train_rows}
+        parts |= {f"validation data {name}".rstrip(): rows for name, rows in self.val_sets.items()}
         return {name: rows.tokens.fingerprint for name, rows in parts.items() if rows is not None}
 
     def mixture(self):
@@ -178,7 +192,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
     check_class(model, recipe.task, recipe.data.packing, task.isolates_documents, task.pads_rows)
     adapt_model(recipe, accelerator, model, task)
-    train_rows, val_rows = make_rows(recipe, data_sources, task, training, validation)
+    train_rows, val_sets = make_rows(recipe, data_sources, task, training, validation)
     if train_rows is not None:
         task.update_generation_config(model, stats["train"])
     run = Run(
@@ -188,7 +202,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         tokenizer=tokenizer,
         task=task,
         train_rows=train_rows,
-        val_rows=val_rows,
+        val_sets=val_sets,
         model=model,
         newly_initialized=newly_initialized,
         resume_from=resume_from,
@@ -196,7 +210,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         data_stats=stats,
         metrics=metrics,
     )
-    if recipe.evaluation.metric_for_best and run.val_rows is None:
+    if recipe.evaluation.metric_for_best and not run.val_sets:
         raise RecipeError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
     if tokenizer is not None and task.has_bits_per_byte:
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
@@ -409,9 +423,10 @@ def prepare_data(recipe):
     task.configure(config, data.max_len)
     if data.streaming:
         data_sources.training = []  # a stream is tokenized while it is read
-    loaded = task.load(data_sources.training, data_sources.validation, True)
+    training, validation, _ = load_sets(task, data_sources, True)
     unit = "rows" if task.is_labelled else "tokens"
-    for name, part in zip(("training", "validation"), loaded, strict=False):
+    parts = {"training": training} | {name or "validation": part for name, part in validation.items()}
+    for name, part in parts.items():
         if part is not None:
             task.make_rows(part, f"the {name} data", data.stride)
             print(f"{name:<12}{len(part):,} {unit} are prepared")

@@ -25,11 +25,11 @@ class Sources:
 
     training: list  # empty if only evaluating on val_file
     weights: list  # of each training source, in any unit
-    validation: object  # None: a part of the training data is held out
+    validation: dict  # name -> validation source, "" if there is one; {}: a part of the training data is held out
 
     @property
     def all(self):
-        return [*self.training, *([self.validation] if self.validation else [])]
+        return [*self.training, *self.validation.values()]
 
     @property
     def in_memory(self):
@@ -40,9 +40,9 @@ class Sources:
     def name(self):
         return ", ".join(source.name for source in self.training)
 
-    @property
-    def val_name(self):
-        return self.validation.name if self.validation else f"the validation part of {self.name}"
+    def val_name(self, name=""):
+        """Return how messages refer to a validation set."""
+        return self.validation[name].name if self.validation else f"the validation part of {self.name}"
 
 
 def find_sources(recipe, train_data=None, eval_data=None):
@@ -56,31 +56,33 @@ def find_sources(recipe, train_data=None, eval_data=None):
             raise DataError(f"template: {error}") from None
     if is_text:
         found.training = [sources.with_template(source, template) for source in found.training]
-        found.validation = found.validation and sources.with_template(found.validation, template)
+        found.validation = {name: sources.with_template(source, template) for name, source in found.validation.items()}
     return found
 
 
 def _find_sources(recipe, train_data, eval_data):
-    data, validation = recipe.data, None
-    column = data.text_column or "text"
+    data = recipe.data
+    options = data.text_column or "text", data.document
     if eval_data is not None:
-        validation = sources.in_memory_source(eval_data, "eval_data", column, data.document)
-    elif data.val_file:
-        validation = sources.file_source(data.val_file, column, data.document)
+        named = eval_data if isinstance(eval_data, dict) else {"": eval_data}
+        names = {name: f"eval_data[{name!r}]" if name else "eval_data" for name in named}
+        validation = {name: sources.in_memory_source(part, names[name], *options) for name, part in named.items()}
+    else:
+        named = data.val_file if isinstance(data.val_file, dict) else {"": data.val_file} if data.val_file else {}
+        validation = {name: sources.file_source(files, *options) for name, files in named.items()}
     if recipe.evaluation.eval_only and validation:
         return Sources([], [], validation)
     if train_data is not None:
-        training = [sources.in_memory_source(train_data, "train_data", column, data.document)]
-        if validation:
-            sources.check_disjoint(training, validation)
-        return Sources(training, [1.0], validation)
-    named = data.datasets or [data.model_dump()]
-    training = [find_source(entry, data) for entry in named]
-    if validation:
-        sources.check_disjoint(training, validation)
-    if recipe.run.dry_run and not data.streaming and not tasks.TASKS[recipe.task].is_labelled:
-        training, validation = [first_part(source) for source in training], validation and first_part(validation)
-    return Sources(training, [entry.get("weight", 1.0) for entry in named], validation)
+        entries, training = [{}], [sources.in_memory_source(train_data, "train_data", *options)]
+    else:
+        entries = data.datasets or [data.model_dump()]
+        training = [find_source(entry, data) for entry in entries]
+    for source in validation.values():
+        sources.check_disjoint(training, source)
+    if recipe.run.dry_run and train_data is None and not data.streaming and not tasks.TASKS[recipe.task].is_labelled:
+        training = [first_part(source) for source in training]
+        validation = {name: first_part(source) for name, source in validation.items()}
+    return Sources(training, [entry.get("weight", 1.0) for entry in entries], validation)
 
 
 def find_source(entry, data):
@@ -110,45 +112,61 @@ def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
         vocab_size: of the model; the token ids are checked against it.
         cleanup: an ExitStack, which closes the stream of a streaming run.
     Returns:
-        training data, validation data (each None if there is none) and their statistics.
+        training data (None without), a dict of validation data by name, and their statistics.
     """
     data = recipe.data
     if data.streaming and not recipe.evaluation.eval_only:
         training, validation, stats = open_stream(recipe, data_sources, tokenizer, trainer_state, show_progress)
         cleanup.callback(training.close)
     else:
-        training, validation, stats = task.load(data_sources.training, data_sources.validation, show_progress)
+        training, validation, stats = load_sets(task, data_sources, show_progress)
     for name, value in task.resolved_settings.items():
         setattr(data, name, value)
-    streams = [part.tokens if task.is_labelled and part else part for part in (training, validation)]
-    if None not in streams and streams[0].fingerprint == streams[1].fingerprint:
-        raise DataError(
-            f"{data_sources.val_name}: it holds the same tokens as {data_sources.name}; give others, or leave it out "
-            "to hold out a part"
-        )
-    for tokens, name in zip(streams, (data_sources.name, data_sources.val_name), strict=True):
+    parts = {data_sources.name: training} | {data_sources.val_name(name): part for name, part in validation.items()}
+    streams = {name: part.tokens if task.is_labelled and part else part for name, part in parts.items()}
+    train_tokens = streams[data_sources.name]
+    for name, tokens in streams.items():
+        if tokens is not train_tokens and train_tokens is not None and tokens.fingerprint == train_tokens.fingerprint:
+            raise DataError(
+                f"{name}: it holds the same tokens as {data_sources.name}; give others, or leave it out to hold out a "
+                "part"
+            )
         check_token_ids(tokens, vocab_size, name)
     return training, validation, stats
 
 
+def load_sets(task, data_sources, show_progress):
+    """Return the training data, a dict of the validation data by name, and their statistics; see [`Task.load`]."""
+    (name, source), *others = [*data_sources.validation.items()] or [("", None)]
+    training, validation, stats = task.load(data_sources.training, source, show_progress)
+    if validation is None:
+        return training, {}, stats
+    validation = {name: validation}
+    for name, source in others:
+        _, validation[name], more = task.load([], source, show_progress)
+        stats |= {f"validation {name}": more["validation"]} if "validation" in more else {}
+    return training, validation, stats
+
+
 def make_rows(recipe, data_sources, task, training, validation):
-    """Return the training and the validation rows of the data that [`load_data`] returned; None without data."""
-    train_rows = val_rows = None
+    """Return the training rows (None without), and a dict of the validation rows, of what [`load_data`] returned."""
+    train_rows = None
     if training is not None:
         train_rows = task.make_rows(training, data_sources.name, recipe.data.stride)
-    if validation is not None:
-        val_rows = task.make_rows(validation, data_sources.val_name)  # without overlap: each token counts once
-    return train_rows, val_rows
+    # without overlap: each token counts once
+    return train_rows, {name: task.make_rows(part, data_sources.val_name(name)) for name, part in validation.items()}
 
 
 def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
     """Return what `task.load` does, of a corpus that is tokenized a window at a time."""
-    data, (source,), validation = recipe.data, data_sources.training, None
+    data, (source,) = recipe.data, data_sources.training
     positions = trainer_state.get("stream") if trainer_state else None
     if source.format in TOKEN_ID_FORMATS:
         raise DataError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
-    if data_sources.validation:
-        validation, _, _ = corpus.load_tokens(data_sources.validation, tokenizer, 0.0, data.bin_dtype, is_maker)
+    validation = {
+        name: corpus.load_tokens(held_out, tokenizer, 0.0, data.bin_dtype, is_maker)[0]
+        for name, held_out in data_sources.validation.items()
+    }
     if positions and (previous := trainer_state["recipe"].get("streaming_window")) != data.streaming_window:
         raise DataError(
             f"streaming_window: {previous} when the run started, {data.streaming_window} now; give {previous}, because "
@@ -235,7 +253,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
                 raise
             raise ModelError(f"{error}; without the Hub, give --train_file FILE in place of the dataset") from None
     if isinstance(data.tokenizer, dict):
-        return _train_tokenizer(recipe, data_sources.training or [data_sources.validation])
+        return _train_tokenizer(recipe, data_sources.training or [*data_sources.validation.values()])
     if reads_text:
         trained = f"{{train: {family.tokenizer}, vocab_size: 8192}}"
         raise ModelError(f"tokenizer: text needs one; give --tokenizer a folder, a Hub id, or '{trained}'")

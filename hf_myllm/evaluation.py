@@ -208,16 +208,16 @@ def evaluate_run(run, model, step, is_final=False):
     count = (section.eval_iter or 20) * run.recipe.training.total_batch_size
     first = run.sampler.first_row(max(0, step - 1))
     train_metrics, val_metrics = _evaluate_some(run, model, run.train_rows, count, first, with_predictions=False), {}
-    if train_metrics is not None and run.val_rows:
+    if train_metrics is not None and run.val_sets:
         reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
-        val_metrics = _evaluate_some(run, model, run.val_rows, None if reads_all else count, max_generated=count)
+        val_metrics = _evaluate_sets(run, model, None if reads_all else count, max_generated=count)
     if train_metrics is None or val_metrics is None:
         return None
     line = {"step": step, "train_loss": train_metrics["loss"]}
     line |= {f"val_{name}": value for name, value in val_metrics.items()}
     if val_metrics:
         _require_metric_for_best(run, val_metrics)
-    details = run.task.describe_metrics(val_metrics) if val_metrics else ""
+    details = describe_sets(run.task, val_metrics, run.val_sets) if val_metrics else ""
     run.reporter.show_evaluation(step, train_metrics, val_metrics, details)
     generates = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # sharded weights need all ranks
     if section.start_context is not None and run.tokenizer is not None and generates:
@@ -240,7 +240,7 @@ def check_metric_for_best(run, model):
         return
     metrics = None  # if a signal ends the evaluation
     with suppress(InputError):  # a metric of the library `evaluate` may need more rows
-        metrics = _evaluate_some(run, model, run.val_rows, run.recipe.training.total_batch_size)
+        metrics = _evaluate_sets(run, model, run.recipe.training.total_batch_size)
     if metrics is not None:
         _require_metric_for_best(run, metrics)
 
@@ -254,7 +254,7 @@ def _require_metric_for_best(run, metrics):
 
 def evaluate_all(run):
     """Return the metrics of all validation rows of a run that is opened for evaluation only."""
-    if run.val_rows is None:
+    if not run.val_sets:
         raise InputError("val_file: there is nothing to evaluate on; give --val_file FILE, or a val_fraction above 0")
     if run.accelerator.is_fsdp2:
         shard_model(run.accelerator, run.model, run.recipe.training.compile)
@@ -262,7 +262,46 @@ def evaluate_all(run):
     else:
         model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     with Status(run.accelerator.is_local_main_process) as status:
-        return _evaluate_some(run, model, run.val_rows, None, status=status)
+        return _evaluate_sets(run, model, None, status=status)
+
+
+def _evaluate_sets(run, model, count, **options):
+    """Return the metrics of `count` rows of each validation set (None: all), or None if a signal came in between.
+
+    Of several sets, each metric is its mean over the sets, and NAME_METRIC its value of one set.
+
+    Args:
+        options: see [`_evaluate_some`].
+    """
+    sets = {}
+    for name, rows in run.val_sets.items():
+        sets[name] = _evaluate_some(run, model, rows, count, **options)
+        if sets[name] is None:
+            return None
+    if len(sets) == 1 and "" in sets:
+        return sets[""]
+    metrics = {}
+    for name, first in next(iter(sets.values())).items():
+        values = [own.get(name) for own in sets.values()]
+        if isinstance(first, int):  # a number of tokens or rows
+            metrics[name] = sum(values)
+        else:
+            metrics[name] = None if None in values else sum(values) / len(values)
+    for name, own in sets.items():
+        metrics |= {f"{name}_{metric}": value for metric, value in own.items()}
+    return metrics
+
+
+def describe_sets(task, metrics, names):
+    """Return the metrics beside the loss in a few words: the task's, and the loss of each of several validation sets.
+
+    Args:
+        names: of the validation sets.
+    """
+    of_one_set = tuple(f"{name}_" for name in names if name)
+    own = {name: value for name, value in metrics.items() if not name.startswith(of_one_set)}
+    losses = [f"{name} {metrics[f'{name}_loss']:.4f}" for name in names if name]
+    return ", ".join(filter(None, [task.describe_metrics(own), *losses]))
 
 
 def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, status=None, max_generated=None):

@@ -73,7 +73,7 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
         recipe: a [`Recipe`].
         train_data: in place of the recipe's `train_file`: a list of strings, a `datasets.Dataset` with the columns of
             the task, or files as in a recipe.
-        eval_data: in place of the recipe's `val_file`, likewise.
+        eval_data: in place of the recipe's `val_file`, likewise, or a dict of several by name.
         on_log: called on rank 0 with each dict that is written to metrics.jsonl.
         on_evaluate: called on rank 0 with the metrics of each evaluation.
 

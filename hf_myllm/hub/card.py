@@ -113,7 +113,8 @@ def _metadata(folder, config, run, name, pipeline, metrics):
 
 def _eval_results(metrics, pipeline, run):
     """Return the metrics in the Hub's model-index format, or None without any."""
-    sources = run.get("data", {}).get("validation", {}).get("sources", [])
+    parts = [part for name, part in run.get("data", {}).items() if name.startswith("validation")]
+    sources = [source for part in parts for source in part.get("sources", [])]
     dataset = next((source["name"] for source in sources if source["is_hub"]), "own")
     return [
         EvalResult(

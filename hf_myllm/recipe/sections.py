@@ -1,5 +1,6 @@
 """The sections of a recipe: every key with its type, default, limits and help. run_sections.py has the last three."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -25,7 +26,9 @@ class Data(Section):
         "Training text: .txt files (or any text files, by a glob), .jsonl, .parquet, a folder of one of these, or a "
         ".bin file of token ids. {stdlib} stands for the folder of Python's standard library.",
     )
-    val_file: PathText | list[PathText] | None = changeable(None, "Validation text, in the same formats.")
+    val_file: PathText | list[PathText] | dict[str, PathText | list[PathText]] | None = changeable(
+        None, "Validation text, in the same formats. Several sets by name: {code: a.txt, prose: b.txt}."
+    )
     datasets: list[Source] | None = changeable(
         None,
         "Several weighted sources instead of train_file: a list of {train_file or dataset, weight}, optionally with "
@@ -165,6 +168,16 @@ class Data(Section):
             raise RecipeError(
                 f"datasets: the weight {min(weights)} is less than a millionth of the sum; remove that source"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_val_file(self):
+        for name in self.val_file if isinstance(self.val_file, dict) else ():
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "training":
+                raise RecipeError(
+                    f"val_file: {name!r:.40} cannot name a validation set; use lower-case letters, digits and _, for "
+                    "the key val_NAME_loss"
+                )
         return self
 
     @model_validator(mode="after")

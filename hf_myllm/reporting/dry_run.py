@@ -72,9 +72,8 @@ def _parameter_shares(model):
 
 def _show_data(run, about):
     data, stats = run.recipe.data, run.data_stats.get("train", {})
-    for part, rows in (("training", run.train_rows), ("validation", run.val_rows)):
-        if rows is None:
-            continue
+    parts = {"training": run.train_rows} | {name or "validation": rows for name, rows in run.val_sets.items()}
+    for part, rows in parts.items():
         if part == "training" and data.streaming:
             print(f"training    {run.sources.name}, streamed {data.streaming_window:,} tokens at a time")
             continue

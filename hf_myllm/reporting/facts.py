@@ -77,10 +77,11 @@ def _data_facts(run):
     facts, stats, sources = {}, run.data_stats, run.sources
     parts = {
         "training": (run.train_rows, stats.get("train", {}), sources.training),
-        "validation": (run.val_rows, stats.get("validation", {}), sources.training),
     }
-    if sources.validation:
-        parts["validation"] = run.val_rows, stats.get("validation", {}), [sources.validation]
+    for name, rows in run.val_sets.items():
+        part_sources = [sources.validation[name]] if sources.validation else sources.training
+        counts = stats.get(f"validation {name}", stats.get("validation", {}))
+        parts[f"validation {name}".rstrip()] = rows, counts, part_sources
     # Token ids that were split have counts of the whole.
     unknown_counts = {"max_id", "documents", "bytes", "unknown"} if "held_out" in stats else {"max_id"}
     for part, (rows, counts, part_sources) in parts.items():
@@ -97,7 +98,7 @@ def _data_facts(run):
             "rows": len(rows),
             "sources": [facts for source in part_sources for facts in _source_facts(source)],
         }
-    if run.val_rows is not None and sources.validation is None:
+    if run.val_sets and not sources.validation:
         fraction = f"{run.recipe.data.val_fraction:.1%} of the documents"
         facts["validation"]["held_out"] = stats.get("held_out", fraction)
     return facts
@@ -137,7 +138,7 @@ def public_value(value, key=""):
     if isinstance(value, list):
         return [public_value(item, key) for item in value]
     if isinstance(value, dict):
-        return {name: public_value(item, name) for name, item in value.items()}
+        return {name: public_value(item, key if key == "val_file" else name) for name, item in value.items()}
     if not isinstance(value, str) or key == "start_context" or value.startswith("{stdlib}"):
         return value
     is_path = key in ("train_file", "val_file", "chat_template") or (value != "scratch" and Path(value).exists())

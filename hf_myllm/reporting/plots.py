@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class Curves:
     axes: dict  # "step", "tokens", "time" (seconds) -> x
     loss: np.ndarray
     learning_rate: np.ndarray
-    evaluations: dict  # "train_loss" and "val_loss" -> (steps, values)
+    evaluations: dict  # "train_loss", "val_loss" and those of several validation sets -> (steps, values)
     unigram: float | None
     unit: str
 
@@ -63,7 +64,8 @@ def read(run_dir):
     # With log_freq, a line stands for all steps since the line before it.
     tokens = np.cumsum(np.nan_to_num(columns["tokens"]) * np.diff(columns["step"], prepend=0))
     evaluations = {}
-    for key in ("train_loss", "val_loss"):
+    sets = [name.removeprefix("validation ") for name in run.get("data", {}) if name.startswith("validation ")]
+    for key in ("train_loss", "val_loss", *(f"val_{name}_loss" for name in sets)):
         points = [(line["step"], _to_float(line[key])) for line in lines if key in line]
         points = [point for point in points if math.isfinite(point[1])]
         if points:
@@ -190,6 +192,10 @@ def _draw_run(axes, run, by, size):
     _draw_smoothed(axes, run, x, label="training, smoothed", color=_SMOOTH, linewidth=1.4)
     _draw_evaluations(axes, run, by, size, "train_loss", label="training, evaluated", color=_EVALUATED)
     _draw_evaluations(axes, run, by, size, "val_loss", label="validation", color=_VALIDATION)
+    sets = [key for key in run.evaluations if key not in ("train_loss", "val_loss")]
+    for key, color in zip(sets, cycle(_COLORS[2:]), strict=False):
+        label = f"validation: {_escape(key.removeprefix('val_').removesuffix('_loss'))}"
+        _draw_evaluations(axes, run, by, size, key, label=label, color=color, linestyle=":")
     if run.unigram is not None:
         label = "unigram loss: token frequencies alone"
         axes.axhline(run.unigram, color="#737373", linestyle="--", linewidth=1, label=label)

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 from ..distributed import train_command
-from ..evaluation import unigram_loss
+from ..evaluation import describe_sets, unigram_loss
 from ..models import lora
 from ..precision import describe_fp8, describe_precision
 from ..terminal import plural
@@ -23,11 +23,15 @@ def print_summary(run, reporter):
     _print_model(run, reporter)
     _print_training_data(run, reporter)
     unigram = None
-    if run.val_rows is not None and run.task.is_labelled:
-        reporter.info(f"validation  {plural(len(run.val_rows), 'row')}")
-    elif run.val_rows is not None:
-        held_out = f", held out: {run.data_stats['held_out']}" if "held_out" in run.data_stats else ""
-        reporter.info(f"validation  {len(run.val_rows.tokens):,} tokens{held_out}")
+    held_out = f", held out: {run.data_stats['held_out']}" if "held_out" in run.data_stats else ""
+    sizes = {
+        name: plural(len(rows), "row") if run.task.is_labelled else f"{len(rows.tokens):,} tokens"
+        for name, rows in run.val_sets.items()
+    }
+    if sizes:
+        shown = ", ".join(f"{name} {size}".strip() for name, size in sizes.items())
+        reporter.info(f"validation  {shown}{held_out}")
+    if list(sizes) == [""] and not run.task.is_labelled:
         vocab_size, tokens = run.model.config.vocab_size, (run.train_rows.tokens, run.val_rows.tokens)
         unigram = unigram_loss(*tokens, vocab_size, run.token_bytes, run.task.never_predicted)
         unigram["loss"] = unigram["loss"] * run.task.text_share + run.task.chance_loss
@@ -95,12 +99,15 @@ def print_evaluation(run, metrics):
     for line in skipped_rows(run):
         print(line)
     has_perplexity = "perplexity" in metrics
-    count = f"{metrics['tokens']:,} tokens" if has_perplexity else plural(len(run.val_rows), "row")
+    num_rows = plural(sum(map(len, run.val_sets.values())), "row")
+    count = f"{metrics['tokens']:,} tokens" if has_perplexity else num_rows
     perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
     precision = run.accelerator.precision
     loss = f"validation loss {describe_loss(run.task, metrics)}{perplexity}"
-    rows = f"over all {count} of {run.val_rows.name}{'' if precision == 'fp32' else f', in {precision}'}"
-    for line in (loss, rows):
+    names = ", ".join(rows.name for rows in run.val_sets.values())
+    lines = [loss, f"over all {count} of {names}{'' if precision == 'fp32' else f', in {precision}'}"]
+    lines += [f"{name}: loss {metrics[f'{name}_loss']:.4f}" for name in run.val_sets if name]
+    for line in lines:
         print("\n".join(textwrap.wrap(line, COLUMNS, break_long_words=False, break_on_hyphens=False)))
 
 
@@ -125,11 +132,11 @@ def print_result(run, reporter, step, metrics, unigram):
         evaluations = plural(recipe.evaluation.patience, "evaluation")
         reporter.info(f"stopped     early, after step {step} of {run.total_steps}: {evaluations} without improvement")
     if metrics:
-        targets = plural(len(run.val_rows), "row")
+        targets = plural(sum(map(len, run.val_sets.values())), "row")
         if not run.task.has_predictions:
             targets = f"{metrics['tokens']:,} {run.task.target_name}"
         compared = "" if unigram is None else f"; unigram loss {unigram['loss']:.4f}"
-        details = run.task.describe_metrics(metrics)
+        details = describe_sets(run.task, metrics, run.val_sets)
         reporter.info(f"done        validation loss {format_loss(metrics['loss'])} {run.task.unit}")
         for line in indent(f"{details + ', ' if details else ''}over all {targets}{compared}"):
             reporter.info(line)
