@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
 from . import checkpoint
-from .data.tokenizer import render_chat, special_affixes
+from .data.tokenizer import as_trained, render_chat, special_affixes
 from .distributed import check_no_other_run
 from .errors import InputError, ModelError
 from .files import read_yaml
@@ -62,7 +62,7 @@ def load_tokenizer(folder):
         tokenizer = ()
     if len(tokenizer) < 2:  # from a config.json alone, AutoTokenizer makes an empty tokenizer
         raise ModelError(f"{folder}: it holds no tokenizer; save the data's own there with tokenizer.save_pretrained")
-    return tokenizer
+    return as_trained(tokenizer, folder)
 
 
 def read_recipe(run_dir):

@@ -57,6 +57,16 @@ def load(name, model_type=None):
         ) from None
     if not tokenizer.is_fast or len(tokenizer) < 2:  # a config.json alone gives an empty tokenizer
         raise ModelError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
+    return as_trained(tokenizer, name)
+
+
+def as_trained(tokenizer, folder):
+    """Return the tokenizer that `AutoTokenizer` loaded; if the folder is of a run or its checkpoint and this one splits
+    text in another way than the run's, that of the run."""
+    if any((Path(folder) / parent / "recipe.yaml").is_file() for parent in (".", "..")):
+        saved = PreTrainedTokenizerFast.from_pretrained(folder)
+        if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
+            return saved
     return tokenizer
 
 

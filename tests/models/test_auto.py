@@ -12,7 +12,7 @@ from families import CASES
 from models.stock_types import DECODERS, SIZES
 
 from hf_myllm.errors import InputError
-from hf_myllm.generate import generate
+from hf_myllm.generate import generate, load_tokenizer
 from hf_myllm.models import FAMILIES
 from hf_myllm.models.auto import training_class
 from hf_myllm.models.probe import check_class
@@ -178,3 +178,18 @@ def test_our_class_and_the_stock_one_make_the_same_run(name, tmp_path, tiny_fami
     assert_same_run(tmp_path / "ours", tmp_path / "stock", 1e-5)
     configs = [json.loads((tmp_path / part / "config.json").read_text()) for part in ("ours", "stock")]
     assert configs[0]["architectures"] == configs[1]["architectures"]
+
+
+def test_a_run_keeps_its_tokenizer_where_the_library_replaces_it(tmp_path):
+    """AutoTokenizer splits the text of a model type `qwen2` by rules of its own, whatever the tokenizer's file says."""
+    texts = [f"{text} 1234 1234 1234" for text in TEXTS]  # its rules split numbers into digits
+    settings = {"tokenizer": {"train": "bpe", "vocab_size": 400}}
+    train(make_recipe("qwen2", tmp_path / "run", **settings), train_data=texts)
+    forget_end(tmp_path / "run", tmp_path / "killed")
+    train(make_recipe("qwen2", tmp_path / "killed", resume=True, **settings), train_data=texts)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "killed")]
+    assert weights[0] == weights[1]
+    sample = "Anna 1234 1234"
+    ids = load_tokenizer(tmp_path / "run")(sample)["input_ids"]
+    assert ids == transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "run")(sample)["input_ids"]
+    assert ids != transformers.AutoTokenizer.from_pretrained(tmp_path / "run")(sample)["input_ids"]
