@@ -5,6 +5,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sysconfig
 import time
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,11 @@ def hardware(place):
     """Measure the ceilings: a copy within the device's memory, and a matrix product in bf16 on random data."""
     if not (place.on_gpu or place.is_rehearsal):
         raise SystemExit("there is no GPU here; add --rehearse to try everything at a tiny size")
+    tools = {"a C compiler": shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")}
+    tools["Python.h"] = Path(sysconfig.get_path("include"), "Python.h").exists()
+    for name, found in tools.items():
+        got, ok = "found" if found else "missing", found if place.on_gpu else None
+        place.report(f"{name}, which Triton needs", "found", got, ok)
     row = {"versions": versions(), "cores": os.cpu_count()}
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]

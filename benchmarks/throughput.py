@@ -97,18 +97,17 @@ def run_one(peer, work, folder, precision, mode, warmup, steps):
 
 
 def show(work, runs_of):
-    """Print a table of medians; return the measurements of each peer."""
+    """Print medians over the rounds, of speeds and of their ratios to ours; return the measurements of each peer."""
     shape = WORKS[work]
     print(f"\n{work}: {shape.family}, {shape.task}, {shape.rows} x {shape.length} tokens per step")
-    best = {peer: statistics.median(tokens for tokens, _ in runs) for peer, runs in runs_of.items()}
-    result = {}
+    result, ours = {}, [tokens for tokens, _ in runs_of.get("ours", [])]
     for peer, runs in runs_of.items():
         speeds, memory = [tokens for tokens, _ in runs], max(memory for _, memory in runs) / 1e9
-        ratio = best.get("ours", best[peer]) / best[peer]
+        ratio = statistics.median(a / b for a, b in zip(ours or speeds, speeds, strict=True))
         result[peer] = {"tokens_per_second": speeds, "peak_memory_gb": memory, "ours_over_it": ratio}
         print(
-            f"  {peer:<13} {best[peer]:>12,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}), {memory:.2f} GB; "
-            f"ours is {ratio:.2f} times as fast"
+            f"  {peer:<13} {statistics.median(speeds):>12,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}), "
+            f"{memory:.2f} GB; ours is {ratio:.2f} times as fast"
         )
     return result
 
