@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from ..errors import ModelError, first_line
@@ -178,7 +178,8 @@ def train(algorithm, texts, vocab_size, new_tokens):
     Args:
         algorithm: a key of TRAINERS.
         vocab_size: None for all characters of the text.
-        new_tokens: {attribute: special token or list of them} to add, where the algorithm has none of its own.
+        new_tokens: {attribute: special token or list of them} to add, where the algorithm has none of its own; with
+            any, each text ends with the end token, as T5's and BART's do.
     Raises:
         ModelError: they leave too few tokens for the text.
     """
@@ -190,8 +191,19 @@ def train(algorithm, texts, vocab_size, new_tokens):
             f"give at least {smallest}"
         )
     tokenizer = TRAINERS[algorithm](texts, vocab_size and vocab_size - num_new)
+    if not new_tokens:
+        return tokenizer
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
     tokenizer.add_special_tokens({name: token for name, token in new_tokens.items() if not getattr(tokenizer, name)})
-    return tokenizer
+    if tokenizer.sep_token is not None:
+        return tokenizer
+    backend, end = tokenizer.backend_tokenizer, tokenizer.eos_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    special = tokenizer.special_tokens_map | {"extra_special_tokens": tokenizer.extra_special_tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)  # GPT-2's class would drop the end
 
 
 TRAINERS = {

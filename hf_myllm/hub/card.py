@@ -79,7 +79,7 @@ def _card_values(folder, run_dir, config, run, name, revision):
         "family": family.display_name if family else config["model_type"],
         "architecture": architecture,
         "step": step,
-        "usage": _usage(folder, name),
+        "usage": _usage(folder, name, run),
         "repo": json.dumps(name),
         "revision": f", revision={json.dumps(revision)}" if revision else "",
         "new_tokens": min(50, length // 2) if length else 50,  # the stock GPT-2 fails beyond its positions
@@ -129,14 +129,17 @@ def _eval_results(metrics, pipeline, run):
     ] or None
 
 
-def _usage(folder, name):
+def _usage(folder, name, run):
     """Return the values of the usage example: how to load the model, and which calls it supports."""
+    recipe = run.get("recipe", {})
+    source = recipe.get("evaluation", {}).get("start_context") or "A text."
     template, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     has_tokenizer = any(Path(folder).glob("tokenizer*.json"))
     line = lora.how_to_load(folder, name)[:-1]  # without the last parenthesis
     return {
         "load": line,
         "classes": sorted(set(re.findall(r"(?:Auto)?[A-Z]\w+(?=\.from_pretrained)", line))),
+        "source": json.dumps(recipe.get("data", {}).get("source_prefix", "") + source, ensure_ascii=False),
         "has_pipeline": has_tokenizer and not lora.base_of(folder),
         "has_chat": template.is_file() or (config.is_file() and "chat_template" in config.read_text(encoding="utf-8")),
     }

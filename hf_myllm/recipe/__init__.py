@@ -137,7 +137,10 @@ class Recipe(BaseModel):
         family = families[self.family]
         self.task = self.task or next(iter(family.tasks))
         if self.task not in family.tasks:
-            raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {' or '.join(family.tasks)}")
+            choices = " or ".join(family.tasks)
+            if self.task == "seq2seq" and "instruction" in family.tasks:
+                choices = "instruction, with prompt and completion: a decoder reads the source as a prompt"
+            raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {choices}")
         self.config = _check_config(self.config, self.model, family.config, origins or {})
         if self.data.mlm_probability is None:
             self.data.mlm_probability = self._mlm_probability()

@@ -134,7 +134,7 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
             if stats.get(name)
         ]
         if val_rows is not None and not _HAS_LIBRARIES:
-            lines.append("ROUGE, BLEU and chrF need: pip install sacrebleu rouge-score")
+            lines.append('ROUGE, BLEU and chrF need: pip install "hf-myllm[text-metrics]"')
         return lines
 
     # ---- rows and batches

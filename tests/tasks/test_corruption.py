@@ -34,7 +34,11 @@ def make_task(name, tokenizer, max_len=LENGTH, **settings):
 
 
 def make_rows(task, tokenizer, text):
-    ids = [token for line in text for token in [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]]
+    ids = [
+        token
+        for line in text
+        for token in [*tokenizer(line, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ]
     return task.make_rows(TokenStream([np.array(ids)], "", max(ids)), "the text"), np.array(ids)
 
 

@@ -3,13 +3,17 @@
 import itertools
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import small_runs as runs
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from conftest import read_weights, train
+from families import CASES
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from hf_myllm import evaluation, tasks
 from hf_myllm.data import sources
@@ -84,7 +88,7 @@ def test_real_tokenizers_give_the_rows_of_stock_fine_tuning(tmp_path, assets):
 def test_too_long_texts_are_cut_and_counted(tmp_path, bpe):
     task = make_task(bpe, max_len=6, max_target_len=4)
     rows, _ = load_rows(write_source(tmp_path, ROWS), task)
-    longer = {name: sum(len(bpe(row[name])["input_ids"]) > limit - 1 for row in ROWS)
+    longer = {name: sum(len(bpe(row[name])["input_ids"]) > limit for row in ROWS)
               for name, limit in (("source", 6), ("target", 4))}  # fmt: skip
     assert 0 < longer["source"] < 30
     assert task.summary_lines(rows, None, rows.stats) == [
@@ -185,7 +189,7 @@ def test_without_the_libraries_two_metrics_are_left(monkeypatch, bpe):
     metrics = seq2seq.text_metrics(["a"], ["a"], [[1]], [[1]])
     assert metrics == {"exact_match": 1.0, "token_error_rate": 0.0, "generated_rows": 1}
     task = make_task(bpe)
-    assert task.summary_lines(None, [1], {}) == ["ROUGE, BLEU and chrF need: pip install sacrebleu rouge-score"]
+    assert task.summary_lines(None, [1], {}) == ['ROUGE, BLEU and chrF need: pip install "hf-myllm[text-metrics]"']
     assert task.describe_metrics(metrics | {"loss": 1.0}) == "exact match 100.0%, token errors 0.0% of 1 generated row"
 
 
@@ -253,3 +257,65 @@ def test_an_evaluation_generates_a_limited_number_of_rows(generator, monkeypatch
     assert evaluation.evaluate_rows(*arguments)["exact_match"] == 1 / 30
     assert "exact_match" not in evaluation.evaluate_rows(*arguments, with_predictions=False)
     assert evaluation.evaluate_rows(*arguments, should_stop=lambda done, total: len(generated) > 45) is None
+
+
+# ---- with our models
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_loss_is_that_of_the_stock_class(tmp_path, bpe, family):
+    tokens = {"vocab_size": len(bpe), "pad_token_id": bpe.pad_token_id, "decoder_start_token_id": bpe.eos_token_id}
+    ours, stock = CASES[family].make_pair(tmp_path / "model", **tokens)
+    task = make_task(bpe, max_target_len=6, label_smoothing=0.2)
+    rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+    batch = task.batch(rows, np.arange(7), size=8)
+    counts = {"num_items_in_batch": 2 * task.count_targets(batch)["num_items_in_batch"]}
+    known = {name: values[:7] for name, values in batch.items()}
+    expected = stock(**known)
+    torch.testing.assert_close(task.forward(ours, batch, counts).loss * 2, expected.loss)
+    logits, labels = expected.logits, known["labels"]
+    smoothed = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(task.forward(ours.train(), batch, counts).loss * 2, smoothed)
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Return the settings of a run that learns to copy a word, as a summary of two."""
+    folder, draw = tmp_path_factory.mktemp("copies"), random.Random(0)
+    words = ["".join(draw.choice("abcd") for _ in range(draw.randint(1, 3))) for _ in range(200)]
+    rows = [{"document": f"{word} {draw.choice(words)}", "summary": word} for word in words]
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    return {
+        **{"model": "t5", "task": "seq2seq", "tokenizer": runs.BPE, "max_len": 16, "max_target_len": 8, **sizes},
+        **{"train_file": runs.write_lines(folder / "train.jsonl", rows), "val_fraction": 0.1, "max_steps": 8},
+        **{"batch_size": 16, "learning_rate": 1e-2, "eval_freq": 4, "metric_for_best": "token_error_rate"},
+        **{"source_prefix": "first: ", "start_context": "ab cd", "save_freq": 4, "label_smoothing": 0.1},
+    }
+
+
+def test_a_run_evaluates_resumes_and_predicts_as_the_stock_class(copies, tmp_path, capsys):
+    flags, run, cut = runs.flags(**copies), tmp_path / "run", tmp_path / "cut"
+    assert train(*flags, "--save_model", run) == 0
+    out = capsys.readouterr().out
+    assert "of 20 generated rows" in " ".join(out.split())
+    first, second = runs.evaluations(run)[-2:]
+    assert second["val_loss"] < first["val_loss"]
+    for line in (first, second):
+        assert {"val_rouge2", "val_bleu", "val_chrf", "val_exact_match", "val_token_error_rate", "sample"} <= set(line)
+    shutil.copytree(run, cut)
+    shutil.rmtree(cut / "checkpoint-8")
+    (cut / "model.safetensors").unlink()
+    assert train(*flags, "--save_model", cut, "--init_from", "resume") == 0
+    assert read_weights(cut) == read_weights(run)
+    assert train(*flags, "--save_model", run, "--init_from", "resume", "--source_prefix", "other: ") == 2
+    assert "source_prefix was 'first: ' and is 'other: '" in capsys.readouterr().err
+
+    rows = [{"document": text} for text in ("ab cd", "d", "abcd dcba")] + [{"document": "a b", "summary": "a"}]
+    assert runs.predict(run, "--input", runs.write_lines(tmp_path / "in.jsonl", rows), "--num_beams", 2) == 0
+    out, err = capsys.readouterr()
+    assert "generated_rows    1" in err
+    tokenizer, model = AutoTokenizer.from_pretrained(run), AutoModelForSeq2SeqLM.from_pretrained(run)
+    for row, line in zip(rows, map(json.loads, out.splitlines()), strict=True):
+        source = tokenizer("first: " + row["document"], return_tensors="pt")
+        expected = model.generate(**source, num_beams=2)[0]  # its own generation_config has the limit
+        assert line == row | {"prediction": tokenizer.decode(expected, skip_special_tokens=True)}
