@@ -54,6 +54,10 @@ def find_sources(recipe, train_data=None, eval_data=None):
             check_template(text)
         except ValueError as error:
             raise DataError(f"template: {error}") from None
+    if recipe.data.deduplicate:
+        if token_ids := [source.name for source in found.training if source.format in TOKEN_ID_FORMATS]:
+            raise DataError(f"deduplicate: {token_ids[0]} holds token ids, not documents; remove deduplicate")
+        found.training = [replace(source, deduplicate=True) for source in found.training]
     if is_text:
         found.training = [sources.with_template(source, template) for source in found.training]
         found.validation = {name: sources.with_template(source, template) for name, source in found.validation.items()}

@@ -174,11 +174,13 @@ def _load_text(source, tokenizer, split, show_progress):
 def _tokenize(source, tokenizer, split, folder, show_progress):
     """Write train.arrow, validation.arrow and stats.json."""
     end, split_pattern = end_of_document(tokenizer), safe_split_pattern(tokenizer)
-    hold_out = HoldOut(((None, text) for text in _first_pieces(source, split_pattern)), *split)
+    repeated = _find_repeated(source, split_pattern) if source.deduplicate else frozenset()
+    first_pieces = _first_pieces(_leave_out(read_documents(source, split_pattern), repeated))
+    hold_out = HoldOut(((None, text) for text in first_pieces), *split)
     parts = {part: _PartWriter(folder / f"{part}.arrow", tokenizer) for part in ("train", "validation")}
     num_documents, is_first = 0, True
     with Progress(total_size(source), show_progress) as progress:
-        pieces = read_documents(source, split_pattern, progress.add_read)
+        pieces = _leave_out(read_documents(source, split_pattern, progress.add_read), repeated)
         for batch in tokenize_pieces(pieces, tokenizer):
             for (text, is_end), ids in batch:
                 if is_first:
@@ -189,6 +191,7 @@ def _tokenize(source, tokenizer, split, folder, show_progress):
                 writer.flush()
             progress.add_tokens(sum(len(ids) for _, ids in batch))
     stats = {name: part.close() for name, part in parts.items()}
+    stats["train"]["repeated"] = len(repeated)
     stats["share"] = progress.fraction if source.max_chars else 1.0
     if not stats["train"]["tokens"]:
         if stats["validation"]["tokens"]:
@@ -197,13 +200,36 @@ def _tokenize(source, tokenizer, split, folder, show_progress):
     (folder / "stats.json").write_text(json.dumps(stats))
 
 
-def _first_pieces(source, split_pattern):
-    """Yield the first piece of each document of a source."""
+def _first_pieces(pieces):
+    """Yield the first piece of each document."""
     is_first = True
-    for text, is_end in read_documents(source, split_pattern):
+    for text, is_end in pieces:
         if is_first:
             yield text
         is_first = is_end
+
+
+def _find_repeated(source, split_pattern):
+    """Return the numbers of the documents of a source whose text is that of an earlier one."""
+    seen, repeated, digest, number = set(), set(), hashlib.blake2b(digest_size=8), 0
+    for text, is_end in read_documents(source, split_pattern):
+        digest.update(text.encode())
+        if is_end:
+            key = digest.digest()
+            if key in seen:
+                repeated.add(number)
+            seen.add(key)
+            digest, number = hashlib.blake2b(digest_size=8), number + 1
+    return repeated
+
+
+def _leave_out(pieces, numbers):
+    """Yield the pieces of all documents but those with these numbers."""
+    number = 0
+    for text, is_end in pieces:
+        if number not in numbers:
+            yield text, is_end
+        number += is_end
 
 
 class _PartWriter:

@@ -40,6 +40,7 @@ class Source:
         data: the list of strings or the `datasets.Dataset` in memory.
         fingerprint: a digest of the data in memory.
         template: makes the text of several columns in place of text_column; see columns.py.
+        deduplicate: whether documents that were read before are left out.
     """
 
     format: str
@@ -56,6 +57,7 @@ class Source:
     data: object = field(default=None, compare=False, repr=False)
     fingerprint: str = ""
     template: str = ""
+    deduplicate: bool = False
 
     @property
     def text_columns(self):
@@ -190,8 +192,9 @@ def source_key(source):
         DataError: a file no longer exists.
     """
     key = asdict(replace(source, files=(), data=None))
-    if not source.template:  # the keys of version 0.2 have none
-        del key["template"]
+    for name in ("template", "deduplicate"):  # which keys of version 0.1 do not have
+        if not key[name]:
+            del key[name]
     if source.format == "hub":  # an unpinned revision may have changed
         return key if source.is_streamed else key | {"fingerprint": load_hub(source)._fingerprint}
     key |= {"name": "", "num_duplicates": 0}

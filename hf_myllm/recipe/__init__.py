@@ -339,6 +339,7 @@ def _check_config(values, model, config_class, origins):
 def _check_streaming(recipe):
     data = recipe.data
     others = {"epochs": recipe.training.epochs, "datasets": data.datasets, "stride": data.stride}
+    others |= {"deduplicate": data.deduplicate}
     others |= {f"packing {data.packing}": data.packing in ("pad", "best_fit")}
     for name, is_set in others.items():
         if is_set:

@@ -103,6 +103,9 @@ class Data(Section):
         tasks=(*LABELLED_TASKS, "instruction", "seq2seq"),
     )
     document: Literal["file", "line"] = changeable("file", "What a document is in a text file.", tasks=TEXT_TASKS)
+    deduplicate: bool = changeable(
+        False, "Read each text of the training data once: leave out documents that are equal.", tasks=TEXT_TASKS
+    )
     val_fraction: float = fixed(
         0.05,
         "Fraction of the documents, or of the rows of each label, held out for validation when there is no val_file.",

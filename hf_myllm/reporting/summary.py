@@ -77,6 +77,8 @@ def _print_training_data(run, reporter):
         reporter.warning(f"{_INDENT}{plural(duplicates, 'file')} named more than once, read once")
     for line in run.mixture():
         reporter.info(_INDENT + line)
+    if stats.get("repeated"):
+        reporter.info(f"{_INDENT}{plural(stats['repeated'], 'equal document')} left out")
     unknown = stats.get("unknown", 0) / max(1, stats.get("tokens", 0))
     if unknown > 0.001:
         token = run.tokenizer.unk_token

@@ -121,6 +121,21 @@ def test_the_share_of_very_many_documents(bpe, monkeypatch):
     assert abs(len(held_out_texts(bpe, texts)[0]) - 300) < 60
 
 
+def test_equal_documents_are_read_once(bpe, monkeypatch):
+    """Also long ones, of which the beginning is equal; and nothing else changes."""
+    texts = [f"text {n % 7} " * (n % 7 + 1) for n in range(30)] + ["word " * 100 + str(n % 2) for n in range(6)]
+    unique = list(dict.fromkeys(texts))
+    for piece_chars in (1000, 50):
+        monkeypatch.setattr(readers, "_PIECE_CHARS", piece_chars)
+        source, expected = (sources.in_memory_source(part, "texts") for part in (texts, unique))
+        tokens, held_out, stats = corpus.load_tokens(replace(source, deduplicate=True), bpe, 0.2)
+        assert stats["train"]["repeated"] == len(texts) - len(unique)
+        same, same_held_out, _ = corpus.load_tokens(expected, bpe, 0.2)
+        assert all_ids(tokens) == all_ids(same)
+        assert all_ids(held_out) == all_ids(same_held_out)
+    assert len(corpus.load_tokens(source, bpe)[0]) > 2 * len(tokens)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "bert-base-uncased", "t5"])
 def test_a_long_document_in_pieces_gives_the_same_tokens(assets, monkeypatch, tmp_path, name):
     loaded = tokenizer.load(str(assets / "tokenizers" / name))
