@@ -76,10 +76,23 @@ class Families(dict):
         return next((name for name, family in self.items() if family.config.model_type == model_type), model_type)
 
     def name_of_model(self, pretrained):
-        """Return the name of the family of a model or an adapter, a folder or Hub id; see `loading.read_model_type`."""
+        """Return the name of the family of a model or an adapter, a folder or Hub id.
+
+        Raises:
+            ModelError: there is no model, or it is of no type that can be trained.
+        """
         from .loading import read_model_type  # which imports this module
 
-        return self.name_of(read_model_type(pretrained))
+        name = self.name_of(read_model_type(pretrained))
+        if not isinstance(name, str):
+            raise ModelError(f"{pretrained}: its config.json names no model_type; give --model")
+        try:
+            return self[name] and name
+        except KeyError:
+            raise ModelError(
+                f"{pretrained} is a model of type {name!r:.80}, which this version of transformers does not have; code "
+                "of its own (auto_map) is not run"
+            ) from None
 
     def known_names(self):
         """Return all names, ours first."""

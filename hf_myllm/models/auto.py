@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError
 from .loss import IGNORE_INDEX
-from .stock import StockConfigMixin
+from .stock import MAX_LAYERS, StockConfigMixin
 
 # Tasks -> the library's list of the classes that have their head.
 _HEADS = {
@@ -218,6 +218,8 @@ def check_sizes(config_class, values):
 def check_architecture(config):
     """Raise ValueError if a size of a stock configuration is below 1, or a dropout or the like is out of range."""
     check_sizes(type(config), {name: getattr(config, name) for name in type(config).__dataclass_fields__})
+    if (getattr(config, "num_hidden_layers", None) or 0) > MAX_LAYERS:  # each takes a millisecond to make
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; it must be at most {MAX_LAYERS}")
     StockConfigMixin._check_ranges(config)
 
 

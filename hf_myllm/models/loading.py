@@ -45,8 +45,9 @@ def read_model_type(pretrained):
             f"Hugging Face Hub ({first_line(error)[:200]})"
         ) from None
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method")
-        raise ModelError(f"the model {pretrained} is quantized ({method}); give one that is not")
+        raise ModelError(
+            f"the model {pretrained} is quantized ({config['quantization_config']!r:.80}); give one that is not"
+        )
     return config.get("model_type")
 
 
@@ -117,6 +118,7 @@ def build_config(
                 offset = auto.position_offset(config_class, settings.get("pad_token_id"))
                 settings.setdefault(positions, max_len + offset)
             config = config_class(**settings)
+        vars(config).pop("auto_map", None)  # names code of somebody else, which is not run
         family.check_architecture(config)
     except _CONFIG_ERRORS as error:
         raise ModelError(f"config of {pretrained or family_name}: {first_line(error.__cause__ or error)}") from None
@@ -345,7 +347,8 @@ def _initialize(model_class, config, dtype, family):
         size, memory = count_parameters(model_class, config) * dtype.itemsize, physical_memory()
     except Exception as error:  # of a stock class, which does not check its configuration
         raise ModelError(
-            f"config of {family}: no {model_class.__name__} can be made of it: {first_line(error)}"
+            f"config of {family}: no {model_class.__name__} can be made of it ({type(error).__name__}: "
+            f"{first_line(error)}); correct it"
         ) from None
     if memory and size > memory:  # otherwise it would be made layer by layer until the machine has no memory left
         raise ModelError(

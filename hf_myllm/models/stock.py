@@ -17,7 +17,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window", "d_ff",
     "encoder_ffn_dim", "num_decoder_layers", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim",
 )  # fmt: skip
-_MAX_LAYERS = 1024
+MAX_LAYERS = 1024
 # rope_type -> keys of rope_parameters that it needs, and that it may have, besides rope_theta
 _LENGTH = "original_max_position_embeddings"
 _ROPE_KEYS = {
@@ -92,8 +92,8 @@ class StockConfigMixin:
         sizes = {name: get_field(self, field) for name, field in names.items()}
         self.check_sizes({names[name]: size for name, size in sizes.items()})
         for name in ("num_hidden_layers", "num_decoder_layers", "decoder_layers"):
-            if (layers := sizes[name] or 0) > _MAX_LAYERS:  # each takes a millisecond to make, without weights
-                raise ValueError(f"{names[name]} is {layers}; it must be at most {_MAX_LAYERS}")
+            if (layers := sizes[name] or 0) > MAX_LAYERS:  # each takes a millisecond to make, without weights
+                raise ValueError(f"{names[name]} is {layers}; it must be at most {MAX_LAYERS}")
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         # A family whose head_dim has a default of its own (Qwen3, T5) does not derive it from the width.
         if getattr(type(self), names["head_dim"], None) is None and width % heads:

@@ -329,6 +329,7 @@ def _check_config(values, model, config_class, origins):
     resolved, written = {}, {}
     for name in values:  # hidden_size is GPT-2's n_embd
         stock = config_class.attribute_map.get(name, name)
+        stock = stock if stock in hints else name  # Qwen3Moe's num_local_experts is no field
         if stock in resolved and origins.get(name) == origins.get(written[stock]):
             where = origins.get(name, "Recipe")
             raise RecipeError(f"{where}: '{written[stock]}' and '{name}' are the same key; give one of them")

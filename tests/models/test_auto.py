@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from conftest import assert_same_run, read_metrics, write_story
 from conftest import train as run_train
 from families import CASES
+from launching import run_command, run_ranks, start, wait_for
 from models.stock_types import DECODERS, SIZES
 
 from hf_myllm.errors import InputError
@@ -160,13 +162,11 @@ def test_encoders_keep_packed_documents_apart(name):
     model = family.tasks["mlm"](family.config(**sizes | SIZES.get(name, {"hidden_size": 24, "num_hidden_layers": 2})))
     model.eval()
     ids = torch.randint(4, 97, (1, 40), generator=torch.Generator().manual_seed(0))
-    ends = [(0, 14), (14, 40)]
     documents = torch.tensor([[0] * 14 + [1] * 26])
     positions = torch.tensor([[*range(14), *range(26)]])
     packed = model.stock_forward(input_ids=ids, document_ids=documents, position_ids=positions).logits
-    for start, stop in ends:
-        alone = model(ids[:, start:stop]).logits
-        torch.testing.assert_close(packed[:, start:stop], alone, rtol=0, atol=1e-6)
+    for document in (slice(0, 14), slice(14, 40)):
+        torch.testing.assert_close(packed[:, document], model(ids[:, document]).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert"])
@@ -193,3 +193,84 @@ def test_a_run_keeps_its_tokenizer_where_the_library_replaces_it(tmp_path):
     ids = load_tokenizer(tmp_path / "run")(sample)["input_ids"]
     assert ids == transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "run")(sample)["input_ids"]
     assert ids != transformers.AutoTokenizer.from_pretrained(tmp_path / "run")(sample)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "qwen"}, "model 'qwen' is not known; .*did you mean .*'qwen2'"),
+        ({"model": "vit"}, "model vit is no text model with a head for any task"),
+        ({"model": "gemma3"}, "text_config and vision_config.*its text model is gemma3_text"),
+        ({"task": "mlm"}, "task 'mlm' is not a task of mistral; choose causal"),
+        ({"config": {"n_embd": 32}}, "unknown key 'n_embd' in config of mistral"),
+        ({"config": {"num_hidden_layers": 9999}}, "num_hidden_layers is 9999; it must be at most 1024"),
+        ({"config": {**SIZES["mistral"], "num_key_value_heads": 3}}, "it fails on a row of tokens"),
+        ({"config": {**SIZES["mistral"], "rope_parameters": {"rope_type": "x"}}}, "no MistralForCausalLM can be made"),
+        (
+            {"model": "mamba", "config": SIZES["mamba"], "max_len": None},
+            "max_len: this model has no number of positions",
+        ),
+        ({"model": "xlnet", "config": {"d_model": 16, "n_layer": 1, "n_head": 1}}, "its tokens see later ones"),
+        ({"model": "albert", "config": SIZES["albert"], "gradient_checkpointing": True}, "albert does not support it"),
+        ({"model": "albert", "config": SIZES["albert"], "optimizer": "muon"}, "muon finds no matrices in the layers"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_before_anything_is_written(changed, message, tmp_path):
+    recipe = make_recipe("mistral", tmp_path / "run", **changed)
+    if changed.get("model") == "albert":
+        recipe.data.tokenizer = {"train": "wordpiece", "vocab_size": 120}
+    with pytest.raises(InputError, match=message) as error:
+        train(recipe, train_data=TEXTS)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "m.C"}}, "type 'evil', .*code of its own .* is not run"),
+        ({"model_type": None}, "names no model_type; give --model"),
+        ({"model_type": "gemma3"}, "only text models can be trained; its text model is gemma3_text"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_trained_is_one_line(changed, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(make_model("mistral").config.to_dict() | changed))
+    recipe = make_recipe("mistral", tmp_path / "run", model=None, config={}, init_from=str(tmp_path))
+    with pytest.raises(InputError, match=message):
+        train(recipe, train_data=TEXTS)
+    assert not (tmp_path / "run").exists()
+
+
+def stock_flags(tiny, name, **changed):
+    """Return the flags of a run on files, for a process of its own."""
+    tokenizer = "{train: bpe, vocab_size: 300}" if name in DECODERS else "{train: wordpiece, vocab_size: 120}"
+    keys = dict.fromkeys(("n_layer", "n_head", "n_embd", "start_context"))
+    return tiny(**keys | {"model": name, **SIZES[name], "tokenizer": tokenizer} | changed)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["qwen3_moe", "mamba", "roberta"])
+def test_a_stock_class_killed_and_resumed_writes_the_same_bytes(name, tiny, tmp_path):
+    reference, run = tmp_path / "reference", tmp_path / "killed"
+    assert run_train(*stock_flags(tiny, name, save_freq=5, save_model=reference)) == 0
+    process = start(*stock_flags(tiny, name, save_freq=5, save_model=run))
+    wait_for([process], (run / "checkpoint-10").exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "model.safetensors").exists()
+    assert run_train(*stock_flags(tiny, name, save_freq=5, save_model=run), "--init_from", "resume") == 0
+    assert (run / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert read_metrics(run, "loss") == read_metrics(reference, "loss")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3_text", "deberta-v2", "electra"])
+def test_a_stock_class_is_the_same_on_two_ranks(name, tiny, tmp_path):
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if name not in DECODERS else {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        flags = stock_flags(tiny, name, max_steps=6, batch_size=2, save_model=folder, **dropout)
+        result = run_ranks(count, *flags) if count > 1 else run_command(*flags)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "2", tmp_path / "1", 1e-5)
