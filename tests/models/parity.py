@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_bert
 import test_causal
-from families import DECODERS
+import test_encoder_decoder
+from families import DECODERS, ENCODER_DECODERS
 
 CHECKS = ("outputs", "loss", "gradients", "eager", "padded", "checkpointed")
 
@@ -57,13 +58,16 @@ def compare(ours, stock, inputs, mask):
 
 def table():
     with tempfile.TemporaryDirectory() as folder:
-        for family in DECODERS.values():
+        for family in [*DECODERS.values(), *ENCODER_DECODERS.values()]:
             worst = {}
             for index, variant in enumerate(family.variants):
                 ours, stock = family.make_pair(Path(folder) / f"{family.name}{index}", **variant)
                 for model in (ours, stock):
                     model.set_attn_implementation(variant.get("attn_implementation", "sdpa"))
-                inputs = {"input_ids": test_causal.batch(), "labels": test_causal.batch(seed=2), "use_cache": False}
+                inputs = {"input_ids": test_causal.batch(), "labels": test_causal.batch(seed=2)}
+                if family.name in ENCODER_DECODERS:
+                    inputs = test_encoder_decoder.batch()
+                inputs["use_cache"] = False
                 for check, value in compare(ours, stock, inputs, test_bert.PADDING).items():
                     worst[check] = max(worst.get(check, 0.0), value)
             yield f"{family.name}, {len(family.variants)} variants", family.stock_generator, worst
