@@ -106,9 +106,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     if (trained := TASKS.get(recipe["task"])) and (trained.has_predictions or trained.generates_predictions):
         name = recipe["task"]
     settings = {key: value for key, value in settings.items() if value is not None}
-    for key in settings:
-        if settings[key] and name not in FIELDS[key].json_schema_extra.get("tasks", [name]):
-            raise InputError(f"--{key}: it has no effect with task {name}; leave it out")
+    _check_options(settings, name)
     settings = recipe["settings"] | {"skip_bad_rows": False} | settings
     positions = num_positions(model.config)
     max_len = max_len or settings.get("max_len") or positions or 512
@@ -142,6 +140,16 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
                 file.write(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
                 count += 1
     return count, skipped, task.compute_metrics(*zip(*compared, strict=True)) if compared else {}
+
+
+def _check_options(options, task):
+    """Raise InputError if a key has no effect with a task, or its value is out of range."""
+    for key, value in options.items():
+        if value and task not in FIELDS[key].json_schema_extra.get("tasks", [task]):
+            raise InputError(f"--{key}: it has no effect with task {task}; leave it out")
+        for limit in FIELDS[key].metadata:
+            if not getattr(limit, "ge", value) <= value <= getattr(limit, "le", value):
+                raise InputError(f"--{key}: {value} is out of range; docs/recipes.md has the limits")
 
 
 @contextmanager

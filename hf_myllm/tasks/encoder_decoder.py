@@ -20,6 +20,10 @@ class EncoderDecoder(Task):
     def prepare_tokenizer(self, is_trained):
         require_tokens(self.name, self.tokenizer, self.new_tokens, _SUGGESTION)
 
+    @property
+    def num_special_tokens(self):
+        return sum(map(len, special_affixes(self.tokenizer)))
+
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)
         self.pad, self.decoder_start = self.tokenizer.pad_token_id, model_config.decoder_start_token_id
@@ -38,10 +42,6 @@ class CorruptedText(EncoderDecoder):
 
     packings = ("stream",)
     has_stride = False
-
-    @property
-    def num_special_tokens(self):
-        return sum(map(len, special_affixes(self.tokenizer)))
 
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..generate import decode_target, encode_source, end_tokens, generate_ids
 from ..models.auto import num_positions
 from ..terminal import plural
@@ -45,6 +46,11 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         super().configure(model_config, max_len)
         longest = self.settings.max_target_len
         self.max_target_len = min(longest, num_positions(model_config) or longest)
+        if self.max_target_len <= self.num_special_tokens:
+            raise InputError(
+                f"max_target_len {self.max_target_len} is too small: each target has {self.num_special_tokens} special "
+                "tokens; raise it"
+            )
         self.logits_share = self.max_target_len / max_len
 
     # ---- examples

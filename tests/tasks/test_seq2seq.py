@@ -319,3 +319,19 @@ def test_a_run_evaluates_resumes_and_predicts_as_the_stock_class(copies, tmp_pat
         source = tokenizer("first: " + row["document"], return_tensors="pt")
         expected = model.generate(**source, num_beams=2)[0]  # its own generation_config has the limit
         assert line == row | {"prediction": tokenizer.decode(expected, skip_special_tokens=True)}
+    for flag, message in (("--num_beams", "0 is out of range"), ("--label_column", "unrecognized arguments")):
+        assert runs.predict(run, "--input", tmp_path / "in.jsonl", flag, 0) == 2
+        assert message in capsys.readouterr().err
+    assert runs.generate(run, "--prompt", "ab", "--chat") == 2
+    assert "--chat: it has no effect, because an encoder-decoder reads a text" in capsys.readouterr().err
+
+
+def test_lengths_without_room_for_a_token_are_refused(bpe):
+    for settings, message in (({"max_len": 1}, "max_len 1 is too"), ({"max_target_len": 1}, "max_target_len 1 is too")):
+        with pytest.raises(InputError, match=message):
+            make_task(bpe, **settings)
+
+
+def test_a_decoder_is_told_to_use_instruction(tiny, capsys):
+    assert train(*tiny(task="seq2seq")) == 2
+    assert "not a task of gpt; choose instruction, with prompt and completion" in capsys.readouterr().err
