@@ -157,7 +157,10 @@ def _load_generator(run_dir):
     folder = checkpoint.find_model(run_dir)
     if loading.read_architecture(folder).endswith(("Classification", "QuestionAnswering")):
         raise ModelError(f"{run_dir}: its model labels text; use hf-myllm predict {run_dir} --input FILE")
-    return load(folder)
+    model, tokenizer = load(folder)
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{run_dir}: its model has no head; train one with hf-myllm train --init_from {run_dir}")
+    return model, tokenizer
 
 
 def generate_text(

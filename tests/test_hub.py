@@ -238,7 +238,13 @@ def test_the_card_has_no_paths_and_no_secrets(tiny, tmp_path, monkeypatch):
         (home / "acme").mkdir(parents=True, exist_ok=True)
         (home / "acme" / f"{number}.txt").write_text(write_story(number) * 4)
     files = [home / "acme" / "0.txt", "secret-home/acme/1.txt"]  # absolute and relative
-    words = tiny(train_file=None, val_file="secret-home/acme/2.txt", max_steps=4, project_name=f"secret-home/{TOKEN}")
+    words = tiny(
+        train_file=None,
+        val_file="secret-home/acme/2.txt",
+        max_steps=4,
+        project_name=f"secret-home/{TOKEN}",
+        log_with="tensorboard",
+    )
     assert train(*words, "--train_file", *files) == 0
     assert train(*words, "--train_file", *files, "--init_from", "run", "--save_model", "secret-home/tuned") == 0
     for run in (tmp_path / "run", home / "tuned"):
@@ -312,6 +318,11 @@ def test_the_card_names_the_step_of_the_published_model(tiny, tmp_path):
 def test_the_card_of_a_model_that_was_not_trained_here(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
+    shutil.copytree(run / "checkpoint-10", tmp_path / "checkpoint-10")  # without the files of its run
+    head, text = front_matter(make_card(tmp_path / "checkpoint-10", NAME))
+    assert head["model_name"] == NAME.rpartition("/")[2]
+    assert "This is the model after step 10." in text
+    assert "epochs" not in text
     AutoModelForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "theirs")
     card = make_card(tmp_path / "theirs", NAME)
     for phrase in ("with hf_myllm", "trained from", "validation data above"):

@@ -37,6 +37,7 @@ def read_model_type(pretrained):
     """
     try:
         config = PreTrainedConfig.get_config_dict(lora.config_of(pretrained))[0]
+        quantization = config.get("quantization_config")
     except Exception as error:  # the library raises many classes of errors here
         if (Path(pretrained) / "config.json").exists():
             raise ModelError(f"{pretrained}/config.json is not a model's configuration: {first_line(error)}") from None
@@ -44,10 +45,8 @@ def read_model_type(pretrained):
             f"the model {pretrained} cannot be found: it is no folder with a config.json, and not available on the "
             f"Hugging Face Hub ({first_line(error)[:200]})"
         ) from None
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"the model {pretrained} is quantized ({config['quantization_config']!r:.80}); give one that is not"
-        )
+    if quantization:
+        raise ModelError(f"the model {pretrained} is quantized ({quantization!r:.80}); give one that is not")
     return config.get("model_type")
 
 

@@ -47,7 +47,7 @@ def _check_tied(model, path, missing):
     """
     problem = None
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        if model.get_parameter(target) is not model.get_parameter(source):
+        if model.get_parameter_or_buffer(target) is not model.get_parameter_or_buffer(source):
             problem = f"its config.json ties {target} to {source}, which differs in its file", "false"
     heads = "LMHead|ForCausalLM|MaskedLM|PreTraining|ConditionalGeneration"
     had_head = any(re.search(heads, name) for name in model.config.architectures or ())

@@ -34,6 +34,8 @@ class Labels:
         if config.problem_type == REGRESSION or (config.problem_type is None and config.num_labels == 1):
             return cls(REGRESSION)
         names = tuple(config.id2label[index] for index in range(config.num_labels))
+        if len(set(names)) < len(names):
+            raise InputError(f"id2label of the model's config.json has a name twice: {', '.join(map(str, names))}")
         return cls(config.problem_type or CLASSIFICATION, names)
 
     def config_settings(self):
