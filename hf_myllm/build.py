@@ -49,6 +49,8 @@ from .resume import check_resumable, check_same_data, check_same_recipe
 from .tasks import TASKS
 from .terminal import plural
 
+_MAX_EPOCHS_PER_STEP = 1000  # more are a mistake
+
 
 @dataclass
 class Run:
@@ -331,6 +333,12 @@ def plan_steps(run):
     if sum(ramps.values()) > run.total_steps:
         given = " and ".join(f"{name} {steps}" for name, steps in ramps.items())
         raise InputError(f"{given} are more than the run's {run.total_steps} steps; lower them")
+    if section.total_batch_size > _MAX_EPOCHS_PER_STEP * len(run.train_rows):
+        raise InputError(
+            f"total_batch_size: a step of {section.total_batch_size:,} rows reads each of the "
+            f"{plural(len(run.train_rows), 'training row')} over {_MAX_EPOCHS_PER_STEP:,} times; lower it, or "
+            "gradient_accumulation_steps"
+        )
     run.sampler = sampler.Sampler(
         len(run.train_rows),
         section.total_batch_size,

@@ -130,10 +130,11 @@ class Sampler:
 
 
 def _shuffled_rows(positions, num_rows, seed):
-    """Return the rows of one source at positions of its own endless stream."""
+    """Return the rows of one source at positions of its own endless stream, which are in order."""
     epochs, indices = np.divmod(positions, num_rows)
-    for epoch in np.unique(epochs):
-        indices[epochs == epoch] = shuffle(indices[epochs == epoch], num_rows, seed, int(epoch))
+    for part in np.split(np.arange(len(epochs)), np.flatnonzero(np.diff(epochs)) + 1):
+        if len(part):
+            indices[part] = shuffle(indices[part], num_rows, seed, int(epochs[part[0]]))
     return indices
 
 

@@ -137,7 +137,7 @@ def check_rope(rope, head_dim):
     Raises:
         ValueError: a type, a key or a value that the rotary embeddings cannot use.
     """
-    rope = {name: value for name, value in rope.items() if value is not None}
+    rope = {name: value for name, value in rope.items() if value is not None or name == "rope_type"}
     rope_type = rope.pop("rope_type", rope.pop("type", "default"))  # "type" in old files
     if rope.get("partial_rotary_factor") == 1 and rope_type != "proportional":  # all of a head, as without it
         rope.pop("partial_rotary_factor")
@@ -149,16 +149,20 @@ def check_rope(rope, head_dim):
     for name, value in rope.items():
         if name not in (*required, *optional, "rope_theta"):
             raise ValueError(f"rope_parameters: rope_type {rope_type} has no key {name!r}; remove it")
-        if name == "truncate":  # true or false
+        if name == "truncate" and isinstance(value, bool):
             continue
-        numbers, expected = [value], "a finite number above 0"
+        numbers, expected = [value], "true or false" if name == "truncate" else "a finite number above 0"
         if name == "factor":
             expected = "a finite number of at least 1"
         elif name in ("short_factor", "long_factor"):
             numbers, expected = value, f"a list of {head_dim // 2} numbers above 0, half of the size of a head"
         is_list = isinstance(numbers, (list, tuple)) and (numbers is not value or len(value) == head_dim // 2)
         low = 1 if name == "factor" else 5e-324  # the smallest number above 0
-        if not is_list or not all(type(number) in (int, float) and low <= number < math.inf for number in numbers):
+        if (
+            name == "truncate"
+            or not is_list
+            or not all(type(number) in (int, float) and low <= number < math.inf for number in numbers)
+        ):
             raise ValueError(f"rope_parameters: {name} must be {expected}, not {value!r}")
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError("rope_parameters: high_freq_factor must be above low_freq_factor")

@@ -277,6 +277,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _check_learning_rate(self):
+        if self.decay_steps and self.lr_schedule != "wsd":
+            raise RecipeError(f"decay_steps has no effect with lr_schedule {self.lr_schedule}; remove it, or use wsd")
         if self.min_lr > self.learning_rate:
             raise RecipeError(
                 f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate}); lower it"

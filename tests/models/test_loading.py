@@ -10,8 +10,9 @@ from families import CASES
 from safetensors.torch import load_file, save_file
 from transformers import BertForPreTraining
 
-from hf_myllm.errors import ModelError
+from hf_myllm.errors import InputError, ModelError
 from hf_myllm.models import FAMILIES, loading
+from hf_myllm.tasks.labels import Labels
 
 
 @pytest.fixture
@@ -168,6 +169,10 @@ def test_a_size_of_zero_is_named_for_every_family():
 
 ROPE = {
     "rope_type 'lineer' is unknown; choose default, linear": {"rope_type": "lineer", "factor": 2.0},
+    "rope_type None is unknown; choose default, linear": {"rope_type": None},
+    "truncate must be true or false, not 'maybe'": {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "truncate": "maybe",
+    },
     "rope_type linear needs factor": {"rope_type": "linear"},
     "factor must be a finite number of at least 1, not 'two'": {"rope_type": "linear", "factor": "two"},
     "factor must be a finite number of at least 1, not 0.5": {"rope_type": "dynamic", "factor": 0.5},
@@ -207,3 +212,12 @@ def test_a_partial_rotary_factor_of_one_is_the_whole(family):
     settings = CASES[family].sizes | {"rope_parameters": rope | {"partial_rotary_factor": 0.5}}
     with pytest.raises(ModelError, match="rope_type default has no key 'partial_rotary_factor'"):
         loading.build_config(family, settings)
+
+
+def test_a_config_that_is_no_mapping_or_names_a_label_twice_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config.json is not a model's configuration"):
+        loading.read_config("gpt", tmp_path)
+    config = FAMILIES["bert"].config(id2label={0: "a", 1: "a"})
+    with pytest.raises(InputError, match="id2label of the model's config.json has a name twice: a, a"):
+        Labels.from_config(config)
