@@ -39,6 +39,7 @@ _TASKS = {  # the end of the stock class's name -> its task if there is no recip
     "ForTokenClassification": "token_classification",
     "ForQuestionAnswering": "question_answering",
     "ForConditionalGeneration": "seq2seq",
+    "MarianMTModel": "seq2seq",
 }
 _CHUNK = 1000  # examples read before the first is written
 

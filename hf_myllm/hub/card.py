@@ -66,7 +66,7 @@ def make_card(folder, repo=None, revision=None, has_plot=False):
 def _card_values(folder, run_dir, config, run, name, revision):
     """Return the values of the template. Without run.json (`run` is {}) most of them are empty."""
     architecture, family = config["architectures"][0], find_family(config["model_type"])
-    head = architecture.partition("For")[2] or "CausalLM"
+    head = lora.head_of(architecture)
     pipeline, step = _PIPELINES.get(head), step_of(folder) or run.get("published_step")
     evaluation = last_evaluation(run_dir, step)
     metrics, metrics_step = validation_metrics(evaluation), evaluation.get("step")

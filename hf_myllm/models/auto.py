@@ -41,6 +41,7 @@ class StockTraining:
     """
 
     input_names = frozenset()  # of the stock class's forward
+    balance_loss = None  # function of the stock class's module, for a mixture of experts
 
     def training_step(
         self,
@@ -101,7 +102,7 @@ class StockTraining:
     @property
     def router_coefficient(self):
         """The weight of the balance loss of a mixture of experts; 0 if the class has none."""
-        if not hasattr(sys.modules[type(self).__module__], "load_balancing_loss_func"):
+        if self.balance_loss is None:
             return 0
         return getattr(self, "router_aux_loss_coef", getattr(self, "aux_loss_coef", 0))
 
@@ -116,7 +117,6 @@ class StockTraining:
             targets: (batch, length), -100 is ignored.
             count: number of targets by which the rows' shares are divided; default: in these rows.
         """
-        balance_loss = sys.modules[type(self).__module__].load_balancing_loss_func
         has_target = targets != IGNORE_INDEX
         positions = torch.arange(targets.shape[1], device=targets.device)
         ends = (has_target * (positions + 1)).amax(-1, keepdim=True)
@@ -126,7 +126,7 @@ class StockTraining:
         for row, mask in enumerate(masks):
             logits = tuple(layer[row] for layer in layers)
             mask = torch.where(mask.any(), mask, 1)  # a row that fills the batch has no target: its weight is 0
-            losses.append(balance_loss(logits, layers[0].shape[-1], self.num_experts_per_tok, mask[None]))
+            losses.append(self.balance_loss(logits, layers[0].shape[-1], self.num_experts_per_tok, mask[None]))
         return (torch.stack(losses) * weights).sum() / (weights.sum() if count is None else count)
 
 
@@ -167,7 +167,10 @@ def training_class(stock_class):
             return self.training_step(**inputs)
         return stock_class.forward(self, *arguments, **inputs)
 
+    # Kept here: FSDP2 makes a class of another module of this one.
+    balance_loss = getattr(sys.modules[stock_class.__module__], "load_balancing_loss_func", None)
     members = {"forward": forward, "input_names": _input_names(stock_class)}
+    members |= {"balance_loss": staticmethod(balance_loss)} if balance_loss else {}
     members |= {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock_class.__name__, (StockTraining, stock_class), members)
 

@@ -53,8 +53,8 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
         )
     if head_type == "QuestionAnswering":
         heads = sorted({*heads, "qa_outputs"})
-    if target_modules is None and not DEFAULTS.get(model.config.model_type):
-        target_modules = ["all-linear"]
+    if target_modules is None:  # peft needs those of some mixtures of experts by name
+        target_modules = DEFAULTS.get(model.config.model_type, ["all-linear"])
     config = LoraConfig(
         r=r,
         lora_alpha=alpha or 2 * r,
@@ -128,6 +128,13 @@ def read_config(folder):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def head_of(architecture):
+    """Return the head in the name of a stock class: what follows "For"."""
+    if architecture == "MarianMTModel":
+        return "ConditionalGeneration"
+    return architecture.partition("For")[2] or "CausalLM"  # GPT2LMHeadModel
+
+
 def how_to_load(folder, name=None):
     """Return the line of Python that loads a folder's model with stock transformers, or its adapter with stock peft.
 
@@ -137,8 +144,7 @@ def how_to_load(folder, name=None):
     base = base_of(folder)
     name = json.dumps(str(name or folder), ensure_ascii=False)  # a JSON string is a Python string
     config = read_config(folder)
-    head = config["architectures"][0].partition("For")[2] or "CausalLM"  # GPT2LMHeadModel has no "For"
-    head = head.replace("ConditionalGeneration", "Seq2SeqLM")  # the ending of the Auto class
+    head = head_of(config["architectures"][0]).replace("ConditionalGeneration", "Seq2SeqLM")  # the Auto class's ending
     if base and head in ("MaskedLM", "PreTraining", "QuestionAnswering"):
         return f'PeftModel.from_pretrained(AutoModelFor{head}.from_pretrained("{base}"), {name})'
     if base:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import assert_same_run, read_metrics, read_weights, train
 from launching import GLOO, accelerate_launch, has_reached, ranks_of, run_ranks, start, start_ranks, wait_for
+from models.stock_types import DECODERS, stock_flags
 from patches import fail_in_step_4, fail_while_building, shard_on_cpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -362,3 +363,18 @@ def copy_until_step_8(run, target):
     shutil.copytree(run, target)
     shutil.rmtree(target / "checkpoint-16")
     (target / "model.safetensors").unlink()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["qwen3_moe", "roberta"])
+def test_a_sharded_stock_class_is_the_same_run(tiny, tmp_path, name):
+    dropout = {} if name in DECODERS else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    flags = stock_flags(tiny, name, max_steps=6, save_freq=3, **dropout)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    result = run_sharded("cpu", 2, *flags, "--save_model", tmp_path / "sharded")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "sharded", tmp_path / "one", 1e-5)
+    weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("sharded", "one")]
+    assert weights[0].keys() == weights[1].keys()
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=1e-4, msg=key)

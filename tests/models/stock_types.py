@@ -32,3 +32,10 @@ ENCODERS = {
     "xlm-roberta": WIDTHS,
 }
 SIZES = {**DECODERS, **ENCODERS}
+
+
+def stock_flags(tiny, name, **changed):
+    """Return the flags of a run on files, for a process of its own."""
+    tokenizer = "{train: bpe, vocab_size: 300}" if name in DECODERS else "{train: wordpiece, vocab_size: 120}"
+    keys = dict.fromkeys(("n_layer", "n_head", "n_embd", "start_context"))
+    return tiny(**keys | {"model": name, **SIZES[name], "tokenizer": tokenizer} | changed)

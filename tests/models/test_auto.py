@@ -11,7 +11,7 @@ from conftest import assert_same_run, read_metrics, write_story
 from conftest import train as run_train
 from families import CASES
 from launching import run_command, run_ranks, start, wait_for
-from models.stock_types import DECODERS, SIZES
+from models.stock_types import DECODERS, SIZES, stock_flags
 
 from hf_myllm.errors import InputError
 from hf_myllm.generate import generate, load_tokenizer
@@ -240,13 +240,6 @@ def test_a_checkpoint_that_cannot_be_trained_is_one_line(changed, message, tmp_p
     with pytest.raises(InputError, match=message):
         train(recipe, train_data=TEXTS)
     assert not (tmp_path / "run").exists()
-
-
-def stock_flags(tiny, name, **changed):
-    """Return the flags of a run on files, for a process of its own."""
-    tokenizer = "{train: bpe, vocab_size: 300}" if name in DECODERS else "{train: wordpiece, vocab_size: 120}"
-    keys = dict.fromkeys(("n_layer", "n_head", "n_embd", "start_context"))
-    return tiny(**keys | {"model": name, **SIZES[name], "tokenizer": tokenizer} | changed)
 
 
 @pytest.mark.chaos
