@@ -260,11 +260,11 @@ def end_of_document(tokenizer):
 
 
 def special_affixes(tokenizer):
-    """Return the ids that stand before and after each text of an encoder-decoder; the end of text is the last one."""
+    """Return the ids that stand before and after each text of an encoder-decoder; the end of text is one of these."""
     encoding = tokenizer.backend_tokenizer.encode("a")
     inner = [index for index, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
     before, after = encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
-    return before, after if after[-1:] == [tokenizer.eos_token_id] else [*after, tokenizer.eos_token_id]
+    return before, after if tokenizer.eos_token_id in after else [*after, tokenizer.eos_token_id]
 
 
 def render_chat(tokenizer, messages, **options):

@@ -150,12 +150,15 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         sources = self._encode(sources, self.max_len)
         if not self.reads_labels:
             return [(source, ([], False)) for source in sources]
+        targets = self._encode_targets([example["target"] for example in examples])
+        return list(zip(sources, targets, strict=True))
+
+    def _encode_targets(self, texts):
         try:  # some tokenizers mark the language of a target
             getattr(self.tokenizer, "_switch_to_target_mode", lambda: None)()
-            targets = self._encode([example["target"] for example in examples], self.max_target_len)
+            return list(self._encode(texts, self.max_target_len))
         finally:
             getattr(self.tokenizer, "_switch_to_input_mode", lambda: None)()
-        return list(zip(sources, targets, strict=True))
 
     def add_prefix(self, text):
         return (self.settings.source_prefix or "") + text
@@ -163,7 +166,7 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     def _encode(self, texts, length):
         """Return (token ids, whether they were cut) of each text, at most `length`, with the end token."""
         end = self.tokenizer.eos_token_id
-        adds_end = self.backend().encode("a").ids[-1] == end
+        adds_end = end in self.backend().encode("a").ids  # mBART's language is behind it
         for encoding in self.encode_truncated(texts, length if adds_end else length - 1):
             yield encoding.ids if adds_end else [*encoding.ids, end], bool(encoding.overflowing)
 
@@ -220,7 +223,13 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         config.update(do_sample=False, temperature=None, top_k=None, top_p=None, max_length=None)
         config.update(num_beams=self.settings.num_beams, max_new_tokens=self.max_target_len - 1)
         config.update(pad_token_id=self.pad, eos_token_id=end_tokens(model, self.tokenizer))
+        config.update(decoder_start_token_id=self.find_start(model))
         return config
+
+    def find_start(self, model):
+        """Return the token from which the model's class starts a target in training: mBART from its language."""
+        ((labels, _),) = self._encode_targets(["a"])
+        return int(model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))[0, 0])
 
     def metric_inputs(self, rows, indices, predictions):
         return predictions, [rows.records[int(index)]["target"] for index in rows.example[indices]]
@@ -252,6 +261,7 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     def update_generation_config(self, model, stats):
         """Let the published model generate as evaluations do: the library's default are 20 tokens."""
         model.generation_config.update(num_beams=self.settings.num_beams, max_new_tokens=self.max_target_len - 1)
+        model.generation_config.decoder_start_token_id = self.find_start(model)
 
     def sample(self, model, text, **sampling):
         """Return what the model generates for a source, as in an evaluation."""

@@ -13,7 +13,14 @@ import small_runs as runs
 import torch
 from conftest import read_weights, train
 from families import CASES
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_myllm import evaluation, tasks
 from hf_myllm.data import sources
@@ -241,6 +248,17 @@ def test_generated_texts_are_those_of_stock_rows_alone_on_any_number_of_ranks(ge
     assert all(shares)
     assert dict(itertools.chain(*shares)) == texts
     assert sum(map(len, shares)) == len(indices)
+
+
+def test_generation_starts_as_the_class_does_in_training(generator, bpe):
+    """T5 starts from decoder_start_token_id, mBART from the last token of the target, whatever its configuration."""
+    tokens = {"pad_token_id": bpe.pad_token_id, "eos_token_id": bpe.eos_token_id, "decoder_start_token_id": 5}
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    model = MBartForConditionalGeneration(MBartConfig(vocab_size=len(bpe), d_model=32, **layers, **tokens))
+    assert generator.task.generation_config(generator.model).decoder_start_token_id == bpe.pad_token_id
+    assert generator.task.generation_config(model).decoder_start_token_id == bpe.eos_token_id
+    generator.task.update_generation_config(model, {})
+    assert model.generation_config.decoder_start_token_id == bpe.eos_token_id
 
 
 def test_an_evaluation_generates_a_limited_number_of_rows(generator, monkeypatch):
