@@ -128,19 +128,17 @@ def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
         setattr(data, name, value)
     parts = {data_sources.name: training} | {data_sources.val_name(name): part for name, part in validation.items()}
     streams = {name: part.tokens if task.is_labelled and part else part for name, part in parts.items()}
-    train_tokens = streams[data_sources.name]
     for name, tokens in streams.items():
-        if tokens is not train_tokens and train_tokens is not None and tokens.fingerprint == train_tokens.fingerprint:
-            raise DataError(
-                f"{name}: it holds the same tokens as {data_sources.name}; give others, or leave it out to hold out a "
-                "part"
-            )
         check_token_ids(tokens, vocab_size, name)
     return training, validation, stats
 
 
 def load_sets(task, data_sources, show_progress):
-    """Return the training data, a dict of the validation data by name, and their statistics; see [`Task.load`]."""
+    """Return the training data, a dict of the validation data by name, and their statistics; see [`Task.load`].
+
+    Raises:
+        DataError: validation data holds the same tokens as the training data.
+    """
     (name, source), *others = [*data_sources.validation.items()] or [("", None)]
     training, validation, stats = task.load(data_sources.training, source, show_progress)
     if validation is None:
@@ -149,6 +147,15 @@ def load_sets(task, data_sources, show_progress):
     for name, source in others:
         _, validation[name], more = task.load([], source, show_progress)
         stats |= {f"validation {name}": more["validation"]} if "validation" in more else {}
+    train_tokens, *streams = [
+        part.tokens if task.is_labelled and part else part for part in (training, *validation.values())
+    ]
+    for name, tokens in zip(validation, streams, strict=True):
+        if train_tokens is not None and tokens.fingerprint == train_tokens.fingerprint:
+            raise DataError(
+                f"{data_sources.val_name(name)}: it holds the same tokens as {data_sources.name}; give others, or "
+                "leave it out to hold out a part"
+            )
     return training, validation, stats
 
 

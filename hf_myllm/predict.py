@@ -110,7 +110,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     _check_options(settings, name)
     settings = recipe["settings"] | {"skip_bad_rows": False} | settings
     positions = num_positions(model.config)
-    max_len = max_len or settings.get("max_len") or positions or 512
+    max_len = max_len if max_len is not None else settings.get("max_len") or positions or 512
     positions = positions or max_len
     if batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, not {batch_size}")

@@ -78,6 +78,23 @@ def test_data_in_memory_that_replaces_files_is_said(tmp_path, capsys):
     assert (data.train_file, data.val_file) == (None, None)
 
 
+def test_a_text_column_that_is_the_label_column_is_refused(tmp_path):
+    rows = datasets.Dataset.from_list([{"text": text, "label": label} for label in "ab" for text in TEXTS])
+    recipe = make_labelled_recipe(tmp_path / "run")
+    for column in ("text", ["label", "text"]):
+        recipe.data.label_column = column
+        with pytest.raises(InputError, match="label_column: 'text' is the column of the text too"):
+            hf_myllm.train(recipe, rows)
+
+
+def test_a_chat_without_turns_is_one_line(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{% for turn in messages %}{{ turn.content }}{% endfor %}")
+    recipe = make_recipe(tmp_path / "run")
+    recipe.task, recipe.data.chat_template = "instruction", str(tmp_path / "chat.jinja")
+    with pytest.raises(DataError, match="train_data row 1 .*turn"):
+        hf_myllm.train(recipe, datasets.Dataset.from_list([{"messages": []}] * 4))
+
+
 def test_validation_data_in_another_format_is_not_training_data(tmp_path):
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     with pytest.raises(DataError, match="val.jsonl: it holds the same tokens as train_data; give others"):

@@ -82,7 +82,7 @@ class Instruction(LabelledTask, CausalLM):
         (_, row), _ = self._read_row(record, where)
         if isinstance(row.get("prompt"), str):
             return [self.read_text(row, where, name) for name in ("prompt", "completion")]
-        turns = row.get("messages") or [*(row["prompt"] or []), *(row["completion"] or [])]
+        turns = row["messages"] if "messages" in row else [*(row["prompt"] or []), *(row["completion"] or [])]
         return [turn["content"] for turn in turns]
 
     def parse(self, record, where):

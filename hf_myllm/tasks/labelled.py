@@ -46,6 +46,9 @@ class LabelledTask(Task):
         super().__init__(tokenizer, seed, **settings)
         self.text_column = self.settings.text_column or self.default_text_column
         self.label_column = self.settings.label_column or "label"
+        labels = self.label_column if isinstance(self.label_column, list) else [self.label_column]
+        if self.text_column in labels:
+            raise InputError(f"label_column: {self.text_column!r} is the column of the text too; name two columns")
 
     def prepare_tokenizer(self, is_trained):
         require_tokens(self.name, self.tokenizer, ())
