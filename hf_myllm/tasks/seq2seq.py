@@ -228,8 +228,11 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     def find_start(self, model):
         """Return the token from which the model's class starts a target in training: mBART from its language."""
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:  # M2M100 and Blenderbot
+            return self.decoder_start
         ((labels, _),) = self._encode_targets(["a"])
-        return int(model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))[0, 0])
+        return int(shift(labels=torch.tensor([labels]))[0, 0])
 
     def metric_inputs(self, rows, indices, predictions):
         return predictions, [rows.records[int(index)]["target"] for index in rows.example[indices]]

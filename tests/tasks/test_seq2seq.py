@@ -16,6 +16,7 @@ from families import CASES
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     MBartConfig,
     MBartForConditionalGeneration,
     T5Config,
@@ -257,6 +258,8 @@ def test_generation_starts_as_the_class_does_in_training(generator, bpe):
     model = MBartForConditionalGeneration(MBartConfig(vocab_size=len(bpe), d_model=32, **layers, **tokens))
     assert generator.task.generation_config(generator.model).decoder_start_token_id == bpe.pad_token_id
     assert generator.task.generation_config(model).decoder_start_token_id == bpe.eos_token_id
+    blenderbot = SimpleNamespace(generation_config=GenerationConfig())  # whose class has no method for it
+    assert generator.task.generation_config(blenderbot).decoder_start_token_id == bpe.pad_token_id
     generator.task.update_generation_config(model, {})
     assert model.generation_config.decoder_start_token_id == bpe.eos_token_id
 
