@@ -82,7 +82,10 @@ CASES = {
         {"train_file": None, "dataset": "someone/some-corpus", "tokenizer": "PLACE/tokenizer"},
         "'someone/some-corpus' cannot be loaded from the Hugging Face Hub .*--train_file FILE",
     ),
-    "a model of another family": ({"init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"}, "bert is a bert model"),
+    "a model of another family": (
+        {"model": "gpt", "init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"},
+        "bert is a bert model",
+    ),
     "a model without weights": (
         {"init_from": "PLACE/no_weights", "tokenizer": "PLACE/tokenizer", "n_layer": 12},
         "no_weights cannot be loaded",

@@ -275,8 +275,9 @@ def find_model(name, run, families):
         InputError: there is no such family, or no such model.
     """
     init_from, written = run.get("init_from") or "scratch", Path(run.get("save_model") or "out") / "recipe.yaml"
-    if name is None and run.get("resume") and written.is_file():
-        name = read_file(written).get("model")
+    if name is None and run.get("resume"):
+        with suppress(RecipeError):  # there is no run yet, or its recipe was edited
+            name = read_file(written).get("model")
     if name is None and init_from != "scratch":
         return families.name_of_model(os.path.expanduser(init_from))
     name = "gpt" if name is None else name

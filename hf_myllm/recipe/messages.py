@@ -64,7 +64,7 @@ def unknown_key(name, where, section=None, more=()):
         return RecipeError(f"{where}: {show(name)} belongs {target}{instead}; move it there")
     shown = f"unknown key {show(name)}" + (f" in {section}" if section else "")
     if where == COMMAND_LINE:
-        shown = f"unknown key --{name}"
+        shown = shown.replace(show(name), f"--{name}")
     if name in FOREIGN_NAMES:
         return RecipeError(f"{where}: {shown}; it is called '{FOREIGN_NAMES[name]}' here")
     known = {*FIELDS, *ALIASES, *TOP_LEVEL, *more} - {name}
