@@ -284,9 +284,8 @@ def find_model(name, run, families):
     try:
         return families[name] and families.name_of(name)
     except (KeyError, TypeError, AttributeError):
-        nearest = difflib.get_close_matches(str(name), families) + difflib.get_close_matches(
-            str(name), families.known_names()
-        )
+        ours, all_names = families, families.known_names()
+        nearest = [near for names in (ours, all_names) for near in difflib.get_close_matches(str(name), names)]
         hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(nearest)))}?" if nearest else ""
         raise RecipeError(
             f"model {show(name)} is not known; there is {', '.join(families)}, or any model_type of transformers{hint}"
