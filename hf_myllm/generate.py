@@ -125,7 +125,7 @@ def print_texts(run_dir, prompt="", chat=False, **options):
     if not model.can_generate() and (given or chat):
         name = next(iter(given), "chat")
         raise InputError(f"--{name}: it has no effect, because the model of {run_dir} fills in masks; leave it out")
-    if model.config.is_encoder_decoder and chat:
+    if chat and model.config.is_encoder_decoder:
         raise InputError("--chat: it has no effect, because an encoder-decoder reads a text; leave it out")
     with inference_precision(read_recipe(run_dir)["precision"], model.device):
         if not model.can_generate():

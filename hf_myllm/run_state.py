@@ -134,9 +134,10 @@ class RunState:
 
     def _find_best_since(self):
         """Return the first step whose evaluation counts: metrics of other validation data cannot be compared."""
-        state, now = self.run.resume_state, self.run.data_fingerprints()
+        state = self.run.resume_state
         if not state:
             return 1
+        now = self.run.data_fingerprints()
         names = [name for name in {**now, **state["data"]} if name.startswith("validation data")]
         is_same = all(state["data"].get(name) == now.get(name) for name in names)
         return state.get("best_since", 1) if is_same else self.step + 1

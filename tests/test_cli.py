@@ -34,7 +34,8 @@ def test_the_help_of_train_is_wrapped_and_begins_with_the_most_used_keys(capsys,
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert groups[1:] == [
         *("most used:", "data:", "training:", "evaluation:", "lora:", "run:", "hub:"),
-        *("config of gpt:", "config of llama:", "config of qwen3:", "config of bert:"),
+        *("config of gpt:", "config of llama:", "config of qwen3:", "config of bert:", "config of t5:"),
+        "config of bart:",
     ]
 
 
