@@ -258,7 +258,7 @@ def build_config(recipe, tokenizer, pretrained, task):
         pretrained,
         tokenizer,
         task.config_settings(),
-        recipe.data.max_len,
+        max(recipe.data.max_len, task.num_target_positions) if recipe.data.max_len else None,
         use_tokenizer_ids=bool(recipe.data.tokenizer),
         add_tokens=bool(recipe.data.add_tokens),
     )

@@ -287,9 +287,10 @@ def _evaluate_sets(run, model, count, **options):
             metrics[name] = sum(values)
         else:
             metrics[name] = None if None in values else sum(values) / len(values)
-    for name, own in sets.items():
-        metrics |= {f"{name}_{metric}": value for metric, value in own.items()}
-    return metrics
+    of_sets = {f"{name}_{metric}": value for name, own in sets.items() for metric, value in own.items()}
+    if shared := [name for name in of_sets if name in metrics]:
+        raise RecipeError(f"val_file: {shared[0]} is a metric of a set and of the task; give the set another name")
+    return metrics | of_sets
 
 
 def describe_sets(task, metrics, names):
@@ -298,8 +299,8 @@ def describe_sets(task, metrics, names):
     Args:
         names: of the validation sets.
     """
-    of_one_set = tuple(f"{name}_" for name in names if name)
-    own = {name: value for name, value in metrics.items() if not name.startswith(of_one_set)}
+    of_sets = {f"{name}_{metric}" for name in names for metric in metrics if name}
+    own = {name: value for name, value in metrics.items() if name not in of_sets}
     losses = [f"{name} {metrics[f'{name}_loss']:.4f}" for name in names if name]
     return ", ".join(filter(None, [task.describe_metrics(own), *losses]))
 

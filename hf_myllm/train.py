@@ -252,7 +252,8 @@ def finish(run, model, state, unigram):
         run_folder.write_reports(run_dir, reporter.warning)
     reporter.close()
     if run.accelerator.is_main_process and not state.was_interrupted:
-        print_result(run, reporter, state.step, state.val_metrics, unigram)
+        metrics = {name.removeprefix("val_"): value for name, value in published_metrics(run, state).items()}
+        print_result(run, reporter, state.step, metrics, unigram)
     run_folder.finish_uploads(run, state)
     return result_of(run, state, published)
 
@@ -263,11 +264,17 @@ def result_of(run, state, model):
     if state.was_interrupted:  # the same on all ranks, so that their exit codes agree
         received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
         stop_signal = int(run.accelerator.gather(received).max())
-    run_dir, step = Path(run.recipe.run.save_model), state.step
+    metrics = published_metrics(run, state)
+    return RunResult(model, run.tokenizer, metrics, Path(run.recipe.run.save_model), state.step, stop_signal)
+
+
+def published_metrics(run, state):
+    """Return the validation metrics, as val_<name>, of the model that the run's folder holds: the best or the last."""
+    step = state.step
     if run.recipe.evaluation.final_model == "best" and not state.was_interrupted:
         step = state.best_step() or step
-    metrics = {name: value for name, value in last_evaluation(run_dir, step).items() if name.startswith("val_")}
-    return RunResult(model, run.tokenizer, metrics, run_dir, state.step, stop_signal)
+    evaluation = last_evaluation(run.recipe.run.save_model, step)
+    return {name: value for name, value in evaluation.items() if name.startswith("val_")}
 
 
 def evaluate(run_dir, eval_data=None, **overrides):

@@ -23,6 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEMPLATE_SECONDS = 10  # that a chat template may take for one chat
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+_FILES += ("spiece.model", "sentencepiece.bpe.model", "source.spm")  # of T5, XLM-RoBERTa, Marian
 _SAMPLE = (
     "Hello, world! It's 1234 o'clock;\n\n  x_2 = y ... na\u0308ive caf\u00e9 \u4e2d\u6587 \U0001f600\tTHEY'LL go  99 "
 )
@@ -55,7 +56,9 @@ def load(name, model_type=None):
             f"Hub did not give it ({first_line(error)[:200]}); give a folder, a Hub id, or "
             "{train: bpe, vocab_size: 8192}"
         ) from None
-    if not tokenizer.is_fast or len(tokenizer) < 2:  # a config.json alone gives an empty tokenizer
+    # A config.json alone gives a tokenizer without a vocabulary, which reads every text as unknown tokens.
+    is_empty = (Path(name).is_dir() and not has_files(name)) or len(tokenizer) < 2
+    if not tokenizer.is_fast or is_empty:
         raise ModelError(f"tokenizer '{name}' has no tokenizer.json or vocabulary that the tokenizers library reads")
     return as_trained(tokenizer, name)
 

@@ -175,6 +175,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_val_file(self):
+        if self.val_file == {}:
+            raise RecipeError("val_file: it names no validation set; name one, as {code: a.txt}, or leave val_file out")
         for name in self.val_file if isinstance(self.val_file, dict) else ():
             if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "training":
                 raise RecipeError(

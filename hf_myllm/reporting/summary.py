@@ -107,10 +107,16 @@ def print_evaluation(run, metrics):
     precision = run.accelerator.precision
     loss = f"validation loss {describe_loss(run.task, metrics)}{perplexity}"
     names = ", ".join(rows.name for rows in run.val_sets.values())
-    lines = [loss, f"over all {count} of {names}{'' if precision == 'fp32' else f', in {precision}'}"]
+    rows = f"{_over_all(run, count)} of {names}"
+    lines = [loss, f"{rows}{'' if precision == 'fp32' else f', in {precision}'}"]
     lines += [f"{name}: loss {metrics[f'{name}_loss']:.4f}" for name in run.val_sets if name]
     for line in lines:
         print("\n".join(textwrap.wrap(line, COLUMNS, break_long_words=False, break_on_hyphens=False)))
+
+
+def _over_all(run, targets):
+    sets = len(run.val_sets)
+    return f"over all {targets}" if sets < 2 else f"means of {sets} sets with {targets}"
 
 
 def resume_command(run):
@@ -140,7 +146,7 @@ def print_result(run, reporter, step, metrics, unigram):
         compared = "" if unigram is None else f"; unigram loss {unigram['loss']:.4f}"
         details = describe_sets(run.task, metrics, run.val_sets)
         reporter.info(f"done        validation loss {format_loss(metrics['loss'])} {run.task.unit}")
-        for line in indent(f"{details + ', ' if details else ''}over all {targets}{compared}"):
+        for line in indent(f"{details + ', ' if details else ''}{_over_all(run, targets)}{compared}"):
             reporter.info(line)
     if (Path(run_dir) / "report.html").is_file():
         reporter.info(f"report      {run_dir}/report.html")

@@ -77,6 +77,7 @@ class Task:
     has_predictions = False  # predicts labels: metrics and `hf_myllm.predict` instead of perplexity and generated text
     generates_predictions = False  # generates texts, which evaluations and `hf_myllm.predict` compare with targets
     num_special_tokens = 0  # positions of a row that hold no text
+    num_target_positions = 0  # positions that a decoder needs for targets
     min_text_tokens = 1  # tokens of text that a row must have room for
     length_group_steps = 32  # steps among which rows are grouped by length
     unit = "nats per token"  # unit of the loss

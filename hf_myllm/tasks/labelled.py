@@ -92,15 +92,26 @@ class LabelledTask(Task):
         templates = (self.settings.template or {}).values()
         return [*named, *(name for text in templates for name in template_columns(text))]
 
-    def map_columns(self, record, where):
+    def map_columns(self, record, where, optional=()):
         """Return the columns that `columns` and `template` of the recipe make of a record.
 
+        Args:
+            optional: columns that are left out if the record does not have what they are made of.
         Raises:
             BadRowError: a column is missing, or cannot be a part of a text.
         """
         columns, templates = self.settings.columns or {}, self.settings.template or {}
-        mapped = {name: read_column(record, where, column, BadRowError) for name, column in columns.items()}
-        return mapped | {name: fill_template(text, record, where, BadRowError) for name, text in templates.items()}
+        mapped = {}
+        for name, make, spec in [
+            *((name, read_column, column) for name, column in columns.items()),
+            *((name, _fill, text) for name, text in templates.items()),
+        ]:
+            try:
+                mapped[name] = make(record, where, spec, BadRowError)
+            except BadRowError:
+                if name not in optional:
+                    raise
+        return mapped
 
     def split_key(self, example):
         """Return (group, text): of each group the same share is held out; a text does not stand on both sides."""
@@ -153,6 +164,10 @@ class LabelledTask(Task):
         else:
             backend.no_truncation()
         return backend
+
+
+def _fill(record, where, template, error_class):
+    return fill_template(template, record, where, error_class)
 
 
 class PredictionTask(LabelledTask):
@@ -261,6 +276,11 @@ class LabelNames:
     label_values(record, where)     the label of a record as (value, place), or a list of them
     """
 
+    @property
+    def has_one_class(self):
+        """Whether a text, or each word of it, has one of the classes."""
+        return self.labels.problem_type == CLASSIFICATION
+
     class_weights = None  # (classes,) weights of the training loss, whose mean over the training labels is 1
 
     def find_labels(self, source, stored_config, is_trained):
@@ -282,7 +302,7 @@ class LabelNames:
                 )
             self.labels = known
         weighs = self.settings.class_weights or self.settings.label_smoothing
-        if weighs and self.labels.problem_type != CLASSIFICATION:
+        if weighs and not self.has_one_class:
             raise InputError(
                 "class_weights and label_smoothing are for one class per text or word; remove them for "
                 f"{self.labels.problem_type}"
@@ -293,6 +313,8 @@ class LabelNames:
         given = tuple(self.settings.labels or ())
         if not given:
             return labels
+        if repeated := [name for name in given if given.count(name) > 1]:
+            raise InputError(f"labels: {repeated[0]!r} is named twice; name each class once")
         if labels.problem_type == REGRESSION or labels.is_multi_hot:
             raise InputError(f"labels: the labels of {source.name} have no names; remove labels")
         return replace(labels, names=given)

@@ -42,6 +42,10 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     record_features = datasets.Features({"target": datasets.Value("string")})
     target_name = "target tokens"
 
+    @property
+    def num_target_positions(self):
+        return self.settings.max_target_len
+
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)
         longest = self.settings.max_target_len
@@ -67,7 +71,8 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     def read(self, source):
         is_text = source.format == "text" and not self.reads_labels
-        for where, record in read_lines(source, self.text_column) if is_text else super().read(source):
+        column = "source" if self.mapped_columns() else self.text_column
+        for where, record in read_lines(source, column) if is_text else super().read(source):
             languages = record.get(_TRANSLATION)
             if isinstance(languages, dict) and not self.mapped_columns():
                 record = {name: value for name, value in record.items() if name != _TRANSLATION} | languages
@@ -101,7 +106,8 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
 
     def parse(self, record, where):
         """Return a dict of source and target, and of the names of their columns."""
-        record = record | self.map_columns(record, where)
+        if self.reads_labels or set(record) != {"source"}:  # lines of text are sources
+            record = record | self.map_columns(record, where, () if self.reads_labels else ("target",))
         text_column, target_column = self.find_columns(record, where)
         source = self.read_text(record, where, text_column, "text_column")
         if not source.strip():

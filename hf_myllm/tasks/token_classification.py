@@ -117,6 +117,8 @@ class TokenClassification(LabelNames, PredictionTask):
         positions = [np.flatnonzero(rows.token_labels(index) != IGNORE_INDEX) for index in indices]
         return [scores[row, own] for row, own in enumerate(positions)]
 
+    has_one_class = True
+
     def labels_of(self, source, problem_type=None):
         labels = super().labels_of(source, problem_type)
         if find_scheme(labels.names) == "mixed":

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import make_task, train
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,6 +35,14 @@ def test_autotokenizer_loads_a_trained_bpe_tokenizer(tmp_path):
     assert loaded.decode(loaded(unseen)["input_ids"]) == unseen
     assert loaded.eos_token == "<|endoftext|>"
     assert tokenizers.fingerprint(tokenizers.train_bpe([TEXT] * 20, 320)) == tokenizers.fingerprint(trained)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "roberta", "gemma", "bart"])
+def test_a_model_without_a_tokenizer_has_none(tmp_path, model_type):
+    """The library makes one without a vocabulary, to which every text is unknown."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer"):
+        tokenizers.load(str(tmp_path), model_type)
 
 
 def test_a_unigram_tokenizer_encodes_any_text(tmp_path):

@@ -91,6 +91,7 @@ def test_labels_and_weights_that_do_not_fit(tmp_path, wordpiece):
     source = write_source(tmp_path, [{"text": "a", "label": name} for name in ("x", "y", "y")])
     for settings, message in (
         ({"labels": ["x", "z"]}, "labels: .* has y too; add what is missing"),
+        ({"labels": ["x", "y", "x"]}, "labels: 'x' is named twice"),
         ({"class_weights": {"w": 2.0}}, "class_weights: 'w' is not one of the labels, x, y"),
         ({"class_weights": "balanced", "problem_type": "regression"}, "are for one class per text or word"),
         ({"labels": ["x", "y"], "problem_type": "regression"}, "have no names; remove labels"),
@@ -103,6 +104,24 @@ def test_labels_and_weights_that_do_not_fit(tmp_path, wordpiece):
     task = Classification(wordpiece, max_len=20, labels=["x", "y"])
     with pytest.raises(InputError, match="the model's head has them in the order y, x"):
         task.find_labels(source, stored, False)
+
+
+def test_words_have_class_weights(tmp_path, wordpiece):
+    rows = [{"tokens": ["text", "number"], "label": ["O", "B-X" if n % 4 == 0 else "O"]} for n in range(20)]
+    source = write_source(tmp_path, rows)
+    task = TokenClassification(wordpiece, max_len=20, class_weights="balanced")
+    find_labels(task, source)
+    data, _, _ = task.load([source])
+    counts = {"O": 35, "B-X": 5}
+    expected = [40 / counts[name] / 2 for name in task.labels.names]
+    assert task.class_weights.tolist() == pytest.approx(expected)
+    inputs = whole_batch(task, data)
+    torch.manual_seed(0)
+    model = FixedLogits(torch.randn(*inputs["labels"].shape, 2))
+    loss = task.forward(model.train(), inputs, task.count_targets(inputs)).loss
+    options = {"weight": task.class_weights, "reduction": "sum"}
+    plain = torch.nn.functional.cross_entropy(model.logits.flatten(0, 1), inputs["labels"].flatten(), **options)
+    assert torch.equal(loss, plain / 40)
 
 
 # ---- texts

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hf_myllm.data import tokenizer
 from hf_myllm.data.columns import check_template, fill_template, template_columns
-from hf_myllm.data.sources import in_memory_source
+from hf_myllm.data.sources import file_source, in_memory_source
 from hf_myllm.errors import DataError
 from hf_myllm.tasks.instruction import Instruction
 from hf_myllm.tasks.labelled_rows import load_rows
@@ -231,6 +231,12 @@ def test_sources_and_targets_of_columns_and_templates(questions):
     (_, record) = next(task.read(in_memory_source(str(questions), "a")))
     example = task.parse(record, "row 1")
     assert (example["source"], example["target"]) == ("Question: How many is 0?", "It is 0.")
+    task.reads_labels = False  # predictions need no targets
+    del record["a"]
+    assert task.parse(record, "row 1")["source"] == "Question: How many is 0?"
+    (questions.parent / "lines.txt").write_text("Question: How many is 5?\n")
+    ((_, line),) = task.read(file_source(str(questions.parent / "lines.txt")))
+    assert task.parse(line, "row 1")["source"] == "Question: How many is 5?"
 
 
 def test_text_of_a_template_is_trained_on(tiny, tmp_path, questions, capsys):
