@@ -79,6 +79,7 @@ def test_the_loss_of_bert_does_not_depend_on_micro_batches(tiny_bert, tmp_path, 
         assert last[0] == pytest.approx(last[1], abs=1e-5)
 
 
+@pytest.mark.chaos
 def test_compiled_bert_has_the_same_losses(tiny_bert, tmp_path):
     fixed = {**CASES["bert"].no_dropout, "max_steps": 4, "start_context": None}
     fixed |= {"eval_freq": None, "task": "mlm_nsp", "num_hidden_layers": 1}

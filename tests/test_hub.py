@@ -538,6 +538,7 @@ def test_a_run_pushes_its_checkpoints_and_its_model(tiny, tmp_path, logged_in, c
     assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 
 
+@pytest.mark.chaos
 def test_a_refused_push_is_reported_at_the_end_of_the_run(tiny, tmp_path, logged_in, capsys):
     logged_in.failures["create"] = [403] * 50
     assert train(*tiny(max_steps=20), "--push_to_hub", NAME) == 0
@@ -554,6 +555,7 @@ def start_online(address, home, *words):
     )
 
 
+@pytest.mark.chaos
 def test_a_signal_cancels_an_upload(tiny, tmp_path, server):
     state, address = server
     state.slowly = 30
@@ -569,6 +571,7 @@ def test_a_signal_cancels_an_upload(tiny, tmp_path, server):
     assert not list((tmp_path / "run").glob("*.upload.partial"))
 
 
+@pytest.mark.chaos
 def test_the_upload_of_a_killed_run_ends_with_it(tiny, tmp_path, server):
     state, address = server
     state.slowly = 3

@@ -170,7 +170,13 @@ def test_an_extended_run_that_was_killed_before_it_published_its_model_is_not_fi
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sends a child a signal when its parent ends")
-@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the launcher alone", "the launcher and the run at once"])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(os.kill, id="the launcher alone", marks=pytest.mark.chaos),
+        pytest.param(os.killpg, id="the launcher and the run at once"),
+    ],
+)
 def test_the_run_saves_and_ends_when_its_launcher_gets_sigterm(finished, tmp_path, kill):
     _, _, recipe = finished
     run = tmp_path / "run"

@@ -64,6 +64,7 @@ def test_recipes_are_listed(installed):
     )
 
 
+@pytest.mark.chaos
 def test_the_quickstart_trains_by_name(installed, stories):
     small = (
         "--n_layer 1 --n_head 2 --n_embd 16 --max_len 16 --batch_size 2 --max_steps 2 --warmup_steps 0 --eval_iter 1"

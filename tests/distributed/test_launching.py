@@ -51,6 +51,7 @@ def test_the_cpu_configuration_starts_two_ranks_and_when_one_is_killed_the_other
     assert "--init_from resume continues from the newest checkpoint" in err
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Slurm is Linux's")
 def test_the_slurm_script_saves_and_requeues(tiny, tmp_path):
     """One machine with two ranks, and scripts in place of Slurm's commands."""

@@ -66,6 +66,7 @@ def test_two_ranks_train_what_one_process_does_with_dropout(tiny, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.chaos
 def test_two_machines_train_the_same_run(tiny, tmp_path):
     flags = tiny(epochs=1, eval_freq=10, total_batch_size=6, batch_size=4, **NO_DROPOUT)
     assert train(*flags, "--save_model", tmp_path / "one") == 0
