@@ -317,6 +317,7 @@ def test_a_bin_without_a_tokenizer(tmp_path, capsys):
     assert "holds no tokenizer" in result.stderr
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(os.name == "nt", reason="torch.compile needs a C++ compiler")
 def test_compiled_training_gives_the_same_losses(tiny, tmp_path):
     flags = partial(tiny, **NO_DROPOUT, max_steps=6, start_context=None, n_layer=1)

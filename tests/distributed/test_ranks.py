@@ -146,6 +146,7 @@ def launch_two_ranks(*flags):
     return accelerate_launch(f"{GLOO} --num_processes 2", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.chaos
 def test_a_run_of_two_ranks_killed_in_any_way_ends_with_the_same_bytes(tiny, tmp_path):
     flags, reference, run = tiny(eval_freq=5, save_freq=4, save_total_limit=3), tmp_path / "reference", tmp_path / "run"
     assert run_ranks(2, *flags, "--save_model", reference).returncode == 0
