@@ -127,10 +127,14 @@ def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
     for name, value in task.resolved_settings.items():
         setattr(data, name, value)
     parts = {data_sources.name: training} | {data_sources.val_name(name): part for name, part in validation.items()}
-    streams = {name: part.tokens if task.is_labelled and part else part for name, part in parts.items()}
-    for name, tokens in streams.items():
-        check_token_ids(tokens, vocab_size, name)
+    for name, part in parts.items():
+        check_token_ids(tokens_of(task, part), vocab_size, name)
     return training, validation, stats
+
+
+def tokens_of(task, part):
+    """Return the token stream of training or validation data as `task.load` returns it; None without data."""
+    return part.tokens if task.is_labelled and part is not None else part
 
 
 def load_sets(task, data_sources, show_progress):
@@ -147,11 +151,9 @@ def load_sets(task, data_sources, show_progress):
     for name, source in others:
         _, validation[name], more = task.load([], source, show_progress)
         stats |= {f"validation {name}": more["validation"]} if "validation" in more else {}
-    train_tokens, *streams = [
-        part.tokens if task.is_labelled and part else part for part in (training, *validation.values())
-    ]
-    for name, tokens in zip(validation, streams, strict=True):
-        if train_tokens is not None and tokens.fingerprint == train_tokens.fingerprint:
+    train_tokens = tokens_of(task, training)
+    for name, part in validation.items():
+        if train_tokens is not None and tokens_of(task, part).fingerprint == train_tokens.fingerprint:
             raise DataError(
                 f"{data_sources.val_name(name)}: it holds the same tokens as {data_sources.name}; give others, or "
                 "leave it out to hold out a part"

@@ -39,7 +39,7 @@ def read_column(row, where, name, error_class=DataError):
     return value
 
 
-def fill_template(template, row, where, error_class=DataError):
+def fill_template(row, where, template, error_class=DataError):
     """Return the text that a template makes of a row; an empty cell is an empty text.
 
     Raises:

@@ -143,7 +143,7 @@ def _split_document(blocks, split_pattern):
 
 def _text_of(row, where, source):
     if source.template:
-        return check_text(fill_template(source.template, row, where), where)
+        return check_text(fill_template(row, where, source.template), where)
     column = source.text_column
     if column not in row:
         columns = ", ".join(map(repr, row))

@@ -124,7 +124,7 @@ def _blocks(file):
 
 
 def with_template(source, template):
-    """Return a source whose texts are made by a template; a source of another text column is left as it is.
+    """Return a source whose texts are made by a template, in place of its text column.
 
     Raises:
         DataError: it has no columns.

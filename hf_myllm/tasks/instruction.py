@@ -115,9 +115,8 @@ class Instruction(LabelledTask, CausalLM):
         options = {}
         for name in ("tools", "documents"):
             value = record.get(name)
-            if (
-                isinstance(value, str) and value.strip()
-            ):  # Arrow data cannot hold the different schemas of tools otherwise
+            # As text, because Arrow data cannot hold the different schemas of tools otherwise.
+            if isinstance(value, str) and value.strip():
                 try:
                     value = json.loads(value)
                 except ValueError:

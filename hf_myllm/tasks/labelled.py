@@ -104,7 +104,7 @@ class LabelledTask(Task):
         mapped = {}
         for name, make, spec in [
             *((name, read_column, column) for name, column in columns.items()),
-            *((name, _fill, text) for name, text in templates.items()),
+            *((name, fill_template, text) for name, text in templates.items()),
         ]:
             try:
                 mapped[name] = make(record, where, spec, BadRowError)
@@ -164,10 +164,6 @@ class LabelledTask(Task):
         else:
             backend.no_truncation()
         return backend
-
-
-def _fill(record, where, template, error_class):
-    return fill_template(template, record, where, error_class)
 
 
 class PredictionTask(LabelledTask):

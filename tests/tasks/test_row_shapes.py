@@ -195,11 +195,11 @@ def test_chats_are_as_the_template_means(llama, name):
 
 def test_a_template_makes_text_of_columns():
     row = {"q": "How?", "n": 3, "none": None, "translation": {"en": "house"}, "list": [1]}
-    assert fill_template("Q: {q}\n{{{n}}} {none}{translation.en}", row, "row 1") == "Q: How?\n{3} house"
+    assert fill_template(row, "row 1", "Q: {q}\n{{{n}}} {none}{translation.en}") == "Q: How?\n{3} house"
     assert template_columns("{q} {translation.en} {{x}}") == ["q", "translation.en", "translation"]
     for template, message in (("{x}", "row 1 has no column 'x', but 'q'"), ("{list}", "holds neither text nor a num")):
         with pytest.raises(DataError, match=message):
-            fill_template(template, row, "row 1")
+            fill_template(row, "row 1", template)
     for template, message in (("{q", "'{' stands alone"), ("q}", "'}' stands alone"), ("plain", "names no column")):
         with pytest.raises(ValueError, match=message):
             check_template(template)
