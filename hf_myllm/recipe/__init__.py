@@ -21,19 +21,16 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from ..errors import ModelError, RecipeError, show
 from ..files import read_yaml
 from ..terminal import warn
-from .fields import Section, convert, members
+from .data_section import MLM_PROBABILITY, TASKS, Data
+from .fields import MANY, Section, convert, members
 from .messages import explain, unknown_key
 from .sections import (
     ALIASES,
     EVALUATION_KEYS,
     EXCLUSIVE,
     FIELDS,
-    MANY,
-    MLM_PROBABILITY,
     SECTION_OF,
     SECTIONS,
-    TASKS,
-    Data,
     Evaluation,
     Hub,
     Lora,

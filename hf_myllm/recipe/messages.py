@@ -3,8 +3,8 @@
 import difflib
 
 from ..errors import RecipeError, show
-from .fields import choices, describe_type
-from .sections import ALIASES, FIELDS, SECTION_OF, SECTIONS, Source
+from .fields import Source, choices, describe_type
+from .sections import ALIASES, FIELDS, SECTION_OF, SECTIONS
 
 COMMAND_LINE = "the command line"
 LIMITS = {

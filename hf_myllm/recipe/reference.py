@@ -6,8 +6,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.json_schema import GenerateJsonSchema
 
 from . import Recipe, config_section, config_types
-from .fields import choices, describe_type
-from .sections import ALIASES, MANY, SECTION_OF, SECTIONS
+from .fields import MANY, choices, describe_type
+from .sections import ALIASES, SECTION_OF, SECTIONS
 
 INTRODUCTION = """# Keys of a recipe
 
