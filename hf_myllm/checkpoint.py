@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from typing_extensions import Required, TypedDict
 
 from .errors import CheckpointError, first_line
-from .files import PARTIAL, atomic_path, digest_file, flush, link_or_copy, regular_files
+from .files import IS_WINDOWS, PARTIAL, atomic_path, digest_file, flush, link_or_copy, regular_files, rename
 
 _MARKER = "trainer_state/complete.json"
 _STATE = "trainer_state/state.json"
@@ -86,7 +86,7 @@ def save(run_dir, step, write_model, optimizer_tensors, state, rank=0, world_siz
         _write_marker(partial, step, records)
         if final.exists():  # damaged: find_latest skipped it
             _remove(final)
-        partial.rename(final)
+        rename(partial, final)
         flush(final.parent)
         for newer_step, path in _list(run_dir):
             if newer_step > step:  # damaged: otherwise the run would have resumed from it
@@ -111,6 +111,8 @@ def remove_old(run_dir, limit, keep=None):
             try:
                 _remove(path)
             except OSError as error:
+                if IS_WINDOWS and isinstance(error, PermissionError):
+                    continue  # this run resumed from it and still maps a file; the next save tries again
                 raise CheckpointError(
                     f"{path}: it cannot be removed: {error}; remove it, then use --init_from resume"
                 ) from None
@@ -153,7 +155,7 @@ def _write_marker(folder, step, records):
     """Record all files in the marker and flush everything to disk; `records` are of files already flushed."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
+        name = path.relative_to(folder).as_posix()
         if name not in records:
             flush(path)
         files[name] = records.get(name) or [path.stat().st_size, digest_file(path)]
@@ -174,7 +176,7 @@ def _remove(path):
     # Renamed first, so that an interrupted removal leaves no folder with the name of a checkpoint.
     doomed = path.with_name(path.name + ".old" + PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 

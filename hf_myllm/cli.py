@@ -37,7 +37,7 @@ def main(argv=None):
         code = 2
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
+        code = 128 + getattr(signal, "SIGPIPE", 13)  # which Windows lacks
     except (KeyboardInterrupt, Exception) as error:
         if interrupts or isinstance(error, KeyboardInterrupt):  # an import that it interrupts may raise anything
             print("stopped by Ctrl-C", file=sys.stderr)

@@ -163,10 +163,15 @@ def _launcher_command():
     return [Path(words[index]).name, *words[index + 1 :]]
 
 
-def exit_with_parent(parent, signum=signal.SIGKILL):
-    """On Linux, make the kernel send a signal to this process when its parent exits. Return False if it has exited."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signum)  # 1: PR_SET_PDEATHSIG
+def exit_with_parent(parent, signum=9):
+    """On Linux, make the kernel send a signal to this process when its parent exits. Return False if it has exited.
+
+    Args:
+        signum: default: SIGKILL, a name that Windows lacks.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signum)  # 1: PR_SET_PDEATHSIG
     return os.getppid() == parent
 
 

@@ -6,7 +6,8 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,13 @@ import yaml
 
 from .errors import first_line, printable
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+IS_WINDOWS = os.name == "nt"
+_RENAME_TRIES = 10
 _MAX_YAML_CHARS, _MAX_YAML_NODES = 1 << 20, 100_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 PARTIAL = ".partial"  # suffix of the temporary names
@@ -36,9 +44,21 @@ def atomic_path(path):
     _remove(temporary)
     try:
         yield temporary
-        os.replace(temporary, path)
+        rename(temporary, path)
     finally:
         _remove(temporary)
+
+
+def rename(source, target):
+    """Rename a file, replacing one that exists, or a folder.
+
+    On Windows a scanner or an indexer may hold a file open for a moment after it was written: try again for a second.
+    """
+    for _ in range(_RENAME_TRIES - 1 if IS_WINDOWS else 0):
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 def refuse_link(path):
@@ -89,9 +109,19 @@ def digest_file(path):
 
 
 def flush(path):
-    """Flush a file, or the entries of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or the entries of a folder, to disk.
+
+    Windows flushes what is open for writing only, and no folders: NTFS keeps a journal of their entries. On macOS,
+    fsync leaves the data in the drive's own cache.
+    """
+    if IS_WINDOWS and os.path.isdir(path):
+        return
+    handle = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            with suppress(OSError):  # of a file system that lacks it
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+                return
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -62,7 +62,7 @@ def _is_whole(folder):
 
 def _describe_files(folder):
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _FILES)
-    return {str(path.relative_to(folder)): _describe(path) for path in files}
+    return {path.relative_to(folder).as_posix(): _describe(path) for path in files}
 
 
 def _describe(path):
