@@ -100,14 +100,16 @@ def save(run_dir, step, write_model, optimizer_tensors, state, rank=0, world_siz
     return final
 
 
-def remove_old(run_dir, limit, keep=None):
-    """Remove all checkpoints but the newest `limit` and that of step `keep`.
+def remove_old(run_dir, limit, keep=None, keep_every=None):
+    """Remove all checkpoints but the newest `limit`, that of step `keep`, and those of every `keep_every` steps.
 
+    Args:
+        limit: None keeps all.
     Raises:
         CheckpointError: one cannot be removed.
     """
-    for step, path in _list(run_dir, with_marker=True)[limit:]:
-        if step != keep:
+    for step, path in _list(run_dir, with_marker=True)[limit:] if limit else ():
+        if step != keep and (keep_every is None or step % keep_every):
             try:
                 _remove(path)
             except OSError as error:

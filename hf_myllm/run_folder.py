@@ -197,7 +197,8 @@ def save_checkpoint(run, optimizer, state):
         tensors, run_dir = optimizer_tensors(model, optimizer.optimizer), recipe.run.save_model
         checkpoint.save(run_dir, state.step, write_model, tensors, _trainer_state(run, state), **options)
         if accelerator.is_main_process:
-            checkpoint.remove_old(run_dir, recipe.run.save_total_limit, keep=state.best_step())
+            section = recipe.run
+            checkpoint.remove_old(run_dir, section.save_total_limit, state.best_step(), section.keep_every)
     accelerator.wait_for_everyone()
 
 

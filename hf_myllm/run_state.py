@@ -45,8 +45,9 @@ class RunState:
 
     @property
     def save_due(self):
-        every = self.run.recipe.run.save_freq
-        return self.must_stop or self.is_best or (bool(every) and self.step % every == 0)
+        section = self.run.recipe.run
+        is_regular = any(every and self.step % every == 0 for every in (section.save_freq, section.keep_every))
+        return self.must_stop or self.is_best or is_regular
 
     @property
     def must_stop(self):

@@ -120,6 +120,19 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step_whatever_the_clock(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-40"]
 
 
+def test_retention_keeps_milestones_the_best_and_what_is_uploaded(tmp_path):
+    for step in range(5, 60, 5):
+        save(tmp_path, step, limit=None)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"checkpoint-{step}" for step in range(5, 60, 5)}
+    staged = checkpoint.stage(tmp_path / "checkpoint-10")
+    checkpoint.remove_old(tmp_path, 2, keep=35, keep_every=20)
+    kept = {"checkpoint-20", "checkpoint-35", "checkpoint-40", "checkpoint-50", "checkpoint-55"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {staged.name}
+    assert (staged / "model.safetensors").read_bytes() == bytes(1000)
+    assert all(checkpoint.find_corruption(tmp_path / name) is None for name in kept)
+
+
 def save_sharded(run_dir, step, shards):
     """Save with one rank per shard, in threads; return the error of each rank, or None."""
     world_size = len(shards)

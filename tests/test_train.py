@@ -433,3 +433,11 @@ def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(
 def test_too_many_consecutive_steps_that_are_not_finite_stop_the_run(tiny, capsys):
     assert train(*tiny(learning_rate=1e9, grad_clip=0, warmup_steps=0, max_skipped_steps=3)) == 2
     assert "4 skipped steps in a row" in capsys.readouterr().err
+
+
+def test_milestones_are_saved_and_kept(tiny, tmp_path):
+    flags = tiny(max_steps=11, save_freq=4, save_total_limit=1, eval_freq=None)
+    assert train(*flags, "--keep_every", 3) == 0
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (3, 6, 9, 11)}
+    assert train(*flags, "--save_model", tmp_path / "all", "--save_total_limit", "null") == 0
+    assert {path.name for path in (tmp_path / "all").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (4, 8, 11)}

@@ -38,7 +38,10 @@ class Run(Section):
     resume: bool = changeable(False, "The same as --init_from resume.")
     allow_changed: bool = changeable(False, "Resume even if the recipe or the data changed.")
     save_freq: int | None = changeable(500, "Steps between checkpoints; null saves only at the end.", ge=1)
-    save_total_limit: int = changeable(2, "Number of newest checkpoints to keep.", ge=1)
+    save_total_limit: int | None = changeable(2, "Number of newest checkpoints to keep; null keeps all.", ge=1)
+    keep_every: int | None = changeable(
+        None, "Also save every N steps, and keep these checkpoints beside the newest: milestones.", ge=1
+    )
     log_freq: int = changeable(1, "Steps between lines of metrics.jsonl.", ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = changeable(
         "info",
