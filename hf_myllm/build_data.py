@@ -151,14 +151,31 @@ def load_sets(task, data_sources, show_progress):
     for name, source in others:
         _, validation[name], more = task.load([], source, show_progress)
         stats |= {f"validation {name}": more["validation"]} if "validation" in more else {}
-    train_tokens = tokens_of(task, training)
-    for name, part in validation.items():
-        if train_tokens is not None and tokens_of(task, part).fingerprint == train_tokens.fingerprint:
-            raise DataError(
-                f"{data_sources.val_name(name)}: it holds the same tokens as {data_sources.name}; give others, or "
-                "leave it out to hold out a part"
-            )
+    if data_sources.validation and training is not None:
+        stats["shared"] = find_shared(task, data_sources, training, validation)
     return training, validation, stats
+
+
+def find_shared(task, data_sources, training, validation):
+    """Return (documents that are training documents too, all documents) of each validation set, by name.
+
+    Raises:
+        DataError: all of a file's are: its loss would not say what the model does with other text. Labelled texts may
+            be short, and equal by chance.
+    """
+    shared, train_tokens = {}, tokens_of(task, training)
+    for name, part in validation.items():
+        tokens = tokens_of(task, part)
+        count, total = corpus.count_shared(train_tokens, tokens)
+        is_same = tokens.fingerprint == train_tokens.fingerprint
+        is_part = count == total > 0 and not task.is_labelled and data_sources.validation[name].files
+        if is_same or is_part:
+            raise DataError(
+                f"{data_sources.val_name(name)}: it holds the same tokens as {'' if is_same else 'a part of '}"
+                f"{data_sources.name}; give others, or leave it out to hold out a part"
+            )
+        shared[name] = count, total
+    return shared
 
 
 def make_rows(recipe, data_sources, task, training, validation):
@@ -293,4 +310,6 @@ def _train_tokenizer(recipe, texts_from):
     key = [algorithm, vocab_size, *task_key, *map(sources.source_key, whole)]
     if not cache.cached_path(key).exists():  # a dry run of large text trains one on its beginning
         key = [algorithm, vocab_size, *task_key, *map(sources.source_key, texts_from)]
-    return tokenizers.load(str(cache.cached_folder(key, train)))
+    tokenizer = tokenizers.load(str(cache.cached_folder(key, train)))
+    tokenizer.name_or_path = f"{{train: {algorithm}}}"  # in messages, not a folder of the cache
+    return tokenizer

@@ -6,6 +6,7 @@ pipe).
 
 import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -98,10 +99,12 @@ def _dispatch(arguments):
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "--version") or name.startswith("--print-completion"):
         return build_parser(with_flags=name.startswith("--print-completion")).parse_args(arguments[:2] or [name])
-    if name not in COMMANDS and not name.startswith("-") and not Path(name).exists():
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.75)
-        if near:
-            raise RecipeError(f"there is no command or recipe '{name}'; did you mean '{near[0]}'?")
+    if name not in COMMANDS and re.fullmatch(r"\w+", name) and not Path(name).exists():
+        recipes = [path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml")]
+        if name not in recipes:
+            near = difflib.get_close_matches(name, [*COMMANDS, *recipes], n=1, cutoff=0.75)
+            hint = f"did you mean '{near[0]}'?" if near else f"the commands are {', '.join(COMMANDS)}"
+            raise RecipeError(f"there is no command or recipe '{name}'; {hint}")
     if name not in COMMANDS:  # `hf-myllm RECIPE --key value` trains
         name, arguments = "train", ["train", *arguments]
     command = COMMANDS[name]

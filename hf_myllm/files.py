@@ -173,6 +173,10 @@ def _remove(path):
 # ---- YAML
 
 
+class RepeatedKeyError(ValueError):
+    """YAML text gives a key twice."""
+
+
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML whose plain numbers and booleans are those of YAML 1.2, and that refuses a repeated key.
 
@@ -192,7 +196,7 @@ class RecipeLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != merge]
         for name in keys:
             if keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' is given twice", node.start_mark)
+                raise RepeatedKeyError(f"line {node.start_mark.line + 1}: key '{name}' is given twice")
         return super().construct_mapping(node, deep)
 
 
@@ -217,6 +221,8 @@ def read_yaml(text):
         raise ValueError(f"it is longer than {_MAX_YAML_CHARS:,} characters")
     try:
         return yaml.load(text, RecipeLoader)
+    except RepeatedKeyError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""

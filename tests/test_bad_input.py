@@ -7,11 +7,15 @@ import shutil
 import signal
 import subprocess
 
+import datasets
 import numpy as np
 import pytest
-from conftest import read_metrics, run_cli, run_command, train
+from conftest import read_metrics, run_cli, run_command, train, write_story
 from filelock import FileLock
 from launching import start, wait_for
+from small_runs import write_lines
+
+from hf_myllm.data.tokenizer import train_wordpiece
 
 
 @pytest.fixture
@@ -389,3 +393,35 @@ def test_a_run_of_version_0_1_keeps_its_validation_rows(tiny, tmp_path, monkeypa
     assert evaluate(tmp_path / "run")["loss"] != pytest.approx(before, abs=1e-6)
     assert train(*tiny(max_steps=6), "--init_from", "resume") == 2
     assert "other tokens in the training data and the validation data now" in capsys.readouterr().err
+
+
+def test_a_shard_of_the_training_text_in_another_format_is_no_validation_data(tiny, tmp_path, capsys):
+    texts = [write_story(seed) for seed in range(30)]
+    write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts[:20]])
+    write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts[20:]])
+    datasets.Dataset.from_dict({"text": texts[20:]}).to_parquet(tmp_path / "val.parquet")
+    flags = tiny(train_file=tmp_path / "*.jsonl", val_file=tmp_path / "val.parquet", max_steps=1, start_context=None)
+    assert train(*flags) == 2
+    assert "val.parquet: it holds the same tokens as a part of" in capsys.readouterr().err
+    datasets.Dataset.from_dict({"text": [*texts[28:], write_story(30)]}).to_parquet(tmp_path / "val.parquet")
+    assert train(*flags, "--dry_run") == 0
+    assert "2 of 3 validation documents are in the training data too" in capsys.readouterr().out
+
+
+def test_warnings_about_the_data_of_every_task(tiny, tmp_path, capsys):
+    """A tokenizer that does not know the text, and rows that leave some of it out."""
+    tokenizer = train_wordpiece(["abc " * 9], 100)
+    tokenizer.save_pretrained(tmp_path / "tok")
+    rows = [{"text": f"a b c {letter}", "label": letter} for letter in "中文ab" * 5]
+    flags = ["--model", "bert", "--tokenizer", tmp_path / "tok", "--max_len", 16, "--dry_run", "--hidden_size", 16]
+    flags += ["--num_attention_heads", 2, "--num_hidden_layers", 1, "--intermediate_size", 16]
+    flags += ["--train_file", write_lines(tmp_path / "a.jsonl", rows)]
+    assert train(*flags, "--task", "classification") == 0
+    assert re.search(r"8.\d% of the tokens are \[UNK\]", capsys.readouterr().out)
+    assert train(*tiny(stride=64, max_steps=2, start_context=None), "--dry_run") == 0
+    assert re.search(
+        r"stride 64 is above the 32 tokens of a row: [\d,]+ tokens between are left out", capsys.readouterr().out
+    )
+    flags[3] = "{train: bpe, vocab_size: 300}"
+    assert train(*flags, "--task", "mlm") == 2
+    assert "which {train: bpe} does not have" in capsys.readouterr().err

@@ -50,6 +50,12 @@ def test_train_is_the_default_command(capsys):
     for arguments in (["nope.yaml"], ["train", "nope.yaml"]):
         assert run_cli(*arguments) == 2
         assert "recipe nope.yaml does not exist; `hf-myllm recipes` lists" in capsys.readouterr().err
+    for arguments, message in (
+        (["compare", "a", "b"], "the commands are train,"),
+        (["trian"], "did you mean 'train'?"),
+    ):
+        assert run_cli(*arguments) == 2
+        assert f"there is no command or recipe '{arguments[0]}'; {message}" in capsys.readouterr().err
     assert run_cli("--lerning_rate", 1) == 2
     assert "unknown key --lerning_rate; did you mean 'learning_rate'?" in capsys.readouterr().err
     assert run_cli("quickstart", "--n_layers", 1) == 2  # found by its name

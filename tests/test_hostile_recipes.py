@@ -39,6 +39,8 @@ TEXTS = {
     "a key of the top": ("data: {model: gpt}", "'model' belongs at the top of a recipe, not in 'data:'"),
     "a section in a section": ("data: {training: {}}", "'training' belongs at the top of a recipe, not in 'data:'"),
     "an alias in another section": ("data: {num_epochs: 1}", "'epochs' belongs in the section 'training:'"),
+    "a repeated key": ("data: {val_file: {a: x, a: y}}", "line 1: key 'a' is given twice"),
+    "a repeated section": ("data: {}\nmodel: gpt\ndata: {}", "line 1: key 'data' is given twice"),
     "an unknown model with keys": ("model: gtp\nconfig: {width: 3}", "model 'gtp' is not known; .*did you mean 'gpt'"),
 }  # fmt: skip
 
@@ -59,6 +61,11 @@ def test_a_hostile_recipe_is_one_short_line(case, tmp_path):
         (["--model", "gtp", "--n_layer", "1"], "model 'gtp' is not known; .*; did you mean 'gpt'"),
         (["--seed", "010"], "'seed' must be a whole number, not '010'"),
         (["--save_model", "a\udc80"], "'save_model' is not text that UTF-8 can hold"),
+        (["--val_file", "{a: x, a: y}"], "key 'a' is given twice; give it once"),
+        (["--class_weights", "{dog: -1}"], "'class_weights' must be at least 0, not -1"),
+        (["--class_weights", "{dog: many}"], "'class_weights' must be a number, not 'many'"),
+        (["--class_weights", "equal"], "'class_weights' must be balanced, or a mapping of classes to weights"),
+        (["--val_file", "{a: 3}"], "'val_file' must be text, not 3"),
     ],
 )
 def test_hostile_flags(argv, message):

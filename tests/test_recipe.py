@@ -88,6 +88,18 @@ def test_resume_keeps_what_the_run_started_from(tmp_path):
     assert (recipe.run.resume, recipe.run.init_from) == (True, "some/model")
 
 
+def test_a_copy_of_a_run_does_not_resume_the_original(tmp_path):
+    for name in ("run", "copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"data: {{train_file: a}}\nrun: {{save_model: {tmp_path}/run}}\n")
+        (tmp_path / name / "run.json").write_text("{}")
+    copy = tmp_path / "copy"
+    with pytest.raises(RecipeError, match="it would resume the run in its save_model, .*run; to resume this one, give"):
+        read(copy / "recipe.yaml", "--resume")
+    assert read(copy / "recipe.yaml", "--resume", "--save_model", copy).run.save_model == str(copy)
+    assert read(tmp_path / "run" / "recipe.yaml", "--resume").run.resume
+
+
 def test_quiet_is_an_alias(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data: {train_file: a.txt}\nrun: {quiet: false, log_level: error}\n")
     assert read(tmp_path / "recipe.yaml").run.log_level == "error"

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 from filelock import FileLock
 
 from ..errors import DataError
-from ..files import atomic_path
+from ..files import atomic_path, digest_file
 
-_FILES = "files.json"  # written last: name of each file -> its size and a digest of samples of its content
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # a file of up to 4 MiB is compared whole
+_FILES = "files.json"  # written last: name of each file -> its size and a digest of its content
 _FORMAT = 6  # raise this number when the content of cached folders changes
 
 
@@ -30,7 +31,7 @@ def cached_folder(key, make):
     """Return the cached folder for a key; `make(folder)` fills it if it does not exist. It is complete or absent.
 
     Every rank may call this: one rank of each machine makes the folder while the others wait. A folder that has lost a
-    file, or a part of one, or whose files have changed in one of the samples of their content, is made again.
+    file, or whose files have other content, is made again. The content of a file is read if it was written to later.
 
     Raises:
         DataError: the cache cannot be written.
@@ -46,7 +47,9 @@ def cached_folder(key, make):
                 with atomic_path(folder) as partial:
                     partial.mkdir()
                     make(partial)
-                    (partial / _FILES).write_text(json.dumps(_describe_files(partial)))
+                    files = _list_files(partial)
+                    known = {name: [path.stat().st_size, digest_file(path)] for name, path in files.items()}
+                    (partial / _FILES).write_text(json.dumps(known))
     except OSError as error:
         raise DataError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
     return folder
@@ -55,22 +58,27 @@ def cached_folder(key, make):
 def _is_whole(folder):
     """Return whether a cached folder has all its files, as they were written."""
     try:
-        return json.loads((folder / _FILES).read_text()) == _describe_files(folder)
-    except (OSError, ValueError):
+        known, files = json.loads((folder / _FILES).read_text()), _list_files(folder)
+        if {name: size for name, (size, _) in known.items()} != {n: path.stat().st_size for n, path in files.items()}:
+            return False
+        written = (folder / _FILES).stat().st_mtime_ns
+        changed = [name for name, path in files.items() if _last_change(path) >= written]
+        if any(digest_file(files[name]) != known[name][1] for name in changed):
+            return False
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
+    with suppress(OSError):  # as others see it: read-only
+        if changed:  # a copy of the folder, or a link to a file: the content need not be read again
+            os.utime(folder / _FILES)
+    return True
 
 
-def _describe_files(folder):
+def _list_files(folder):
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _FILES)
-    return {path.relative_to(folder).as_posix(): _describe(path) for path in files}
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
-def _describe(path):
-    """Return the size of a file and a digest of evenly spaced samples: a digest of the whole would take minutes."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    end = max(0, size - _SAMPLE_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        for start in (*range(0, end, max(_SAMPLE_BYTES, size // _SAMPLES)), end):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return [size, digest.hexdigest()]
+def _last_change(path):
+    """Return when a file was last written to, or changed in any other way, in nanoseconds."""
+    stat = path.stat()
+    return max(stat.st_mtime_ns, stat.st_ctime_ns)

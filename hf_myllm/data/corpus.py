@@ -44,12 +44,14 @@ class TokenStream:
         fingerprint: a digest of the content.
         max_id: the largest token id.
         source_starts: the position of the first token of each source.
+        documents: (documents,) uint64, a digest of the tokens of each document; None if it is unknown.
     """
 
-    def __init__(self, chunks, fingerprint, max_id, source_starts=(0,)):
+    def __init__(self, chunks, fingerprint, max_id, source_starts=(0,), documents=None):
         self.chunks = [chunk for chunk in chunks if len(chunk)]
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
         self.fingerprint, self.max_id, self.source_starts = fingerprint, max_id, source_starts
+        self.documents = documents
 
     def __len__(self):
         return int(self.starts[-1])
@@ -101,7 +103,25 @@ def concatenate(streams):
     chunks = [chunk for stream in streams for chunk in stream.chunks]
     fingerprint = hashlib.sha256(repr([stream.fingerprint for stream in streams]).encode()).hexdigest()
     starts = np.cumsum([0, *map(len, streams)])[:-1].tolist()
-    return TokenStream(chunks, fingerprint, max(stream.max_id for stream in streams), starts)
+    documents = [stream.documents for stream in streams if stream.documents is not None]
+    documents = np.concatenate(documents) if documents else None
+    return TokenStream(chunks, fingerprint, max(stream.max_id for stream in streams), starts, documents)
+
+
+def count_shared(training, validation):
+    """Return how many documents of the validation data are in the training data too, and how many it has.
+
+    Args:
+        training, validation: [`TokenStream`]s.
+    """
+    if training.documents is None or validation.documents is None:
+        return 0, 0
+    return int(np.isin(validation.documents, training.documents).sum()), len(validation.documents)
+
+
+def document_digest(ids=b""):
+    """Return a hash object for the tokens of a document, whose digest is a number of `TokenStream.documents`."""
+    return hashlib.blake2b(ids, digest_size=8)
 
 
 def merge_stats(stats):
@@ -153,7 +173,7 @@ def _nothing_left(source, val_fraction):
 
 
 def _load_text(source, tokenizer, split, show_progress):
-    settings = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), *split]
+    settings = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), *split, "digests of documents"]
     whole = known_whole(source)
     if whole and cached_path(["tokens", source_key(whole), *settings]).exists():  # prefer it to a sample
         source = whole
@@ -167,12 +187,13 @@ def _load_text(source, tokenizer, split, show_progress):
         if stats[part]["tokens"]:
             column = datasets.Dataset.from_file(str(folder / f"{part}.arrow")).data.column("input_ids")
             chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-            streams[part] = TokenStream(chunks, stats[part]["fingerprint"], stats[part]["max_id"])
+            documents = np.load(folder / f"{part}.npy", mmap_mode="r")
+            streams[part] = TokenStream(chunks, stats[part]["fingerprint"], stats[part]["max_id"], documents=documents)
     return streams["train"], streams.get("validation"), stats
 
 
 def _tokenize(source, tokenizer, split, folder, show_progress):
-    """Write train.arrow, validation.arrow and stats.json."""
+    """Write train.arrow and validation.arrow, the digests of their documents in train.npy and so on, and stats.json."""
     end, split_pattern = end_of_document(tokenizer), safe_split_pattern(tokenizer)
     repeated = _find_repeated(source, split_pattern) if source.deduplicate else frozenset()
     first_pieces = _first_pieces(_leave_out(read_documents(source, split_pattern), repeated))
@@ -241,11 +262,16 @@ class _PartWriter:
         self.writer = ArrowWriter(path=str(path), features=features)
         self.unknown_id = tokenizer.unk_token_id
         self.rows, self.digest = [], hashlib.sha256()
+        self.path, self.documents, self.document = path, [], document_digest()
         self.stats = dict.fromkeys(("documents", "tokens", "bytes", "unknown", "max_id"), 0)
 
     def add(self, text, ids, end):
         """Add a piece of a document; `end` are the token ids at its end that stand for no text."""
         self.rows.append(ids)
+        self.document.update(ids)
+        if end:
+            self.documents.append(self.document.digest())
+            self.document = document_digest()
         self.stats["bytes"] += len(text.encode())
         self.stats["documents"] += bool(end)
         if self.unknown_id is not None:  # GPT-2 has one token for unknown text and for the end of a document
@@ -265,6 +291,7 @@ class _PartWriter:
     def close(self):
         """Close the file and return the statistics."""
         self.writer.finalize()
+        np.save(self.path.with_suffix(".npy"), np.frombuffer(b"".join(self.documents), dtype=np.uint64))
         return self.stats | {"fingerprint": self.digest.hexdigest()}
 
 

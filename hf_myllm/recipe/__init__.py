@@ -23,7 +23,7 @@ from ..files import read_yaml
 from ..terminal import warn
 from .data_section import MLM_PROBABILITY, TASKS, Data
 from .fields import MANY, Section, convert, members
-from .messages import explain, unknown_key
+from .messages import explain, refuse_other_run, unknown_key
 from .sections import (
     ALIASES,
     EVALUATION_KEYS,
@@ -412,6 +412,8 @@ def _load(path_or_name, overrides, where, families=None):
             _drop_replaced(name, sections, origins, where)
     recipe = Recipe.model_validate(sections, context=origins)
     recipe._overrides = set(overrides) if path is None else {name for name, place in origins.items() if place == where}
+    if recipe.run.resume and path is not None and "save_model" not in flat:
+        refuse_other_run(Path(path), recipe.run.save_model)
     with suppress(ModelError):  # raised again when the run is built, if the recipe has no other mistake
         return recipe if families is None else recipe.check_family(families, origins)
     return recipe

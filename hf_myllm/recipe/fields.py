@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from pydantic_core import PydanticCustomError
 from typing_extensions import NotRequired, TypedDict, is_typeddict
 
-from ..files import read_yaml
+from ..errors import RecipeError
+from ..files import RepeatedKeyError, read_yaml
 
 MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -154,6 +155,8 @@ def _convert_text(text, options):
     if (dict in options and stripped[:1] == "{") or (list in options and str not in options and stripped[:1] == "["):
         try:
             value = read_yaml(stripped)
+        except RepeatedKeyError as error:
+            raise RecipeError(f"{text:.80}: {error}; give it once") from None
         except ValueError:
             return text
         is_text = str in options and isinstance(value, dict) and None in value.values()  # '{question}' of a template

@@ -1,9 +1,10 @@
 """One-line messages for invalid recipes: `<file or "the command line">: <problem>; <what to do>`."""
 
 import difflib
+from pathlib import Path
 
 from ..errors import RecipeError, show
-from .fields import Source, choices, describe_type
+from .fields import Source, choices, describe_type, members
 from .sections import ALIASES, FIELDS, SECTION_OF, SECTIONS
 
 COMMAND_LINE = "the command line"
@@ -13,7 +14,11 @@ LIMITS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
-EXPECTED = {"tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece, characters)"}
+EXPECTED = {
+    "tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece, characters)",
+    "class_weights": "balanced, or a mapping of classes to weights",
+}
+_ITEM_TYPES = {"string_type": "text", "float_type": "a number"}  # of what a list or mapping holds
 TOP_LEVEL = (*SECTIONS, "model", "task", "config")
 # key -> its names in nanoGPT, transformers' TrainingArguments and example scripts
 _FOREIGN_NAMES = {
@@ -74,6 +79,17 @@ def unknown_key(name, where, section=None, more=()):
     )
 
 
+def refuse_other_run(path, save_model):
+    """Raise RecipeError if `path` is the recipe.yaml of a run and names another folder, which would be resumed: that of
+    the run that this is a copy of, or where it was before."""
+    is_run = path.name == "recipe.yaml" and (path.parent / "run.json").is_file()
+    if is_run and path.parent.resolve() != Path(save_model).resolve():
+        raise RecipeError(
+            f"{path}: it would resume the run in its save_model, {save_model}; to resume this one, give --save_model "
+            f"{path.parent}"
+        )
+
+
 def explain(error, origins, default_origin, fields=FIELDS):
     """Return the RecipeError for the first problem in a pydantic ValidationError.
 
@@ -82,7 +98,9 @@ def explain(error, origins, default_origin, fields=FIELDS):
         default_origin: where all other values came from.
         fields: key -> its declaration.
     """
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    same_key = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    problem = max(same_key, key=lambda problem: len(problem["loc"]))  # a mapping's, of a key that may also be text
     path, code, value = list(problem["loc"]), problem["type"], problem["input"]
     name = path[min(1, len(path) - 1)] if path[0] in (*SECTIONS, "config") else path[0]
     where = origins.get(name, default_origin)
@@ -109,7 +127,10 @@ def _requirement(path, code, value, hint, details):
     if code in LIMITS:
         words, bound = LIMITS[code]
         return f"must be {words} {details[bound]:.12g}, not {show(value)}"
-    if code == "literal_error" and choices(hint):
-        return f"must be one of {', '.join(choices(hint))}, not {show(value)}"
+    num_types = len([option for option in members(hint) if option is not type(None)])
     expected = next((EXPECTED[name] for name in path if name in EXPECTED), describe_type(hint))
+    if code in _ITEM_TYPES and len(path) > (2 if num_types < 2 else 3):
+        expected = _ITEM_TYPES[code]
+    elif code == "literal_error" and choices(hint) and not set(path) & set(EXPECTED):
+        expected = f"one of {', '.join(choices(hint))}"
     return f"must be {expected}, not {show(value)}"

@@ -17,6 +17,7 @@ from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
 from ..terminal import plural
 from .flops import num_decoder_layers
+from .summary import data_warnings
 
 
 def show(run, arguments):
@@ -94,7 +95,8 @@ def _show_data(run, about):
                 end="; ",
             )
             print(f"{num_bytes:.2f} bytes per token")
-    for line in (*run.mixture(), *run.task.summary_lines(run.train_rows, run.val_rows, stats)):
+    lines = *run.mixture(), *run.task.summary_lines(run.train_rows, run.val_rows, stats), *data_warnings(run)
+    for line in lines:
         print(f"            {line}")
 
 

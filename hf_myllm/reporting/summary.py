@@ -79,12 +79,26 @@ def _print_training_data(run, reporter):
         reporter.info(_INDENT + line)
     if stats.get("repeated"):
         reporter.info(f"{_INDENT}{plural(stats['repeated'], 'equal document')} left out")
+    for line in data_warnings(run):
+        reporter.warning(_INDENT + line)
+
+
+def data_warnings(run):
+    """Yield a line for each thing that is wrong with the data and does not stop the run."""
+    rows, stats = run.train_rows, run.data_stats.get("train", {})
     unknown = stats.get("unknown", 0) / max(1, stats.get("tokens", 0))
     if unknown > 0.001:
-        token = run.tokenizer.unk_token
-        reporter.warning(f"{_INDENT}{unknown:.1%} of the tokens are {token}: the tokenizer does not cover the text")
-    for line in skipped_rows(run):
-        reporter.warning(_INDENT + line)
+        yield f"{unknown:.1%} of the tokens are {run.tokenizer.unk_token}: the tokenizer does not cover the text"
+    if (length := getattr(rows, "length", None)) and rows.stride > length:
+        between = len(rows.tokens) - rows.num_used_tokens()
+        yield f"stride {rows.stride} is above the {length} tokens of a row: {between:,} tokens between are left out"
+    for name, (count, total) in run.data_stats.get("shared", {}).items():
+        if count:
+            kind = "row" if run.task.is_labelled else "document"
+            yield (
+                f"{count:,} of {plural(total, f'validation {kind}')} {name}".rstrip() + " are in the training data too"
+            )
+    yield from skipped_rows(run)
 
 
 def skipped_rows(run):

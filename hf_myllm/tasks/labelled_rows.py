@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from ..data.cache import cached_folder
-from ..data.corpus import TokenStream
+from ..data.corpus import TokenStream, document_digest
 from ..data.hold_out import HoldOut
 from ..data.sources import source_key
 from ..errors import InputError
@@ -33,16 +33,18 @@ class LabelledRows:
         records: what the task keeps of each example: a list or a `datasets.Dataset`, by index.
         stats: statistics of the data.
         name: what to call the data in messages.
+        documents: see [`TokenStream`]; each row is one.
     """
 
     source_starts = (0,)
 
-    def __init__(self, dataset, records, stats, name):
+    def __init__(self, dataset, records, stats, name, documents=None):
         self.records, self.stats, self.name = records, stats, name
         column = dataset.data.column
         self._lengths = pc.list_value_length(column("input_ids")).to_numpy().astype(np.int64)
         self.starts = np.cumsum([0, *self._lengths])
-        self.tokens = TokenStream(_chunks(column("input_ids")), stats["fingerprint"], stats["max_id"])
+        ids = _chunks(column("input_ids"))
+        self.tokens = TokenStream(ids, stats["fingerprint"], stats["max_id"], documents=documents)
         self.second_text, self.example = column("second_text").to_numpy(), column("example").to_numpy()
         self.labels = TokenStream(_chunks(column("labels")), "", 0)
         self.has_label_lists = pa.types.is_list(column("labels").type)
@@ -111,7 +113,7 @@ def load_rows(source, task, val_fraction=0.0):
     Raises:
         BadRowError: an example cannot be used, and skip_bad_rows is off.
     """
-    key = ["labelled", 6, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
+    key = ["labelled", 7, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
     folder = cached_folder(key, lambda partial: _write_rows(source, task, val_fraction, partial))
     held_out = _open_rows(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
     return _open_rows(folder / "train", source.name), held_out
@@ -172,7 +174,8 @@ def _open_rows(folder, name):
     records = folder / "records.arrow"
     records = datasets.Dataset.from_file(str(records)) if records.exists() else None
     dataset = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return LabelledRows(dataset, records, json.loads((folder / "stats.json").read_text()), name)
+    stats, documents = json.loads((folder / "stats.json").read_text()), np.load(folder / "documents.npy", mmap_mode="r")
+    return LabelledRows(dataset, records, stats, name, documents)
 
 
 class _RowWriter:
@@ -180,8 +183,11 @@ class _RowWriter:
 
     def __init__(self, task, folder, skipped):
         self.task, self.folder, self.skipped = task, folder, skipped
-        self.lengths, self.labels, self.num_examples, self.stats = [], [], 0, {"cut": 0}
-        self.max_id, self.digest, self.records = 0, hashlib.sha256(), []
+        self.lengths, self.labels, self.num_examples = [], [], 0
+        self.stats = {"cut": 0, "tokens": 0, "unknown": 0}
+        tokenizer = task.tokenizer  # GPT-2 has one token for unknown text and for the end of a document
+        self.unknown_id = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+        self.max_id, self.digest, self.records, self.documents = 0, hashlib.sha256(), [], []
         if folder is None:
             self.buffer = pa.BufferOutputStream()
             self.rows = ArrowWriter(stream=self.buffer, features=task.row_features())
@@ -208,7 +214,10 @@ class _RowWriter:
         for row in rows:
             ids = np.array(row["input_ids"], dtype=np.uint32)
             self.digest.update(ids)
+            self.documents.append(document_digest(ids).digest())
             self.max_id = max(self.max_id, int(ids.max()))
+            self.stats["tokens"] += len(ids)
+            self.stats["unknown"] += int((ids == self.unknown_id).sum()) if self.unknown_id is not None else 0
             self.lengths.append(len(ids))
             self.labels.append(np.array(row["labels"]))
         if rows:
@@ -236,4 +245,5 @@ class _RowWriter:
             for record in self.records:
                 writer.write(record)
             writer.finalize()
+        np.save(self.folder / "documents.npy", np.frombuffer(b"".join(self.documents), dtype=np.uint64))
         (self.folder / "stats.json").write_text(json.dumps(stats))
