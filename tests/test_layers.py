@@ -9,7 +9,7 @@ PACKAGE = ROOT / "hf_myllm"
 ENTRY_POINTS = ("plot", "page", "prepare", "reference", "hub/__main__")
 LAYERS = (  # a module or subpackage imports from the layers above its own line only
     {"errors", "__version__"},
-    {"files", "terminal"},
+    {"files", "seeds", "terminal"},
     {"recipe"},
     {"precision"},
     {"models", "optim", "distributed"},

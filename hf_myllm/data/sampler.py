@@ -5,19 +5,14 @@ The rows of a run form one endless stream, epoch after epoch, each epoch in its 
 and end in the next.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..seeds import derive_seed
+
 _FEISTEL_ROUNDS = 6
-
-
-def derive_seed(*parts):
-    """Return a 63-bit seed that is a pure function of the parts (numbers and strings), for torch.manual_seed etc."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def shuffle(indices, size, seed, epoch):

@@ -4,7 +4,6 @@ Training, prediction, generation and the Hub's stock check load their models her
 the weights of a head, which are then newly initialized, and its vocabulary may be extended.
 """
 
-import copy
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import (
 from ..errors import ModelError, first_line
 from ..terminal import first_of
 from . import FAMILIES, auto, lora, weights
-from .stock import StockConfigMixin
+from .initialization import InitialWeights, make_on_meta, reinitialize
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
 # What a recipe may change of a checkpoint's configuration, besides dropout. The last two extend its context.
@@ -219,18 +218,13 @@ def build_model(
     base = lora.base_of(pretrained)
     if lora_settings:
         _check_lora(pretrained, base, is_trained)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # of LoRA's matrices
     if not pretrained:
-        model = _initialize(FAMILIES[family].tasks[task], config, dtype, family)
-        own = dict.get(FAMILIES, family.removeprefix("stock:"))
-        if family.startswith("stock:") and own and task in own.tasks:  # the same weights, for the same run
-            torch.manual_seed(seed)
-            own_model = own.tasks[task](own.config.from_dict(config.to_dict()))
-            model.load_state_dict(own_model.state_dict(), strict=False)
-        return model, []
+        return _initialize(family, task, config, seed, dtype), []
     try:  # what a base model lacks, its adapter has
         must_be_whole = is_trained and not base
         model, new = _load_whole_model(family, task, config, base or pretrained, must_be_whole, replaces_head, dtype)
+        reinitialize(model, new, seed)
     except ModelError as error:
         raise _explain(error, pretrained, base) from None
     if use_config_ids and model.can_generate():
@@ -244,7 +238,8 @@ def build_model(
         model.tie_weights()  # leaves out what no output depends on
     has_head = not any(name.startswith(head) for name in new for head in _heads(model))
     if has_head and not labels_fit and not is_trained:
-        new += _initialize_heads(model)
+        new += [f"{name}.{weight}" for name, head in _heads(model).items() for weight, _ in head.named_parameters()]
+        reinitialize(model, new, seed)
     return lora.add(model, task, new, **lora_settings) if lora_settings else model, new
 
 
@@ -341,25 +336,28 @@ def _explain(error, pretrained, base):
     return ModelError(f"{error}; {where}")
 
 
-def _initialize(model_class, config, dtype, family):
+def _initialize(family, task, config, seed, dtype):
+    """Return a new model, which has the same weights with `implementation: stock` as without."""
+    model_class, own = FAMILIES[family].tasks[task], dict.get(FAMILIES, family.removeprefix("stock:"))
     try:
-        size, memory = count_parameters(model_class, config) * dtype.itemsize, physical_memory()
+        model = make_on_meta(model_class, config)
     except Exception as error:  # of a stock class, which does not check its configuration
         raise ModelError(
             f"config of {family}: no {model_class.__name__} can be made of it ({type(error).__name__}: "
             f"{first_line(error)}); correct it"
         ) from None
+    size, memory = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize, physical_memory()
     if memory and size > memory:  # otherwise it would be made layer by layer until the machine has no memory left
         raise ModelError(
             f"a {family} of this config cannot be made: its weights take {size / 1e9:,.1f} GB, and this machine has "
             f"{memory / 1e9:,.1f} GB of memory; reduce its sizes"
         )
     try:
-        model = model_class(config)
-        # All that is saved, as when loaded. Buffers that are not, as rotary frequencies, stay exact.
-        for tensor in model.state_dict(keep_vars=True).values():
-            tensor.data = tensor.data.to(dtype)
-        return model
+        weights = InitialWeights(model, seed, dtype)
+        if family.startswith("stock:") and own and task in own.tasks:
+            own_model = make_on_meta(own.tasks[task], own.config.from_dict(config.to_dict()))
+            weights.update(InitialWeights(own_model, seed, dtype))
+        return weights.materialize()
     except (RuntimeError, MemoryError) as error:
         raise ModelError(f"a {family} of this config cannot be made; reduce its sizes: {first_line(error)}") from None
 
@@ -369,25 +367,6 @@ def physical_memory():
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
-
-
-def count_parameters(model_class, config):
-    """Return the number of parameters of a model, from one and two of its layers without making their weights."""
-
-    if not isinstance(config, StockConfigMixin):
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
-
-    def count(num_layers):
-        small = copy.deepcopy(config)
-        small.num_hidden_layers = num_layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:num_layers]
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in model_class(small).parameters())
-
-    one, two = count(1), count(2) if config.num_hidden_layers > 1 else 0
-    return one + (two - one) * (config.num_hidden_layers - 1)
 
 
 def _find_new_weights(family, task, model, path, loading_info, must_be_whole, replaces_head, stored_config):
@@ -432,16 +411,3 @@ def _heads(model):
     if model.base_model is model:
         body = {name for name, module in model.named_children() if module is not model.get_output_embeddings()}
     return {name: head for name, head in model.named_children() if name not in body}
-
-
-def _initialize_heads(model):
-    """Initialize the heads, which were trained for other labels; return the names of their weights."""
-    names = []
-    for name, head in _heads(model).items():
-        for parameter_name, parameter in head.named_parameters():
-            parameter._is_hf_initialized = False  # otherwise the library keeps it
-            names.append(f"{name}.{parameter_name}")
-        for module in head.modules():
-            module._is_hf_initialized = False
-            model._init_weights(module)
-    return names
