@@ -2,19 +2,24 @@
 
 Importing torch and transformers takes seconds. A process that is forked from a server with the imports done needs none
 of them, and shares nothing else: it has its own modules, output, signals and exit code, and can be killed. `start`,
-`start_ranks` and `run_command` fork. Use `accelerate_launch` where the launcher is tested, and `command` with
-subprocess where a terminal is, or an environment variable that is read by an import.
+`start_ranks`, `run_command` and `run_in_a_terminal` fork. Use `accelerate_launch` where the launcher is tested, and
+`command` with subprocess where an environment variable is read by an import.
 """
 
+import fcntl
 import multiprocessing
 import os
+import pty
 import re
 import runpy
+import select
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import warnings
 from functools import cache
@@ -97,13 +102,15 @@ def wait_for(processes, condition, seconds=120):
 
 
 class Process:
-    """A forked process, with the methods of `subprocess.Popen`; its output goes to files."""
+    """A forked process, with the methods of `subprocess.Popen`; its output goes to files, or to a terminal."""
 
-    def __init__(self, arguments, module, environment, patch):
+    def __init__(self, arguments, module, environment, patch, terminal):
         self.args, self._folder = [module, *arguments], tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         for file in self._files:
             file.touch()
+        if terminal is not None:
+            self._files = [terminal] * 2
         self._process = _server().Process(target=_run, args=(module, arguments, environment, patch, self._files))
         self._process.start()
         self.pid = self._process.pid
@@ -134,14 +141,41 @@ class Process:
         return self.output()
 
 
-def start(*arguments, module="hf_myllm.train", environment=None, patch=None):
+def start(*arguments, module="hf_myllm.train", environment=None, patch=None, terminal=None):
     """Start a command in a forked process.
 
     Args:
         environment: more environment variables.
         patch: a function that the process calls first; of a module that imports nothing of pytest.
+        terminal: device that the output goes to.
     """
-    return Process([str(argument) for argument in arguments], module, {**os.environ, **(environment or {})}, patch)
+    environment = {**os.environ, **(environment or {})}
+    return Process([str(argument) for argument in arguments], module, environment, patch, terminal)
+
+
+def run_in_a_terminal(*arguments, columns=80, module="hf_myllm.train", in_new_process=False):
+    """Run a command in a terminal.
+
+    Args:
+        in_new_process: start a new interpreter instead of a forked process.
+
+    Returns:
+        its output, as a list of the pieces that arrived, and its exit code.
+    """
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    if in_new_process or not CAN_FORK:
+        words = command(*arguments, module=module)
+        process = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, cwd=ROOT)
+    else:
+        process = start(*arguments, module=module, terminal=os.ttyname(other))
+    pieces = []
+    while (is_alive := process.poll() is None) or select.select([main], [], [], 0)[0]:
+        if select.select([main], [], [], 0.1 if is_alive else 0)[0]:
+            pieces.append(os.read(main, 65536))
+    os.close(main)
+    os.close(other)
+    return pieces, process.returncode
 
 
 def start_ranks(count, *arguments, options=GLOO, patch=None):

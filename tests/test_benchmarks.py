@@ -93,6 +93,7 @@ def assert_all_right(result, results):
     assert all(row.get("ok") is not False for item in results.values() for row in item["rows"])
 
 
+@pytest.mark.benchmark
 def test_the_gpu_benchmark_checks_and_measures(tmp_path):
     items = ["hardware", "gradients", "isolation", "skipped step", "muon", "dropout", "bert", "novels"]
     result, results = rehearse(tmp_path, items)

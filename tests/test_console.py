@@ -1,18 +1,15 @@
 """The terminal output of a run, and metrics.jsonl."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shlex
 import signal
-import struct
 import subprocess
-import termios
 
 import pytest
 from conftest import ROOT, command, run_cli, run_command, train
+from launching import run_in_a_terminal
 
 import hf_myllm
 from hf_myllm import distributed
@@ -71,27 +68,10 @@ def test_no_file_of_a_run_holds_the_hub_token(tiny, tmp_path, monkeypatch):
 # ---- the terminal
 
 
-def in_a_terminal(arguments, columns=80):
-    """Run a command in a terminal; return its output and exit code."""
-    main, other = pty.openpty()
-    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    job = subprocess.Popen(command(*arguments), stdin=other, stdout=other, stderr=other, cwd=ROOT)
-    os.close(other)
-    output = b""
-    while True:
-        try:
-            more = os.read(main, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not more:
-            break
-        output += more
-    os.close(main)
-    return output.decode(), job.wait(timeout=60)
-
-
 def test_a_terminal_of_80_columns_has_one_line_of_progress(tiny):
-    output, code = in_a_terminal(tiny(max_steps=60, eval_freq=30, temperature=1.5, max_new_tokens=90))
+    flags = tiny(max_steps=60, eval_freq=30, temperature=1.5, max_new_tokens=90)
+    pieces, code = run_in_a_terminal(*flags, in_new_process=True)
+    output = b"".join(pieces).decode()
     assert code == 0, output
     assert "\x1b[A" not in output  # a second bar would move the cursor
     lines = [line for line in re.split(r"[\r\n]+", output.replace("\x1b[K", "")) if line.strip()]
@@ -119,7 +99,9 @@ def test_without_a_terminal_a_line_says_what_is_slow(capsys):
 
 
 def test_an_error_begins_on_a_line_of_its_own(tiny):
-    output, code = in_a_terminal(tiny(max_steps=6, learning_rate=1e38, grad_clip=0, warmup_steps=0, eval_freq=None))
+    flags = tiny(max_steps=6, learning_rate=1e38, grad_clip=0, warmup_steps=0, eval_freq=None)
+    pieces, code = run_in_a_terminal(*flags)
+    output = b"".join(pieces).decode()
     assert code == 2
     shown = re.split(r"\r\n|\r|\x1b\[K", output)
     errors = [line for line in shown if "error: " in line]

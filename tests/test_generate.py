@@ -1,13 +1,13 @@
 """Generated text: seeded, bounded, streamed."""
 
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, run_cli, train
+from conftest import run_cli, train
+from launching import run_in_a_terminal
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -96,14 +96,12 @@ def test_generate_fills_the_mask_of_a_masked_language_model(tiny_bert, tmp_path)
 
 
 def test_the_command_streams_each_sample(run_dir, loaded):
-    arguments = command(run_dir, "--prompt", "Anna", "--num_samples", 2, "--seed", 3, module="hf_myllm.generate")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
-        pieces = list(iter(lambda: process.stdout.read(4096), b""))
-        stderr = process.stderr.read().decode()
-    assert process.returncode == 0, stderr
-    assert stderr == ""
+    flags = "--prompt", "Anna", "--num_samples", 2, "--seed", 3
+    pieces, code = run_in_a_terminal(run_dir, *flags, module="hf_myllm.generate")
+    output = b"".join(pieces).decode().replace("\r\n", "\n")
+    assert code == 0, output
     assert len(pieces) > 5  # the text arrives while it is generated
-    first, second = b"".join(pieces).decode().split("--- sample 2 of 2, seed 4\n")
+    first, second = output.split("--- sample 2 of 2, seed 4\n")
     assert first.startswith("--- sample 1 of 2, seed 3\nAnna")
     assert second.startswith("Anna")
     assert first.splitlines()[1:] == generate_text(*loaded, "Anna", 200, seed=3).splitlines()
