@@ -226,6 +226,7 @@ def _run(module, arguments, environment, patch, files):
     os.chdir(ROOT)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
     skip_pictures()
     if patch is not None:
         patch()
