@@ -103,9 +103,10 @@ def first_part(source):
     """Return the source as a dry run reads it: only its beginning if it is large."""
     if source.format == "hub":
         return replace(source, max_chars=DRY_RUN_CHARS, is_streamed=True)
-    size = 0 if source.format in TOKEN_ID_FORMATS else sources.total_size(source)
+    part = replace(source, max_chars=DRY_RUN_CHARS)
+    size = 0 if source.format in TOKEN_ID_FORMATS else sources.total_size(part)
     limit = DRY_RUN_CHARS / 200 if source.format in ("parquet", "memory") else 5 * DRY_RUN_CHARS  # rows or bytes
-    return replace(source, max_chars=DRY_RUN_CHARS) if size is None or size > limit else source
+    return part if size is None or size > limit else source
 
 
 def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, cleanup, show_progress):

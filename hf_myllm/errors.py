@@ -13,11 +13,12 @@ CONTROL = re.compile(r"\x1b(?!\[K)|[\0-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u
 
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _URL_USER = re.compile(r"://[^\s/]+@")  # with a password, as endpoints and proxies may have
+_URL_QUERY = re.compile(r"(://[^\s?'\"]*\?)\S+?(?=[.,:;)\]}'\"]*(?:\s|$))")  # which may sign a request
 
 
 def hide_secrets(text):
-    """Return text without access tokens of the Hub, and without the users and passwords of URLs."""
-    return _URL_USER.sub("://***@", HUB_TOKEN.sub("hf_...", text))
+    """Return text without access tokens of the Hub, and without the users, passwords and queries of URLs."""
+    return _URL_QUERY.sub(r"\1***", _URL_USER.sub("://***@", HUB_TOKEN.sub("hf_...", text)))
 
 
 class InputError(Exception):

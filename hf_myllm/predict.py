@@ -17,7 +17,6 @@ import os
 import sys
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,7 +115,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
         raise InputError(f"--batch_size must be at least 1, not {batch_size}")
     if not 4 <= max_len <= positions:
         raise InputError(f"--max_len must be from 4 to {positions}, the positions of the model, not {max_len}")
-    if output and Path(output).exists() and any(os.path.samefile(file, output) for file in source.files):
+    if output and any(_is_same_file(file, output) for file in source.files):
         raise InputError(f"--output {output} is the input: name another file")
     if model.config.pad_token_id is None:
         raise ModelError(f"{run_dir}/config.json has no pad_token_id to pad short rows with: set it there")
@@ -141,6 +140,10 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
                 file.write(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
                 count += 1
     return count, skipped, task.compute_metrics(*zip(*compared, strict=True)) if compared else {}
+
+
+def _is_same_file(path, other):
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def _check_options(options, task):

@@ -35,17 +35,17 @@ class Halves(evaluate.Metric):
 
 
 def test_passwords_and_tokens_are_in_no_message(capsys):
-    for secret in ("https://jane:s3cr@t@hub.org:80/x.txt", "http://s3cr@hub.org", "hf_" + "s3cr" * 6):
+    for secret in ("https://jane:s3cr@t@localhost:9/x.txt", "http://s3cr@localhost:9", "hf_" + "s3cr" * 6):
         for error in (DataError(f"{secret}: it is gone"), RecipeError(f"train_file: {secret!r} is gone")):
             assert "s3cr" not in str(error)
             assert str(error).endswith("is gone")
-        with pytest.raises(DataError, match="(does not exist|hf_...)") as raised:
+        with pytest.raises(DataError, match="(cannot be read|hf_...)") as raised:
             file_source(secret)
         assert "s3cr" not in str(raised.value)
         warn(f"retrying {secret} now")
         assert capsys.readouterr().err.strip() in (
-            "warning: retrying https://***@hub.org:80/x.txt now",
-            "warning: retrying http://***@hub.org now",
+            "warning: retrying https://***@localhost:9/x.txt now",
+            "warning: retrying http://***@localhost:9 now",
             "warning: retrying hf_... now",
         )
 

@@ -1,14 +1,12 @@
 """Rows of Parquet files and of `datasets` data sets."""
 
 import json
-import os
 from contextlib import contextmanager
 
 import datasets
-from pyarrow import parquet
 
 from ..errors import DataError, first_line
-from . import discovery
+from . import discovery, remote
 from .sources import load_hub, stream_hub
 
 _BATCH_ROWS = 1000  # read at once
@@ -29,11 +27,12 @@ def read_arrow(source, progress, columns):
                 progress(1)
                 yield where, row
         return
-    if not any(_count_rows(file) for file in source.files):
+    if not any(_count_rows(file) for file in source.open_files()):
         raise DataError(f"{source.name} has no rows; give a file with text in it")
-    for file in source.files:
-        with library_errors(f"{file} cannot be read as parquet"), parquet.ParquetFile(file) as table:
-            features, size = datasets.Features.from_arrow_schema(table.schema_arrow), os.path.getsize(file)
+    for file in source.open_files():
+        with library_errors(f"{file} cannot be read as parquet"), remote.open_parquet(file) as table:
+            features = datasets.Features.from_arrow_schema(table.schema_arrow)
+            size = remote.file_size(file)
             rows = _read_batches(file, table.schema_arrow.names, features, _parquet_batches(file, table, columns))
             for where, row, num_chars in rows:
                 discovery.check_expansion(file, num_chars, size)
@@ -56,8 +55,8 @@ def _read_batches(name, columns, features, batches):
 
 
 def _count_rows(file):
-    with library_errors(f"{file} cannot be read as parquet"):
-        return parquet.read_metadata(file).num_rows
+    with library_errors(f"{file} cannot be read as parquet"), remote.open_parquet(file) as table:
+        return table.metadata.num_rows
 
 
 def _parquet_batches(file, table, columns):
@@ -70,7 +69,7 @@ def _parquet_batches(file, table, columns):
         for index in range(group.num_columns)
         if group.column(index).path_in_schema.split(".")[0] in used
     ]
-    discovery.check_expansion(file, sum(sizes), os.path.getsize(file))
+    discovery.check_expansion(file, sum(sizes), remote.file_size(file))
     # one value of a dictionary may stand in every row
     yield from table.iter_batches(
         max(1, min(_BATCH_ROWS, discovery.MAX_LINE_CHARS * 16 // max(sizes, default=1))), columns=used

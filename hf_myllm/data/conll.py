@@ -32,7 +32,7 @@ def read_conll(source, words="tokens", labels="label", needs_labels=True):
     Raises:
         DataError: the label's column is not clear, or a line does not have the columns of the others.
     """
-    for file in source.files:
+    for file in source.open_files():
         sentences, first = _sentences(file), []
         for sentence in sentences:  # those of one word do not show whether words are numbered
             first.append(sentence)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..models.loading import num_token_ids
+from . import remote
 from .cache import cached_folder, cached_path
 from .discovery import TOKEN_ID_FORMATS
 from .hold_out import HoldOut
@@ -376,7 +377,7 @@ class Progress:
 
 
 def _load_token_ids(source, tokenizer, bin_dtype):
-    files = [file for file in source.files if os.path.getsize(file)]
+    files = [file for file in map(remote.local_path, source.files) if os.path.getsize(file)]
     if source.format == "bin":
         chunks = [_map_bin(file, tokenizer, bin_dtype) for file in files]
     else:
@@ -398,7 +399,8 @@ def _load_token_ids(source, tokenizer, bin_dtype):
 
 def _map_pickle(source):
     folder = cached_folder(
-        ["pickle", source_key(source)], lambda folder: np.save(folder / "ids.npy", read_token_ids(source.files[0]))
+        ["pickle", source_key(source)],
+        lambda folder: np.save(folder / "ids.npy", read_token_ids(remote.local_path(source.files[0]))),
     )
     return np.load(folder / "ids.npy", mmap_mode="r")
 

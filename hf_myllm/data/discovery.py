@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ..errors import DataError
 from ..files import LFS_POINTER
+from . import remote
 
 # by suffix; a file with another suffix is plain text
 _FORMATS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -59,7 +60,7 @@ _SIGNATURES = [
         ),
     )
 ]
-_HEAD_BYTES = 512
+_HEAD_BYTES, _CHECKED_URLS = 512, 8  # of many remote files, the first ones are checked before they are read
 # Limits for hostile files, which may expand a thousandfold. The longest line, JSON object or CSV field:
 MAX_LINE_CHARS = int(os.environ.get("HF_MYLLM_MAX_LINE_CHARS", 1 << 28))
 MAX_RATIO = 200  # of decompressed to compressed bytes, once a file has expanded to FREE_BYTES; text has 3 to 50
@@ -70,19 +71,23 @@ def find_files(spec):
     """Return the paths that `train_file` or `val_file` stands for.
 
     Args:
-        spec: a file, a glob, a folder, or a list of them; `{stdlib}` is replaced by Python's standard library folder.
+        spec: a file, a glob, a folder, or a list of them, each also as a URL; `{stdlib}` is replaced by Python's
+            standard library folder.
     Raises:
         DataError: a file is missing or not readable, nothing matches, or a file does not hold what its name says.
     """
     paths = [path for pattern in ([spec] if isinstance(spec, str) else spec) for path in _expand(pattern)]
+    urls = list(filter(remote.is_remote, paths))
     for path in paths:
-        _check_file(path)
+        _check_file(path, reads_content=path not in urls[_CHECKED_URLS:])
     return paths
 
 
 def _expand(pattern):
     """Return the paths that a file, folder or glob stands for."""
     path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
+    if remote.is_remote(path):
+        return remote.list_files(path, _is_data)
     if os.path.isdir(path):
         if files := sorted(_list_folder(path)):
             return files
@@ -118,38 +123,43 @@ def _list_folder(folder):
                 f"{parent} is a folder of save_to_disk; give a Parquet file: datasets.load_from_disk({parent!r})"
                 ".to_parquet('data.parquet') (of one split)"
             )
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            is_data = suffix in (".txt", *_FORMATS, *COMPRESSIONS, *_MISNAMED)
-            is_text = file_format(name) == "text" and suffix not in _MISNAMED
-            if is_data and not name.startswith(".") and (not is_text or content_suffix(name) == ".txt"):
-                yield os.path.join(parent, name)
+        yield from (os.path.join(parent, name) for name in names if _is_data(name))
+
+
+def _is_data(name):
+    """Return whether a file of a folder is data, by its name."""
+    suffix = Path(name).suffix.lower()
+    is_data = suffix in (".txt", *_FORMATS, *COMPRESSIONS, *_MISNAMED)
+    is_text = file_format(name) == "text" and suffix not in _MISNAMED
+    return is_data and not name.startswith(".") and (not is_text or content_suffix(name) == ".txt")
 
 
 def _raise_unreadable(error):
     raise DataError(f"folder {error.filename} cannot be read: {error.strerror}; correct it or leave it out")
 
 
-def _check_file(path):
-    suffix = Path(path).suffix.lower()
-    if not os.path.isfile(path):
+def _check_file(path, reads_content=True):
+    suffix, is_here = file_suffix(path), not remote.is_remote(path)
+    if is_here and not os.path.isfile(path):
         raise DataError(f"{path} is not a file")
-    if not os.access(path, os.R_OK):
+    if is_here and not os.access(path, os.R_OK):
         raise DataError(f"{path} cannot be read: no permission")
     if suffix in _ARCHIVES:
         raise DataError(f"{path} is an archive: unpack it first")
     if suffix in COMPRESSIONS and file_format(path) in ("parquet", *TOKEN_ID_FORMATS):
         raise DataError(f"{path} is compressed, but files of this format are memory-mapped; decompress it first")
-    with open(path, "rb") as raw:
+    if not reads_content:
+        return
+    with remote.open_file(path) as raw:
         head = raw.read(_HEAD_BYTES)
-        refuse_content(path, head, (suffix, file_format(path)))
-        if suffix in COMPRESSIONS:
-            raw.seek(0)
-            try:
+    refuse_content(path, head, (suffix, file_format(path)))
+    if suffix in COMPRESSIONS:
+        try:
+            with remote.open_file(path) as raw:
                 head = COMPRESSIONS[suffix](raw).read(_HEAD_BYTES)
-            except Exception:  # reading the file names the problem
-                return
-            refuse_content(path, head, (), "it holds ")
+        except Exception:  # reading the file names the problem
+            return
+        refuse_content(path, head, (), "it holds ")
 
 
 def refuse_content(path, head, allowed=(), prefix="it is "):
@@ -163,9 +173,14 @@ def refuse_content(path, head, allowed=(), prefix="it is "):
             raise DataError(f"{path}: {prefix}{name} by its first bytes; {advice}")
 
 
+def file_suffix(file):
+    """Return the suffix of a file in lower case."""
+    return Path(remote.file_name(file)).suffix.lower()
+
+
 def content_suffix(file):
     """Return the suffix of a file in lower case, leaving out that of a compression."""
-    path = Path(file)
+    path = Path(remote.file_name(file))
     return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 
 import pyarrow as pa
 
 from ..errors import DataError, first_line
-from . import discovery
+from . import discovery, remote
 from .arrow_rows import library_errors, open_dataset, read_arrow
 from .columns import fill_template
 from .discovery import COMPRESSIONS, TOKEN_ID_FORMATS, check_expansion, check_length
@@ -108,7 +107,7 @@ def _document_blocks(source, progress):
         for where, row in read_rows(source, progress, source.text_columns):
             yield [_text_of(row, where, source)]
         return
-    for file in source.files:
+    for file in source.open_files():
         if source.document == "file":
             yield _read_blocks(file, progress)
         else:
@@ -186,7 +185,7 @@ def read_rows(source, progress=lambda count: None, columns=None):
         yield from read_arrow(source, progress, columns)
         return
     read = {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[source.format]
-    for file in source.files:
+    for file in source.open_files():
         for where, row in read(file, progress):
             if not isinstance(row, dict):
                 raise DataError(f"{where} is not an object with columns: {row!s:.80}")
@@ -197,7 +196,7 @@ def read_rows(source, progress=lambda count: None, columns=None):
 def _open_text(file, progress):
     """Yield a file as a text stream, decompressed, and a function to call with the number of characters read so far; it
     reports the bytes read to `progress`."""
-    decompress, reported = COMPRESSIONS.get(Path(file).suffix.lower(), lambda raw: raw), 0
+    decompress, reported = COMPRESSIONS.get(discovery.file_suffix(file), lambda raw: raw), 0
 
     def report(num_chars):
         nonlocal reported
@@ -207,10 +206,10 @@ def _open_text(file, progress):
         reported = position
 
     try:
-        with open(file, "rb") as raw:
+        with remote.open_file(file) as raw:
             yield io.TextIOWrapper(decompress(raw), encoding="utf-8-sig", newline="\n"), report
     except (UnicodeDecodeError, _NulByte):
-        with open(file, "rb") as raw:
+        with remote.open_file(file) as raw:
             _raise_encoding_error(file, decompress(raw))
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from None

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from pyarrow import parquet
 
-from ..errors import DataError, first_line
-from ..files import digest_file
-from . import discovery
+from ..errors import DataError, first_line, hide_secrets
+from . import discovery, remote
 from .cache import cached_folder, cached_path
 from .columns import template_columns
 from .discovery import TOKEN_ID_FORMATS, file_format, find_files
@@ -59,6 +57,13 @@ class Source:
     template: str = ""
     deduplicate: bool = False
 
+    def open_files(self):
+        """Return the files, of which remote ones are downloaded, unless the source is streamed or only sampled."""
+        for file in self.files:
+            if not (self.is_streamed or self.max_chars):
+                remote.local_path(file)
+            yield file
+
     @property
     def text_columns(self):
         """The names of the columns that hold the text."""
@@ -69,18 +74,20 @@ def file_source(spec, text_column="text", document="file"):
     """Return the source for `train_file` or `val_file`.
 
     Args:
-        spec: a file, a glob, a folder, or a list of them; `{stdlib}` is replaced by Python's standard library folder.
+        spec: a file, a glob, a folder, or a list of them, each also as a URL; `{stdlib}` is replaced by Python's
+            standard library folder.
     Raises:
         DataError: a file is missing, empty or not readable, nothing matches, or the files have different formats.
     """
-    name, files = spec if isinstance(spec, str) else " ".join(spec), {}
+    name, files = hide_secrets(spec if isinstance(spec, str) else " ".join(spec)), {}
     paths = find_files(spec)
     for path in paths:
-        files.setdefault(os.path.realpath(path), path)  # the same file may be listed twice or linked
+        # the same file may be listed twice or linked
+        files.setdefault(path if remote.is_remote(path) else os.path.realpath(path), path)
     formats = {file_format(file) for file in files.values()}
     if len(formats) > 1:
         raise DataError(f"{name}: files of several formats ({', '.join(sorted(formats))}); give files of one format")
-    if all(os.path.getsize(file) == 0 for file in files):
+    if all(remote.file_size(file) == 0 for file in files.values()):
         raise DataError(f"{name} is empty; give a file with text in it")
     duplicates = len(paths) - len(files)
     return Source(formats.pop(), name, tuple(files.values()), text_column, document, num_duplicates=duplicates)
@@ -97,16 +104,22 @@ def check_disjoint(training, validation):
         if source.data is not None and source.fingerprint == validation.fingerprint:
             raise DataError(f"{validation.name}: it holds the same texts as {source.name}; leave it out or give others")
         for file in source.files if validation.files else ():
-            by_head.setdefault(next(_blocks(file), ""), []).append(file)
+            by_head.setdefault(_head(file), []).append(file)
     for file in validation.files:
-        head = next(_blocks(file), "")
+        head = _head(file)
         for other in by_head.get(head, ()) if head else ():
-            if os.path.samefile(file, other) or all(a == b for a, b in zip_longest(_blocks(file), _blocks(other))):
-                name = "" if os.path.abspath(file) == os.path.abspath(other) else f", as {other}"
+            is_same = remote.is_remote(file) or os.path.samefile(file, other)
+            if is_same or all(a == b for a, b in zip_longest(_blocks(file), _blocks(other))):
+                name = "" if file == other or os.path.abspath(file) == os.path.abspath(other) else f", as {other}"
                 raise DataError(
                     f"val_file: {file} is also a training file{name}; name only the others in train_file, or leave out "
                     "val_file to hold out a part"
                 )
+
+
+def _head(file):
+    """Return what equal files share: the beginning of a file here, what identifies the content of a remote one."""
+    return repr(remote.content_key(file, samples=1)) if remote.is_remote(file) else next(_blocks(file), "")
 
 
 def _blocks(file):
@@ -200,7 +213,8 @@ def source_key(source):
     key |= {"name": "", "num_duplicates": 0}
     if source.is_streamed or source.max_chars:
         return key | {"files": file_states(source)}
-    return key | {"files": list(zip(map(os.path.abspath, source.files), _digests(source), strict=True))}
+    paths = [hide_secrets(file) if remote.is_remote(file) else os.path.abspath(file) for file in source.files]
+    return key | {"files": list(zip(paths, _digests(source), strict=True))}
 
 
 def known_whole(source):
@@ -211,20 +225,29 @@ def known_whole(source):
 
 
 def file_states(source):
-    """Return (path, size, times of modification and of any change, inode) of each file, which are quick to look up."""
+    """Return (path, size, times of modification and of any change, inode) of each file, which are quick to look up; of
+    a remote file what identifies its content."""
     try:
-        stats = [(os.path.abspath(file), os.stat(file)) for file in source.files]
+        return [_file_state(file) for file in source.files]
     except OSError as error:
         raise DataError(f"{source.name} cannot be read: {error}") from None
-    return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+
+
+def _file_state(file):
+    if remote.is_remote(file):
+        return hide_secrets(file), remote.content_key(file, samples=1), 0, 0, 0
+    stat = os.stat(file)
+    return os.path.abspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _digests(source):
     """Return a digest of the content of each file."""
+    if any(map(remote.is_remote, source.files)):
+        return list(map(remote.content_key, source.files))
     states, digests = file_states(source), []
 
     def measure(folder):
-        digests.extend(map(digest_file, source.files))
+        digests.extend(map(remote.content_key, source.files))
         (folder / "digests.json").write_text(json.dumps(digests))
 
     # a write within the clock's tick after the last one would look the same
@@ -232,7 +255,7 @@ def _digests(source):
     folder = cached_folder(["digests", states, is_final], measure)
     if is_final:
         return json.loads((folder / "digests.json").read_text())
-    return digests or [digest_file(file) for file in source.files]
+    return digests or list(map(remote.content_key, source.files))
 
 
 def total_size(source):
@@ -243,10 +266,11 @@ def total_size(source):
         return _count_hub_rows(source) if source.is_streamed else len(load_hub(source))
     if source.format == "parquet":
         try:
-            return sum(parquet.read_metadata(file).num_rows for file in source.files)
-        except (OSError, pa.ArrowException):
+            return sum(remote.open_parquet(file).metadata.num_rows for file in source.open_files())
+        except (OSError, DataError, pa.ArrowException):
             return None  # reading the file raises the error
-    return sum(os.path.getsize(file) for file in source.files)
+    sizes = list(map(remote.file_size, source.files))
+    return None if None in sizes else sum(sizes)
 
 
 def _count_hub_rows(source):

@@ -83,12 +83,12 @@ class Recipe(BaseModel):
         return self.model_dump()
 
     def to_yaml(self):
-        """Return the recipe as YAML text that `Recipe.load` reads."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """Return the recipe as YAML text that `Recipe.load` reads, without credentials of URLs."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def relevant(self):
         """Return `to_dict()` without keys that have no effect: unset, of another task, or of a feature that is off."""
-        values = self.to_dict()
+        values = self.model_dump(mode="json")
         for name, section in SECTION_OF.items():
             if values[section][name] is None or self._missing(name):
                 del values[section][name]

@@ -10,11 +10,11 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import NotRequired, TypedDict, is_typeddict
 
-from ..errors import RecipeError
+from ..errors import RecipeError, hide_secrets
 from ..files import RepeatedKeyError, read_yaml
 
 MANY = 1 << 24  # larger values of a row or a step are a mistake; refusing them is better than running out of memory
@@ -49,8 +49,9 @@ def one_or_many(item, schema):
 
 
 Texts = one_or_many(str, {"type": "string"})
-# A file or folder, or what may name one. A shell expands ~ in a flag, but nothing does in a recipe.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+# A file or folder, or what may name one. A shell expands ~ in a flag, but nothing does in a recipe. Recipes that are
+# written or shown (mode json) have no credentials of URLs.
+PathText = Annotated[str, AfterValidator(os.path.expanduser), PlainSerializer(hide_secrets, when_used="json")]
 
 
 class TrainedTokenizer(TypedDict):

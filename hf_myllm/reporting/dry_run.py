@@ -12,6 +12,7 @@ import yaml
 
 from ..data.sampler import micro_batches
 from ..distributed import train_command
+from ..errors import hide_secrets
 from ..models import loading, lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
@@ -41,7 +42,7 @@ def show(run, arguments):
     if run.tokenizer is not None:
         _show_first_batch(run)
     command = train_command(run.accelerator.num_processes)
-    print(f"\nnext        {command} {shlex.join(_without_dry_run(arguments))}")
+    print(hide_secrets(f"\nnext        {command} {shlex.join(_without_dry_run(arguments))}"))
 
 
 def _without_dry_run(arguments):

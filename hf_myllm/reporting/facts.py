@@ -15,6 +15,8 @@ import torch
 import transformers
 
 from .. import __version__
+from ..data import remote
+from ..errors import hide_secrets
 from ..models import lora
 from ..recipe import Recipe
 from ..terminal import plural
@@ -110,9 +112,11 @@ def _source_facts(source):
         return [{"name": source.name.split(" ")[0], "is_hub": True}]
     if source.format == "memory" or "{stdlib}" in source.name:
         return [{"name": source.name, "is_hub": False}]
-    names = [Path(file).name for file in source.files]
+    names = [remote.file_name(file) for file in source.files]
     if len(names) > 4:
-        names = [f"{len(names)} files in {Path(os.path.commonpath(source.files)).name}"]
+        paths = [file.partition("://")[2] if remote.is_remote(file) else os.path.abspath(file) for file in source.files]
+        folder = Path(os.path.commonpath(paths)) if len({path[:1] == "/" for path in paths}) == 1 else Path()
+        names = [f"{len(names)} files{f' in {folder.name}' * bool(folder.name)}"]
     return [{"name": name, "is_hub": False} for name in names]
 
 
@@ -141,6 +145,7 @@ def public_value(value, key=""):
         return {name: public_value(item, key if key == "val_file" else name) for name, item in value.items()}
     if not isinstance(value, str) or key == "start_context" or value.startswith("{stdlib}"):
         return value
+    value = hide_secrets(value)
     is_path = key in ("train_file", "val_file", "chat_template") or (value != "scratch" and Path(value).exists())
     if is_path or value.startswith(("/", "~", ".")) or "\\" in value or ":/" in value:
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]

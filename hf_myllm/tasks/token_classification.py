@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 
 from ..data.conll import read_conll
+from ..data.discovery import file_suffix
 from ..data.readers import check_text
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
@@ -35,7 +36,7 @@ class TokenClassification(LabelNames, PredictionTask):
     def read(self, source):
         if source.format != "text":
             return super().read(source)
-        if not self.reads_labels and all(file.endswith(".txt") for file in source.files):
+        if not self.reads_labels and all(file_suffix(file) == ".txt" for file in source.files):
             return read_lines(source, self.text_column)
         return read_conll(source, self.text_column, self.label_column, self.reads_labels)
 

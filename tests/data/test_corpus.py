@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hf_myllm.data import corpus, hold_out, readers, sources, tokenizer
+from hf_myllm.data import corpus, hold_out, readers, remote, sources, tokenizer
 from hf_myllm.errors import DataError
 
 
@@ -231,7 +231,7 @@ def test_a_sample_of_the_beginning_is_replaced_by_the_whole_once_that_is_tokeniz
     source = sources.file_source(str(tmp_path / "a.txt"))
     sample = replace(source, max_chars=50)
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "digest_file", lambda path: pytest.fail("all of a large file was read"))
+        patch.setattr(remote, "digest_file", lambda path: pytest.fail("all of a large file was read"))
         assert corpus.load_tokens(sample, bpe)[2]["share"] < 1.1
     whole = corpus.load_tokens(source, bpe)[0]
     assert corpus.load_tokens(sample, bpe)[0].fingerprint == whole.fingerprint
