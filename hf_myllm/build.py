@@ -45,7 +45,7 @@ from .models.probe import check_class
 from .optim import build_optimizer, load_optimizer_tensors
 from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
-from .resume import check_resumable, check_same_data, check_same_recipe
+from .resume import check_resumable, check_same_data, check_same_recipe, find_branch_point, is_branch
 from .tasks import TASKS
 from .terminal import plural
 
@@ -75,6 +75,7 @@ class Run:
     total_steps: int = 0
     sampler: object = None
     accumulation_steps: int = 1
+    branched_from: dict | None = None  # see [`find_branch_point`]
     # held while training
     snapshot: dict | None = None  # of the run's folder before the data were prepared
     lock: object = None
@@ -83,6 +84,11 @@ class Run:
     uploads: object = None
     resume_warnings: list = field(default_factory=list)
     phase: str = PREPARATION  # for error messages
+
+    @property
+    def is_new(self):
+        """Whether this launch begins the run: from nothing, from a model or, as a branch, from another run."""
+        return self.resume_from is None or is_branch(self.recipe, self.resume_from)
 
     @property
     def val_rows(self):
@@ -148,7 +154,7 @@ def open_run(recipe, train_data=None, eval_data=None):
         with ExitStack() as cleanup:
             try:
                 with explain_failures(accelerator, lambda: run.phase if run else PREPARATION):
-                    resume_from = run_folder.share_checkpoint(resume_from, recipe.run.save_model, accelerator)
+                    resume_from = run_folder.share_checkpoint(resume_from, accelerator)
                     run = build_run(recipe, accelerator, resume_from, cleanup, train_data, eval_data)
                     cleanup.callback(run.close)
                     run.snapshot = snapshot
@@ -180,7 +186,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     task = build_task(recipe, data_sources, tokenizer, stored_config, is_trained)
     config = build_config(recipe, tokenizer, pretrained, task)
     trainer_state = checkpoint.load_trainer_state(resume_from) if resume_from else None
-    resolve_sizes(recipe, config, task, accelerator, trainer_state)
+    resolve_sizes(recipe, config, task, accelerator, None if is_branch(recipe, resume_from) else trainer_state)
     if trainer_state is not None and not eval_only:
         check_same_recipe(recipe, trainer_state, resume_from)
     if pretrained:
@@ -218,6 +224,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
     if not eval_only:
         plan_steps(run)
+        run.branched_from = find_branch_point(run)
         check_same_data(run)
     return run
 
@@ -424,7 +431,7 @@ def prepare_data(recipe):
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
     data_sources = find_sources(recipe)
     stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
-    tokenizer = find_tokenizer(recipe, data_sources, pretrained, False)
+    tokenizer = find_tokenizer(recipe, data_sources, pretrained, recipe.run.with_optimizer)
     task = build_task(recipe, data_sources, tokenizer, stored_config, False)
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or default_max_len(num_positions(config))

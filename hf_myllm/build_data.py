@@ -198,14 +198,11 @@ def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
         name: corpus.load_tokens(held_out, tokenizer, 0.0, data.bin_dtype, is_maker)[0]
         for name, held_out in data_sources.validation.items()
     }
-    if positions and (previous := trainer_state["recipe"].get("streaming_window")) != data.streaming_window:
-        raise DataError(
-            f"streaming_window: {previous} when the run started, {data.streaming_window} now; give {previous}, because "
-            "the positions in a checkpoint are those of its windows"
-        )
     size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
     owner = os.path.abspath(recipe.run.save_model)
     stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, positions, is_maker)
+    if positions and trainer_state["data"].get("training data") != stream.fingerprint:
+        stream.positions = {0: {}}  # those in the checkpoint are of another corpus
     return stream, validation, {"train": {}}
 
 

@@ -265,6 +265,11 @@ def find_corruption(path):
     return None
 
 
+def digest(path):
+    """Return the SHA-256 digest of a checkpoint's marker, which holds the digests of all its other files."""
+    return digest_file(Path(path) / _MARKER)
+
+
 def step_of(path):
     """Return the step of a checkpoint from its folder's name; -1 for any other folder."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)

@@ -7,8 +7,7 @@ import stat
 import sys
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from . import checkpoint
@@ -54,16 +53,28 @@ def find_checkpoint(recipe):
         if is_empty and recipe.evaluation.eval_only:
             raise CheckpointError(f"{run_dir}: it holds no checkpoint to evaluate; give --load_model FOLDER")
         if is_empty and recipe.run.init_from == "scratch" and (run_dir / "recipe.yaml").exists():
-            recipe.run.init_from = _init_from_of(run_dir / "recipe.yaml")
-        return latest
+            recipe.run.init_from, recipe.run.with_optimizer = _init_from_of(run_dir / "recipe.yaml")
+        return _find_branch_point(recipe.run) if is_empty else latest
     if recipe.run.dry_run:
-        return None
+        return _find_branch_point(recipe.run)
     choice = "resume it with --init_from resume, or write elsewhere with --save_model FOLDER"
     if checkpoint.has_model(run_dir):
         raise CheckpointError(f"{run_dir} already holds a finished run; {choice}")
     if checkpoint.has_checkpoints(run_dir):
         raise CheckpointError(f"{run_dir} holds the checkpoints of an unfinished run; {choice}")
-    return None
+    return _find_branch_point(recipe.run)
+
+
+def _find_branch_point(section):
+    """Return the checkpoint of another run that this one goes on from, or None without `with_optimizer`."""
+    path = Path(section.init_from)
+    if not section.with_optimizer:
+        return None
+    if checkpoint.step_of(path) < 0 or not path.is_dir():
+        raise CheckpointError(f"with_optimizer: {path} is no checkpoint of a run; give --init_from RUN/checkpoint-500")
+    if is_rank_zero() and (problem := checkpoint.find_corruption(path)):
+        raise CheckpointError(f"with_optimizer: {path}: {problem}; give another checkpoint")
+    return path
 
 
 def _require_writable(run_dir):
@@ -92,9 +103,10 @@ def _foreign_files(run_dir):
 
 
 def _init_from_of(path):
-    """Return the `init_from` of a run that was stopped before its first checkpoint."""
+    """Return `init_from` and `with_optimizer` of a run that was stopped before its first checkpoint."""
     try:
-        return str(read_yaml(path.read_text(encoding="utf-8"))["run"]["init_from"])
+        section = read_yaml(path.read_text(encoding="utf-8"))["run"]
+        return str(section["init_from"]), section.get("with_optimizer", False)
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: not the recipe that the run wrote; remove it to start again") from None
 
@@ -147,7 +159,9 @@ def write_recipe(run):
     if run.accelerator.is_main_process:
         try:
             checkpoint.remove_partial(run_dir)
-            if run.start_step == 0 or run.recipe.run.allow_changed:
+            if run.is_new:
+                (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+            if run.is_new or run.recipe.run.allow_changed:
                 recipe, path = copy.deepcopy(run.recipe), run_dir / "recipe.yaml"
                 recipe.run.resume = recipe.run.allow_changed = False
                 recipe.evaluation.trust_metric_code = False  # who gets this recipe decides anew
@@ -219,6 +233,8 @@ def _trainer_state(run, state):
         "skipped": state.skipped_steps,
         "best_since": state.best_since,
     }
+    if run.branched_from is not None:
+        content["branched_from"] = run.branched_from
     if run.recipe.data.streaming:
         content["stream"] = run.train_rows.windows.recent_positions()
     if accelerator.scaler is not None:  # the loss scale of fp16 is learned too
@@ -239,7 +255,7 @@ def publish_model(run, state):
     """
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
     run.reporter.status("publishing the model", _is_large(run.model))
-    chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), run_dir, accelerator)
+    chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
     restore_from_fp8(model)
     merges = lora.is_added(model) and run.recipe.lora.merge_lora
@@ -362,22 +378,20 @@ def finish_uploads(run, state):
     (run.reporter.info if is_pushed else run.reporter.error)(line)
 
 
-def share_checkpoint(path, run_dir, accelerator):
+def share_checkpoint(path, accelerator):
     """Return on all ranks the checkpoint that rank 0 found and verified, or None.
 
     Raises:
         RankError: a rank does not see it.
     """
-    path = _broadcast_checkpoint(path, run_dir, accelerator)
+    path = _broadcast_checkpoint(path, accelerator)
     if path is not None and not path.exists():
         rank = rank_name(accelerator)
-        raise RankError(f"{rank} does not see {path}; {run_dir} must be on a disk that all ranks share")
+        raise RankError(f"{rank} does not see {path}; {path.parent} must be on a disk that all ranks share")
     return path
 
 
-def _broadcast_checkpoint(path, run_dir, accelerator):
+def _broadcast_checkpoint(path, accelerator):
     if accelerator.num_processes == 1:
         return path
-    step = -1 if path is None else checkpoint.step_of(path)
-    step = int(broadcast(torch.tensor(step, device=accelerator.device)))
-    return None if step < 0 else Path(run_dir) / f"checkpoint-{step}"
+    return broadcast_object_list([path])[0]

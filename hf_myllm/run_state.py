@@ -136,8 +136,8 @@ class RunState:
     def _find_best_since(self):
         """Return the first step whose evaluation counts: metrics of other validation data cannot be compared."""
         state = self.run.resume_state
-        if not state:
-            return 1
+        if self.run.is_new:  # a branch has no checkpoint of the steps before
+            return self.step + 1
         now = self.run.data_fingerprints()
         names = [name for name in {**now, **state["data"]} if name.startswith("validation data")]
         is_same = all(state["data"].get(name) == now.get(name) for name in names)

@@ -373,7 +373,7 @@ def test_a_streaming_run_resumes_exactly(tiny, tmp_path, capsys):
     assert (
         train(*flags, "--streaming_window", "900", "--max_steps", 40, "--init_from", "resume", "--allow_changed") == 2
     )
-    assert "streaming_window: 800 when the run started, 900 now; give 800" in capsys.readouterr().err
+    assert "streaming_window was 800 and is 900; give streaming_window 800" in capsys.readouterr().err
 
 
 SETTINGS = [

@@ -34,6 +34,11 @@ class Run(Section):
         "scratch; resume: continue the run in save_model from its newest checkpoint, or start it if there is none; or "
         "a folder or Hub id of a model of this family to start from.",
     )
+    with_optimizer: bool = changeable(
+        False,
+        "Go on from init_from, a checkpoint of any run (RUN/checkpoint-500), in a new folder: with its weights, its "
+        "optimizer state and its step. Data, schedule and batch size may be others.",
+    )
     dry_run: bool = changeable(False, "Show what the run would do (sizes, counts, memory, a first batch) and exit.")
     resume: bool = changeable(False, "The same as --init_from resume.")
     allow_changed: bool = changeable(False, "Resume even if the recipe or the data changed.")
@@ -57,6 +62,12 @@ class Run(Section):
         le=1000,
     )
     seed: int = fixed(1337, "Seed of the initial weights, the order of rows and dropout.", ge=0, le=1 << 62)
+
+    @model_validator(mode="after")
+    def _check_branch(self):
+        if self.with_optimizer and self.init_from == "scratch" and not self.resume:
+            raise RecipeError("with_optimizer has no effect without a checkpoint; give --init_from RUN/checkpoint-500")
+        return self
 
     @model_validator(mode="after")
     def _check_project(self):

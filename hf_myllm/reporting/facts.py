@@ -40,6 +40,7 @@ def run_facts(run, unigram):
         "lora_r": None if is_merged else recipe.lora.r,
         "init_from": init_from,
         "base_model": None if init_from == "scratch" or Path(init_from).exists() else init_from,
+        "branched_from": run.branched_from,
         "license": recipe.hub.license,
         "language": recipe.hub.language,
         "recipe": _public_recipe(recipe),

@@ -41,11 +41,21 @@ class _Part(TypedDict):
     sources: list[_Source]
 
 
+class _BranchPoint(TypedDict):
+    """The checkpoint that a run branched from."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    run: str
+    step: _Count
+    digest: str
+    changed: list[str]
+
+
 _FACTS = {  # key of run.json -> its type
     **dict.fromkeys(("model", "task", "class", "init_from", "base_model", "license", "language", "unit", "id"), str),
     **dict.fromkeys(("parameters", "trained_parameters", "lora_r", "total_steps", "tokens_per_step"), _Count),
     **{"published_step": _Count, "unigram_loss": _Number, "labels": list[str], "recipe": dict[str, Any]},
-    **{"data": dict[str, _Part], "launches": list[_Launch]},
+    **{"data": dict[str, _Part], "launches": list[_Launch], "branched_from": _BranchPoint},
 }
 _CONTAINERS = ("labels", "recipe", "data", "launches")  # every other fact may be null: unknown
 _FACTS = {name: TypeAdapter(kind if name in _CONTAINERS else kind | None) for name, kind in _FACTS.items()}
@@ -173,6 +183,8 @@ def write_run(run_dir, facts, launch, resumes):
     before = read_run(run_dir) if resumes else {}
     launches = [earlier for earlier in before.get("launches", []) if earlier["step"] <= launch["step"]]
     kept = {"id": before.get("id") or secrets.token_hex(4), "published_step": before.get("published_step")}
+    if "base_model" in before:  # a folder may be gone by now, and its name looks like that of a model on the Hub
+        kept["base_model"] = before["base_model"]
     _write_json(run_dir, facts | kept | {"launches": [*launches, launch]})
     return kept["id"]
 

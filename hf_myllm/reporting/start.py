@@ -32,7 +32,7 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
     reporter.pause()  # until the first step
     unigram = print_summary(run, reporter)
     if accelerator.is_main_process:
-        run_dir, resumes = recipe.run.save_model, state.step > 0 or recipe.run.resume
+        run_dir, resumes = recipe.run.save_model, recipe.run.resume or not run.is_new
         run_id = write_run(run_dir, run_facts(run, unigram), launch_facts(run), resumes)
         names, project, config = recipe.run.log_with or (), recipe.run.project_name, recipe.identity()
         start_trackers(reporter, accelerator, names, project, run_dir, run_id, config, state.step)

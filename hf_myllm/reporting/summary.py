@@ -39,6 +39,11 @@ def print_summary(run, reporter):
     for line in run.task.summary_lines(run.train_rows, run.val_rows, run.data_stats["train"]):
         reporter.info(_INDENT + line)
     recipe = run.recipe
+    if branch := run.branched_from:
+        reporter.info(f"branched    from step {branch['step']:,} of {branch['run']}, with its optimizer state")
+        reporter.info(f"{_INDENT}SHA-256 {branch['digest']}")
+        for change in branch["changed"]:
+            reporter.info(_INDENT + change)
     if recipe.run.resume and run.resume_from is None:
         reporter.warning(f"resume      {recipe.run.save_model} has no checkpoint yet; starting from the beginning")
     rows = recipe.training.total_batch_size
