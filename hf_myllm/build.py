@@ -46,6 +46,7 @@ from .optim import build_optimizer, load_optimizer_tensors
 from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
 from .resume import check_resumable, check_same_data, check_same_recipe, find_branch_point, is_branch
+from .saver import Saver
 from .tasks import TASKS
 from .terminal import plural
 
@@ -82,6 +83,7 @@ class Run:
     signals: list = ()
     reporter: object = None
     uploads: object = None
+    saver: object = None
     resume_warnings: list = field(default_factory=list)
     phase: str = PREPARATION  # for error messages
 
@@ -157,7 +159,7 @@ def open_run(recipe, train_data=None, eval_data=None):
                     resume_from = run_folder.share_checkpoint(resume_from, accelerator)
                     run = build_run(recipe, accelerator, resume_from, cleanup, train_data, eval_data)
                     cleanup.callback(run.close)
-                    run.snapshot = snapshot
+                    run.saver, run.snapshot = cleanup.enter_context(Saver(accelerator)), snapshot
                     yield run
                     if accelerator.is_fsdp2:
                         run.model = None

@@ -1,14 +1,16 @@
 """Write checkpoints so that they are complete or absent; find, verify, load, publish and remove them.
 
-RUN/checkpoint-200/ is the model folder of step 200, with trainer_state/ beside the weights:
+RUN/checkpoint-200/ is the model folder of step 200, with trainer_state/ beside the weights. Sharded training (FSDP2)
+writes the weights as shards with an index, one per rank:
 
     trainer_state/optimizer.safetensors   the optimizer's state; from sharded training (FSDP2) one file per rank,
                                           optimizer-00001-of-00004.safetensors, with its rows of every tensor
     trainer_state/state.json              the step, the recipe, the data's fingerprints
     trainer_state/complete.json           the marker, written last: size and SHA-256 digest of every other file
 
-A checkpoint is written under a temporary name, flushed to disk, marked, and renamed. So a folder named checkpoint-N is
-complete even if the machine fails while it is written.
+A checkpoint is written under a temporary name, hashed while it is written, flushed to disk, marked, and renamed. So a
+folder named checkpoint-N is complete even if the machine fails while it is written. The training goes on meanwhile: see
+saver.py.
 """
 
 import json
@@ -21,15 +23,26 @@ from pathlib import Path
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from typing_extensions import Required, TypedDict
 
 from .errors import CheckpointError, first_line
-from .files import IS_WINDOWS, PARTIAL, atomic_path, digest_file, flush, link_or_copy, regular_files, rename
+from .files import (
+    IS_WINDOWS,
+    PARTIAL,
+    atomic_path,
+    digest_file,
+    flush,
+    link_or_copy,
+    regular_files,
+    rename,
+    write_and_digest,
+)
+from .models.export import write_safetensors
 
 _MARKER = "trainer_state/complete.json"
-_STATE = "trainer_state/state.json"
+STATE = "trainer_state/state.json"
 _OPTIMIZER = "trainer_state/optimizer"
+_SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 _WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
 _MODEL_FILES = _WEIGHTS | {"config.json", "generation_config.json", "adapter_config.json", "model_config.json"}
 
@@ -60,30 +73,37 @@ _STATE_TYPE = TypeAdapter(_TrainerState)
 # ---- writing
 
 
-def save(run_dir, step, write_model, optimizer_tensors, state, rank=0, world_size=1, all_gather=lambda value: [value]):
+def save(run_dir, step, files, mailbox=None, must_stop=lambda: False):
     """Write checkpoint-<step> and return its folder.
 
-    With sharded parameters all ranks call this together, each with its rows of the optimizer's tensors. An error while
-    a rank writes them is an error on all ranks. Rank 0 writes the rest.
+    With sharded parameters all ranks call this together, each with files of its own; rank 0 adds the index of the
+    weights' shards. An error while a rank writes is raised on rank 0.
 
     Args:
-        write_model: called with a folder to write the model into.
-        optimizer_tensors: flat dict of tensors.
-        state: the rest of the trainer's state, as JSON.
-        all_gather: a collective that returns the values of all ranks in their order.
+        files: the content by name in the folder: bytes, a flat dict of tensors on the host, or a function that returns
+            one of them.
+        mailbox: see [`~hf_myllm.saver.Mailbox`]; None if one rank writes all files.
+        must_stop: called repeatedly; True ends the writing as an error of the disk would.
     Raises:
         CheckpointError: the checkpoint cannot be written; earlier checkpoints are unchanged.
     """
     final = Path(run_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
+    if mailbox is not None and mailbox.rank > 0:
+        if mailbox.get("folder", 0)["problem"] is None:
+            mailbox.put("files", _attempt(lambda: _write_files(partial, files, must_stop)))
+        return final
     try:
-        records = _write_optimizer(partial, optimizer_tensors, rank, world_size, all_gather)
-        if rank > 0:
-            return final
-        write_model(partial)
-        (partial / _STATE).write_text(json.dumps(state, indent=1))
-        _share_mode(partial, partial / _STATE)
-        _write_marker(partial, step, records)
+        created = _attempt(lambda: _create(partial))
+        if mailbox is not None:
+            mailbox.put("folder", created)
+        _raise_first([created])
+        written = [_attempt(lambda: _write_files(partial, files, must_stop))]
+        for rank in range(1, mailbox.world_size if mailbox is not None else 1):  # even after an error: no rank may
+            received = _attempt(lambda rank=rank: mailbox.get("files", rank))  # go on writing
+            written.append(received["result"] or received)
+        _raise_first(written)
+        _complete(partial, step, [outcome["result"] for outcome in written])
         if final.exists():  # damaged: find_latest skipped it
             _remove(final)
         rename(partial, final)
@@ -92,8 +112,7 @@ def save(run_dir, step, write_model, optimizer_tensors, state, rank=0, world_siz
             if newer_step > step:  # damaged: otherwise the run would have resumed from it
                 _remove(path)
     except (OSError, SafetensorError) as error:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         previous = [path.name for _, path in _list(run_dir, with_marker=True)]
         advice = f"{previous[0]} stays; resume from it with --init_from resume" if previous else "start again"
         raise CheckpointError(f"{final}: it cannot be saved: {error}; {advice}") from None
@@ -120,49 +139,57 @@ def remove_old(run_dir, limit, keep=None, keep_every=None):
                 ) from None
 
 
-def _write_optimizer(folder, tensors, rank, world_size, all_gather):
-    """Create the folder on rank 0 and write each rank's tensors; return {file name: [size, digest]} of all ranks."""
-    suffix = f"-{rank + 1:05}-of-{world_size:05}" if world_size > 1 else ""
-    name = f"{_OPTIMIZER}{suffix}.safetensors"
-
-    def create_folder():
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "trainer_state").mkdir(parents=True)
-
-    def write_file():
-        save_file(tensors, folder / name)
-        flush(folder / name)
-        return name, [(folder / name).stat().st_size, digest_file(folder / name)]
-
-    _on_all_ranks(create_folder, all_gather)
-    return dict(_on_all_ranks(write_file, all_gather))
-
-
-def _on_all_ranks(function, all_gather):
-    """Call a function on all ranks and return the results by rank; an error on any rank is an error on all."""
-    result = problem = None
+def _attempt(function):
+    """Return what a function returns, or its error in words, as a dict that can be sent to another rank."""
     try:
-        result = function()
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    gathered = all_gather((problem, result))
-    for rank, (reported, _) in enumerate(gathered):
-        if reported is not None:
-            raise OSError(f"rank {rank}: {reported}" if len(gathered) > 1 else reported)
-    return [value for _, value in gathered]
+        return {"problem": None, "result": function()}
+    except (OSError, SafetensorError, torch.distributed.DistError) as error:
+        return {"problem": str(error), "result": None}
 
 
-def _write_marker(folder, step, records):
-    """Record all files in the marker and flush everything to disk; `records` are of files already flushed."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name not in records:
-            flush(path)
-        files[name] = records.get(name) or [path.stat().st_size, digest_file(path)]
-    (folder / _MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    for path in (folder / _MARKER, folder / "trainer_state", folder):
+def _raise_first(outcomes):
+    """Raise the error of the first rank that had one."""
+    for rank, outcome in enumerate(outcomes):
+        if outcome["problem"] is not None:
+            raise OSError(f"rank {rank}: {outcome['problem']}" if len(outcomes) > 1 else outcome["problem"])
+
+
+def _create(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "trainer_state").mkdir(parents=True)
+
+
+def _write_files(folder, files, must_stop):
+    """Write and flush files; return {name: [size, digest, {tensor: bytes}]}."""
+    records = {}
+    for name, content in files.items():
+        content, sizes = content() if callable(content) else content, {}
+        if isinstance(content, dict):
+            sizes = {tensor: value.nbytes for tensor, value in content.items()}
+            record = write_safetensors(folder / name, content, must_stop)
+        else:
+            record = write_and_digest(folder / name, [content], must_stop)
+        records[name] = [*record, sizes]
+    return records
+
+
+def _complete(folder, step, written):
+    """Write the index of the weights' shards, and the marker; flush the folders.
+
+    Args:
+        written: what [`_write_files`] returned on each rank.
+    """
+    records = {name: record for records in written for name, record in records.items()}
+    shards = {name: sizes for name, (_, _, sizes) in records.items() if re.fullmatch(_SHARD, name)}
+    if shards:
+        weight_map = {tensor: name for name, sizes in shards.items() for tensor in sizes}
+        total = sum(size for sizes in shards.values() for size in sizes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        content = json.dumps(index, indent=2).encode() + b"\n"
+        records |= _write_files(folder, {"model.safetensors.index.json": content}, lambda: False)
+    files = {name: [size, digest] for name, (size, digest, _) in sorted(records.items())}
+    write_and_digest(folder / _MARKER, [json.dumps({"step": step, "files": files}, indent=1).encode()])
+    for path in (folder / "trainer_state", folder):
         flush(path)
 
 
@@ -246,7 +273,7 @@ def find_corruption(path):
         return f"it is incomplete, without {_MARKER}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{_MARKER} cannot be read"
-    missing = {_STATE} - set(files)
+    missing = {STATE} - set(files)
     if not {"config.json", "adapter_config.json"} & set(files):
         missing.add("config.json")
     parts = [name for name in files if name.startswith(_OPTIMIZER)]
@@ -313,9 +340,9 @@ def load_trainer_state(path):
         CheckpointError: the file has another content than this package writes.
     """
     try:
-        return _STATE_TYPE.validate_json((Path(path) / _STATE).read_bytes(), strict=True)
+        return _STATE_TYPE.validate_json((Path(path) / STATE).read_bytes(), strict=True)
     except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path}/{_STATE}: it cannot be used: {_problem(error)}; remove {path}") from None
+        raise CheckpointError(f"{path}/{STATE}: it cannot be used: {_problem(error)}; remove {path}") from None
 
 
 def _problem(error):
@@ -367,7 +394,8 @@ def publish(checkpoint, run_dir):
         files = regular_files(checkpoint)
         # The weights last, then their index: has_model() must not be true before everything is there.
         files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
-        for name in _MODEL_FILES - {path.name for path in files}:  # an adapter's files, or a whole model's
+        old = {path.name for path in Path(run_dir).glob("model-*.safetensors") if re.fullmatch(_SHARD, path.name)}
+        for name in (_MODEL_FILES | old) - {path.name for path in files}:  # an adapter's, a whole model's, or shards
             (Path(run_dir) / name).unlink(missing_ok=True)
         for path in files:
             with atomic_path(Path(run_dir) / path.name) as partial:

@@ -26,6 +26,7 @@ _RENAME_TRIES = 10
 _MAX_YAML_CHARS, _MAX_YAML_NODES = 1 << 20, 100_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 PARTIAL = ".partial"  # suffix of the temporary names
+_BLOCK = 1 << 23  # bytes that are written and hashed at a time
 
 
 @contextmanager
@@ -108,6 +109,30 @@ def digest_file(path):
     return digest.hexdigest()
 
 
+def write_and_digest(path, blocks, must_stop=lambda: False):
+    """Write a new file, flush it to disk, and return its size and its SHA-256 digest.
+
+    Hashing, writing and flushing large blocks let other threads run.
+
+    Args:
+        blocks: the content: an iterable of objects with the buffer protocol, in bytes.
+        must_stop: called repeatedly; True raises OSError.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for block in blocks:
+            for start in range(0, len(block), _BLOCK):
+                if must_stop():
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), str(path))
+                part = block[start : start + _BLOCK]
+                file.write(part)
+                digest.update(part)
+            size += len(block)
+        file.flush()
+        _flush_handle(file.fileno())
+    return [size, digest.hexdigest()]
+
+
 def flush(path):
     """Flush a file, or the entries of a folder, to disk.
 
@@ -118,13 +143,17 @@ def flush(path):
         return
     handle = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            with suppress(OSError):  # of a file system that lacks it
-                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-                return
-        os.fsync(handle)
+        _flush_handle(handle)
     finally:
         os.close(handle)
+
+
+def _flush_handle(handle):
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # of a file system that lacks it
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
 
 
 def render_template(path, **values):

@@ -233,7 +233,7 @@ def optimizer_tensors(model, optimizer):
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            tensors[f"{names[parameter]}/{key}"] = to_local(torch.as_tensor(value)).detach().cpu().contiguous()
+            tensors[f"{names[parameter]}/{key}"] = to_local(torch.as_tensor(value)).detach()
     return tensors
 
 
@@ -263,6 +263,12 @@ def load_optimizer_tensors(model, optimizer, tensors):
             value = _to_sharded(value.to(local.device), parameter)
         state.setdefault(indices[name], {})[state_name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def all_finite(tensors):
+    """Return whether no number in tensors is NaN or infinite; the host waits for the device once."""
+    extremes = [torch.stack(torch.aminmax(tensor.detach())).float() for tensor in tensors if tensor.numel()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def to_local(tensor):

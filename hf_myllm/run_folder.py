@@ -7,17 +7,17 @@ import stat
 import sys
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .data import tokenizer as tokenizers
 from .distributed import any_rank, is_rank_zero, rank_name, train_command
-from .errors import CheckpointError, InputError, RankError, first_line
+from .errors import CheckpointError, RankError, first_line
 from .files import PARTIAL, read_yaml, refuse_link, write_text_atomically
 from .hub import BackgroundUploads, write_card
 from .models import lora
-from .optim import optimizer_tensors, to_local
+from .models.export import is_large
 from .precision import restore_from_fp8
 from .reporting import html, plots
 from .reporting.metrics_log import amend_run
@@ -172,76 +172,6 @@ def write_recipe(run):
     run.accelerator.wait_for_everyone()
 
 
-# ---- checkpoints
-
-
-def save_checkpoint(run, optimizer, state):
-    """Write checkpoint-<step>: the model, the optimizer's state and what a resume needs.
-
-    Rank 0 writes while the others wait. With FSDP2 each rank writes its rows of the optimizer's state.
-
-    Raises:
-        InputError: a weight is not finite, or the checkpoint cannot be written.
-    """
-    accelerator, recipe, run.phase = run.accelerator, run.recipe, f"the save after step {state.step}"
-    run.reporter.status(f"saving checkpoint-{state.step}", _is_large(run.model))
-    is_sharded, model = accelerator.is_fsdp2, run.model
-    if any_rank(accelerator, not all(bool(to_local(p).isfinite().all()) for p in model.parameters())):
-        raise InputError(
-            f"step {state.step}: a weight is not finite, so this step is not saved; lower learning_rate, or set "
-            "grad_clip"
-        )
-    weights, options = None, {}
-    if is_sharded:
-        weights = accelerator.get_state_dict(model)  # gathered on rank 0
-        if weights:
-            weights |= {tied: weights[source] for tied, source in model.all_tied_weights_keys.items()}
-        options["rank"], options["world_size"] = accelerator.process_index, accelerator.num_processes
-        options["all_gather"] = lambda value: gather_object([value])
-
-    def write_model(folder):
-        if lora.is_added(model):
-            lora.save(model, folder)
-        else:
-            model.save_pretrained(folder, state_dict=weights)
-        if run.tokenizer is not None:
-            tokenizers.save(run.tokenizer, folder)
-
-    if accelerator.is_main_process or is_sharded:
-        tensors, run_dir = optimizer_tensors(model, optimizer.optimizer), recipe.run.save_model
-        checkpoint.save(run_dir, state.step, write_model, tensors, _trainer_state(run, state), **options)
-        if accelerator.is_main_process:
-            section = recipe.run
-            checkpoint.remove_old(run_dir, section.save_total_limit, state.best_step(), section.keep_every)
-    accelerator.wait_for_everyone()
-
-
-def _is_large(model):
-    """Return whether it may take ten seconds to write a model."""
-    return sum(parameter.numel() for parameter in model.parameters()) > 2e8
-
-
-def _trainer_state(run, state):
-    """Return trainer_state/state.json as a dict."""
-    accelerator = run.accelerator
-    content = {
-        "step": state.step,
-        "num_processes": accelerator.num_processes,
-        "precision": accelerator.precision,
-        "recipe": run.recipe.identity(),
-        "data": run.data_fingerprints(),
-        "skipped": state.skipped_steps,
-        "best_since": state.best_since,
-    }
-    if run.branched_from is not None:
-        content["branched_from"] = run.branched_from
-    if run.recipe.data.streaming:
-        content["stream"] = run.train_rows.windows.recent_positions()
-    if accelerator.scaler is not None:  # the loss scale of fp16 is learned too
-        content["scaler"] = accelerator.scaler.state_dict()
-    return content
-
-
 # ---- after a run
 
 
@@ -254,7 +184,7 @@ def publish_model(run, state):
         the published model; None if it is sharded (FSDP2).
     """
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
-    run.reporter.status("publishing the model", _is_large(run.model))
+    run.reporter.status("publishing the model", is_large(run.model))
     chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), accelerator)
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
     restore_from_fp8(model)

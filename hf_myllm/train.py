@@ -40,6 +40,7 @@ from .reporting.profiling import Profiler
 from .reporting.start import start_reporting
 from .reporting.summary import print_result, resume_command
 from .run_state import RunState
+from .saver import finish_save, save_checkpoint
 
 # Steps queued on the device before the result of the oldest is read, by device type. Reading a result waits for it.
 MAX_STEPS_IN_FLIGHT = {"cuda": 1}
@@ -132,9 +133,7 @@ def fit(run, on_log=None, on_evaluate=None):
         if state.evaluation_due:
             state.record_evaluation(evaluate_run(run, model, state.step))
         if state.save_due:
-            run_folder.save_checkpoint(run, optimizer, state)
-            if run.uploads is not None and not state.must_stop:
-                run.uploads.begin(state.step)
+            save_checkpoint(run, optimizer, state)
         run.reporter.resume()
     profiler.close()
     return finish(run, model, state, unigram)
@@ -241,6 +240,7 @@ def finish(run, model, state, unigram):
     reporter, run_dir, published = run.reporter, Path(run.recipe.run.save_model), None
     if not state.was_interrupted and state.val_metrics is None:
         state.record_final(evaluate_run(run, model, state.step, is_final=True))
+    finish_save(run)
     if state.was_interrupted:
         where = "in an evaluation" if state.step in (run.start_step, state.last_step) else "and saved"
         reporter.info(f"stopped by a signal after step {state.step}, {where}; to continue:")

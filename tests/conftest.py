@@ -166,8 +166,10 @@ def read_metrics(run, key=None):
 
 
 def read_weights(run):
-    """Return the bytes of the published model."""
-    return (Path(run) / "model.safetensors").read_bytes()
+    """Return the bytes of the published model, of all its shards."""
+    files = sorted(Path(run).glob("model*.safetensors"))
+    assert files
+    return b"".join(file.read_bytes() for file in files)
 
 
 def assert_same_run(run, reference, tolerance=1e-6):

@@ -19,7 +19,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"evaluation"},
     {"reporting"},
     {"hub"},
-    {"run_state", "run_folder"},
+    {"run_state", "run_folder", "saver"},
     {"build_data", "resume"},
     {"build"},
     {"train", "predict"},

@@ -24,6 +24,7 @@ _TASK_TYPES = {  # end of the model's class name -> peft's task type, which sele
 }
 _ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_CONFIG = "model_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _PEFT_HEADS = {"classifier", "score"}  # heads that peft itself trains and saves
 
 
@@ -191,6 +192,13 @@ def save(model, folder):
     whole_model.config.to_json_file(Path(folder) / _MODEL_CONFIG)
     if whole_model.can_generate():
         whole_model.generation_config.save_pretrained(folder)
+
+
+def weights(model):
+    """Return the weights that [`save`] writes."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def load_weights(model, folder):

@@ -1,0 +1,264 @@
+"""Save beside the training: copy tensors to host memory, and write them in a thread while the next steps run.
+
+One checkpoint is in flight at a time. Hashing and writing let the training go on, in Python's terms they release the
+interpreter's lock, so a thread is enough and the copy need not be passed to another process.
+"""
+
+import itertools
+import json
+import math
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import torch
+from accelerate.utils import gather_object
+
+from . import checkpoint
+from .data import tokenizer as tokenizers
+from .distributed import any_rank
+from .errors import CheckpointError, InputError
+from .models import export
+from .optim import all_finite, optimizer_tensors, to_full, to_local
+
+_ALIGNMENT = 64  # bytes
+_PEER_SECONDS = 10  # to wait for the parts of other ranks after a failure
+_COUNTER = itertools.count()  # of the checkpoints of this process, the same on all ranks
+
+
+class HostMemory:
+    """Host memory for copies of tensors, which the next copy overwrites. It is pinned if the tensors are on a GPU."""
+
+    def __init__(self):
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensors, names=None):
+        """Return {name: copy} of tensors, or of the named ones.
+
+        With sharded tensors (DTensor) a collective that all ranks call: the rows of each are gathered on all ranks, one
+        tensor after the other, and only the named ones are kept.
+        """
+        names = set(tensors if names is None else names)
+        ends = itertools.accumulate(
+            -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT if name in names else 0 for name, tensor in tensors.items()
+        )
+        offsets = dict(zip(tensors, [0, *ends], strict=False))
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        self._reserve(sum(tensors[name].nbytes + _ALIGNMENT for name in names), device)
+        copies = {}
+        for name, tensor in tensors.items():
+            tensor = to_full(tensor.detach())
+            if name in names:
+                flat = self._buffer[offsets[name] : offsets[name] + tensor.nbytes].view(tensor.dtype)
+                copies[name] = flat.view(tensor.shape).copy_(tensor, non_blocking=True)
+        if device is not None:
+            torch.cuda.current_stream(device).synchronize()
+        return copies
+
+    def _reserve(self, size, device):
+        if len(self._buffer) >= size:
+            return
+        self._buffer = torch.empty(size, dtype=torch.uint8)
+        if device is not None:  # torch's pinned memory would be rounded up to a power of two
+            runtime, address = torch.cuda.cudart(), self._buffer.data_ptr()
+            if int(runtime.cudaHostRegister(address, size, 0)) == 0:  # else copies are slower
+                weakref.finalize(self._buffer, runtime.cudaHostUnregister, address)
+
+
+class Saver:
+    """Writes one checkpoint at a time in a thread.
+
+    At the end of its `with` block it completes the checkpoint in flight, also after an error; after an interruption
+    (Ctrl-C) it gives it up, as if the process had been killed.
+
+    Args:
+        accelerator: of the run.
+
+    Attributes:
+        weights, optimizer_state: [`HostMemory`] for the copies.
+        small_files: the files of the model beside its weights, as bytes by name, once they are known.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator, self.weights, self.optimizer_state = accelerator, HostMemory(), HostMemory()
+        self.small_files, self._in_flight = None, None
+        self._executor = ThreadPoolExecutor(1, "hf_myllm.saver")
+        self._must_stop, self._peer_deadline = False, math.inf
+
+    def must_stop(self):
+        return self._must_stop
+
+    def begin(self, write):
+        """Call `write` in the thread. Call [`wait`] before."""
+        self._in_flight = self._executor.submit(write)
+
+    def wait(self):
+        """Wait for the checkpoint in flight. A collective.
+
+        Returns:
+            CheckpointError if it could not be written, on all ranks; else None.
+        """
+        problem = None
+        if self._in_flight is not None:
+            error = self._in_flight.exception()
+            if error is not None and not isinstance(error, CheckpointError):
+                raise error
+            problem, self._in_flight = error and str(error), None
+        if self.accelerator.num_processes > 1:
+            problem = next(filter(None, gather_object([problem])), None)
+        return CheckpointError(problem) if problem else None
+
+    def mailbox(self):
+        """Return the [`Mailbox`] of the next checkpoint. All ranks call this."""
+        accelerator, key = self.accelerator, f"hf_myllm/save/{next(_COUNTER)}"
+        return Mailbox(key, accelerator.process_index, accelerator.num_processes, self._gives_up)
+
+    def _gives_up(self):
+        return self._must_stop or time.monotonic() > self._peer_deadline
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, *_):
+        if error_type is not None:
+            self._must_stop = not issubclass(error_type, Exception)
+            self._peer_deadline = time.monotonic() + _PEER_SECONDS
+        if self._in_flight is not None:
+            with suppress(Exception):  # the first error is reported
+                self._in_flight.result()
+        self._executor.shutdown()
+
+
+class Mailbox:
+    """Messages between the threads that write the parts of a checkpoint, through the store of the process group.
+
+    They need no collective: the training is using those.
+    """
+
+    def __init__(self, key, rank, world_size, gives_up):
+        self.rank, self.world_size = rank, world_size
+        self._key, self._gives_up = key, gives_up
+        self._store = torch.distributed.distributed_c10d._get_default_store()
+
+    def put(self, name, value):
+        self._store.set(f"{self._key}/{name}/{self.rank}", json.dumps(value))
+
+    def get(self, name, rank):
+        """Wait for what a rank has put there, and return it.
+
+        Raises:
+            OSError: the training has ended with an error, and the rank has put nothing there.
+        """
+        key, delay = f"{self._key}/{name}/{rank}", 0.01
+        while not self._store.check([key]):
+            if self._gives_up():
+                raise OSError(f"rank {rank} has ended")
+            time.sleep(delay)
+            delay = min(1, delay * 1.5)
+        return json.loads(self._store.get(key))
+
+
+# ---- the checkpoints of a run
+
+
+def save_checkpoint(run, optimizer, state):
+    """Copy the model and the optimizer's state to host memory, and begin to write checkpoint-<step>.
+
+    The training goes on while a thread writes. Rank 0 writes; with FSDP2 each rank writes a part of the weights and its
+    rows of the optimizer's state. If the checkpoint before could not be written, wait for this one.
+
+    Raises:
+        InputError: a weight is not finite, or neither checkpoint can be written.
+    """
+    accelerator, model, step = run.accelerator, run.model, state.step
+    run.phase = f"the save after step {step}"
+    run.reporter.status(f"saving checkpoint-{step}", export.is_large(model))
+    problem = run.saver.wait()
+    if any_rank(accelerator, not all_finite(to_local(parameter) for parameter in model.parameters())):
+        raise InputError(
+            f"step {step}: a weight is not finite, so this step is not saved; lower learning_rate, or set grad_clip"
+        )
+    if accelerator.is_main_process or accelerator.is_fsdp2:
+        section, mailbox = run.recipe.run, run.saver.mailbox() if accelerator.is_fsdp2 else None
+        files = _checkpoint_files(run, optimizer, state, mailbox)
+        is_main, uploads = accelerator.is_main_process, None if state.must_stop else run.uploads
+        best_step = state.best_step() if is_main else None
+
+        def write():
+            checkpoint.save(section.save_model, step, files, mailbox, run.saver.must_stop)
+            if is_main:
+                checkpoint.remove_old(section.save_model, section.save_total_limit, best_step, section.keep_every)
+            if uploads is not None:
+                uploads.begin(step)
+
+        run.saver.begin(write)
+    if problem is not None:
+        finish_save(run)
+        run.reporter.warning(f"{problem}; checkpoint-{step} is saved")
+
+
+def finish_save(run):
+    """Wait until the last checkpoint is complete, on all ranks.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    run.reporter.status("writing the checkpoint", export.is_large(run.model))
+    if (problem := run.saver.wait()) is not None:
+        raise problem
+
+
+def _checkpoint_files(run, optimizer, state, mailbox):
+    """Return the files of a checkpoint that this rank writes, see [`checkpoint.save`], with copies of all tensors.
+
+    Args:
+        mailbox: None unless each rank writes a part.
+    """
+    saver, model, name = run.saver, run.model, export.weights_file(run.model)
+    weights, part, suffix = export.weights_to_save(model), None, ""
+    if mailbox is not None:
+        parts = export.partition(weights, mailbox.world_size)
+        part = parts[mailbox.rank] if mailbox.rank < len(parts) else []
+        if len(parts) > 1:
+            name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"
+        suffix = f"-{mailbox.rank + 1:05}-of-{mailbox.world_size:05}" if mailbox.world_size > 1 else ""
+    weights = saver.weights.copy(weights, part)
+    tensors = saver.optimizer_state.copy(optimizer_tensors(model, optimizer.optimizer))
+    files = {name: lambda: export.as_stored(model, weights)} if weights else {}
+    files[f"trainer_state/optimizer{suffix}.safetensors"] = tensors
+    if run.accelerator.is_main_process:
+        if saver.small_files is None:
+            saver.small_files = export.read_small_files(
+                lambda folder: _write_small_files(run, folder), run.recipe.run.save_model
+            )
+        files |= saver.small_files
+        files[checkpoint.STATE] = json.dumps(_trainer_state(run, state), indent=1).encode()
+    return files
+
+
+def _write_small_files(run, folder):
+    export.save_without_weights(run.model, folder)
+    if run.tokenizer is not None:
+        tokenizers.save(run.tokenizer, folder)
+
+
+def _trainer_state(run, state):
+    """Return trainer_state/state.json as a dict."""
+    accelerator = run.accelerator
+    content = {
+        "step": state.step,
+        "num_processes": accelerator.num_processes,
+        "precision": accelerator.precision,
+        "recipe": run.recipe.identity(),
+        "data": run.data_fingerprints(),
+        "skipped": state.skipped_steps,
+        "best_since": state.best_since,
+    }
+    if run.branched_from is not None:
+        content["branched_from"] = run.branched_from
+    if run.recipe.data.streaming:
+        content["stream"] = run.train_rows.windows.recent_positions()
+    if accelerator.scaler is not None:  # the loss scale of fp16 is learned too
+        content["scaler"] = accelerator.scaler.state_dict()
+    return content
