@@ -18,9 +18,10 @@ import numpy as np
 
 from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
-from .corpus import Progress, TokenStream, token_dtype, tokenize_pieces
+from .corpus import TokenStream
 from .readers import resume_documents
 from .sources import file_states, source_key
+from .tokenization import Progress, token_dtype, tokenize_pieces
 from .tokenizer import end_of_document, fingerprint, safe_split_pattern
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hf_myllm.data import corpus, hold_out, readers, remote, sources, tokenizer
+from hf_myllm.data import corpus, hold_out, readers, remote, sources, tokenization, tokenizer
 from hf_myllm.errors import DataError
 
 
@@ -142,7 +142,7 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(assets, monkeypatch, tm
     file = tmp_path / "shakespeare.txt"
     file.write_text((assets / "corpora" / "tinyshakespeare.txt").read_text()[:400_000])
     monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
-    monkeypatch.setattr(corpus, "_BATCH_CHARS", 20_000)
+    monkeypatch.setattr(tokenization, "_BATCH_CHARS", 20_000)
     tokens, _, stats = load(str(file), loaded)
     assert stats["train"]["documents"] == 1
     whole = loaded(file.read_text(), add_special_tokens=False)["input_ids"]
@@ -352,7 +352,7 @@ def test_a_file_that_disappears_is_named(tmp_path, bpe, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("Anna finds a king.")
     source = sources.file_source(str(tmp_path))
-    monkeypatch.setattr(corpus, "_BATCH_CHARS", 1)
+    monkeypatch.setattr(tokenization, "_BATCH_CHARS", 1)
     read = corpus.read_documents
 
     def read_and_delete(*args):

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_myllm.data import cache, corpus, readers, sources, streaming, tokenizer
+from hf_myllm.data import cache, corpus, readers, sources, streaming, tokenization, tokenizer
 from hf_myllm.errors import DataError
 
 
@@ -47,7 +47,7 @@ def whole(stories, bpe):
 @pytest.mark.parametrize("source", ["files", "memory", "lines", "hub"], indirect=True)
 def test_windows_equal_the_stream_and_resume_from_saved_positions(stories, bpe, source, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(readers, "_PIECE_CHARS", 200)  # splits documents into pieces
-    monkeypatch.setattr(corpus, "_BATCH_CHARS", 1000)
+    monkeypatch.setattr(tokenization, "_BATCH_CHARS", 1000)
     stream = whole(stories, bpe)
     size, total = 500, len(stream)
     endless = np.tile(stream.read(0, total), 3)
