@@ -1,7 +1,6 @@
 """Build a run from a recipe: find its data, tokenizer and model, check that they fit, and plan the steps.
 
-Nothing is written but the cache. `hf-myllm prepare RECIPE` does the slow part ahead of a launch: it trains the
-tokenizer and tokenizes the text into the cache.
+Nothing is written but the cache. `hf-myllm prepare RECIPE` does the slow part ahead of a launch; see prepare.py.
 """
 
 import math
@@ -9,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -21,7 +19,6 @@ from .build_data import (
     find_tokenizer,
     keeps_old_split,
     load_data,
-    load_sets,
     make_rows,
 )
 from .data import sampler
@@ -424,27 +421,3 @@ def prepare_training(run):
     if accelerator.scaler is not None and "scaler" in trainer_state:
         accelerator.scaler.load_state_dict(trainer_state["scaler"])
     return model, optimizer
-
-
-def prepare_data(recipe):
-    """Train the tokenizer of a recipe and tokenize its data into the cache."""
-    recipe.check_family(FAMILIES).check_task(TASKS[recipe.task])
-    silence_libraries()
-    data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
-    data_sources = find_sources(recipe)
-    stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
-    tokenizer = find_tokenizer(recipe, data_sources, pretrained, recipe.run.with_optimizer)
-    task = build_task(recipe, data_sources, tokenizer, stored_config, False)
-    config = build_config(recipe, tokenizer, pretrained, task)
-    data.max_len = data.max_len or default_max_len(num_positions(config))
-    task.configure(config, data.max_len)
-    if data.streaming:
-        data_sources.training = []  # a stream is tokenized while it is read
-    training, validation, _ = load_sets(task, data_sources, True)
-    unit = "rows" if task.is_labelled else "tokens"
-    parts = {"training": training} | {name or "validation": part for name, part in validation.items()}
-    for name, part in parts.items():
-        if part is not None:
-            task.make_rows(part, f"the {name} data", data.stride)
-            print(f"{name:<12}{len(part):,} {unit} are prepared")
-    print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")

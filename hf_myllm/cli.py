@@ -176,9 +176,10 @@ def _evaluate(argv):
 
 
 def _prepare(argv):
-    from .build import prepare_data
+    recipe = _parse(argv, prog="hf-myllm prepare")
+    from .prepare import prepare_data
 
-    prepare_data(_parse(argv, prog="hf-myllm prepare"))
+    prepare_data(recipe)
 
 
 def _parse(argv, prog="hf-myllm train"):

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "hf_myllm"
-ENTRY_POINTS = ("plot", "page", "prepare", "reference", "hub/__main__")
+ENTRY_POINTS = ("plot", "page", "reference", "hub/__main__")
 LAYERS = (  # a module or subpackage imports from the layers above its own line only
     {"errors", "__version__"},
     {"files", "seeds", "terminal"},
@@ -22,7 +22,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"run_state", "run_folder", "saver"},
     {"build_data", "resume"},
     {"build"},
-    {"train", "predict"},
+    {"train", "predict", "prepare"},
     {"cli"},
     set(ENTRY_POINTS),
 )
