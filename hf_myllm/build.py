@@ -31,7 +31,6 @@ from .distributed import (
     is_rank_zero,
     process_settings,
     shard_model,
-    silence_libraries,
 )
 from .errors import InputError, RecipeError
 from .evaluation import load_metrics
@@ -99,11 +98,15 @@ class Run:
         """Return how much more text there is than was read: above 1 in a dry run that samples the beginning."""
         return 1 / max(1e-9, self.data_stats.get("share", 1.0))
 
-    def data_fingerprints(self):
-        """Return a digest of the tokens of the training and of the validation data."""
+    def data_parts(self):
+        """Return the rows of the training and of the validation data by name."""
         parts = {"training data": self.train_rows}
         parts |= {f"validation data {name}".rstrip(): rows for name, rows in self.val_sets.items()}
-        return {name: rows.tokens.fingerprint for name, rows in parts.items() if rows is not None}
+        return {name: rows for name, rows in parts.items() if rows is not None}
+
+    def data_fingerprints(self):
+        """Return a digest of the tokens of the training and of the validation data."""
+        return {name: rows.tokens.fingerprint for name, rows in self.data_parts().items()}
 
     def mixture(self):
         """Yield a line for each source of a mixture: its share of the rows, and how many epochs of it are read."""

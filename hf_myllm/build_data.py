@@ -192,7 +192,7 @@ def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
     """Return what `task.load` does, of a corpus that is tokenized a window at a time."""
     data, (source,) = recipe.data, data_sources.training
     positions = trainer_state.get("stream") if trainer_state else None
-    if source.format in TOKEN_ID_FORMATS:
+    if source.format in ("bin", "pkl"):
         raise DataError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
     validation = {
         name: corpus.load_tokens(held_out, tokenizer, 0.0, data.bin_dtype, is_maker)[0]
@@ -260,12 +260,23 @@ def find_tokenizer(recipe, data_sources, pretrained, keep):
             f"add_tokens: {pretrained} was trained without {unknown[0]!r}; start a new run from it, with --init_from "
             f"{pretrained} --save_model FOLDER"
         )
+    for source in data_sources.all:
+        if source.format == "shards" and tokenizers.fingerprint(tokenizer) != source.data.content["tokenizer"]:
+            raise _other_tokenizer(source)
     return tokenizer
+
+
+def _other_tokenizer(source):
+    return ModelError(
+        f"tokenizer: the tokens of {source.name} are of another one; leave tokenizer and add_tokens out, to take the "
+        "index's own, or prepare the text with this one"
+    )
 
 
 def _find_tokenizer(recipe, data_sources, pretrained, keep):
     data, family = recipe.data, FAMILIES[recipe.family]
     reads_text = any(source.format not in TOKEN_ID_FORMATS for source in data_sources.all)
+    indexed = [source for source in data_sources.all if source.format == "shards"]
     if pretrained and (keep or not data.tokenizer):
         try:
             return tokenizers.load(str(pretrained), family.config.model_type)
@@ -280,7 +291,11 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
             if not any(source.format == "hub" for source in data_sources.training):
                 raise
             raise ModelError(f"{error}; without the Hub, give --train_file FILE in place of the dataset") from None
+    if indexed and not data.tokenizer:
+        return tokenizers.load(str(indexed[0].data.tokenizer_folder()))
     if isinstance(data.tokenizer, dict):
+        if indexed:
+            raise _other_tokenizer(indexed[0])
         return _train_tokenizer(recipe, data_sources.training or [*data_sources.validation.values()])
     if reads_text:
         trained = f"{{train: {family.tokenizer}, vocab_size: 8192}}"

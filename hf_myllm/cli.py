@@ -176,10 +176,26 @@ def _evaluate(argv):
 
 
 def _prepare(argv):
+    """Prepare the data of a recipe: `hf-myllm prepare RECIPE [--to FOLDER_OR_URL [--part 1/2]] [--key value ...]`, or
+    check token shards by their digests: `hf-myllm prepare FOLDER/index.json`."""
+    options = Parser(add_help=False, allow_abbrev=False)
+    options.add_argument("--to")
+    options.add_argument("--part", default="1/1")
+    options, argv = options.parse_known_args(argv)
+    part = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", options.part)
+    if not part or not 1 <= int(part[1]) <= int(part[2]) or not (options.to or options.part == "1/1"):
+        raise RecipeError(f"--part {options.part}: give the number of a part and their count with --to, as in 1/2")
+    if argv and Path(argv[0]).name == "index.json":
+        from .data.shards import Index
+
+        print(f"{argv[0]}: {plural(Index(argv[0]).verify(), 'shard')} checked, all whole")
+        return
+    if {"-h", "--help"} & set(argv):
+        print("--to FOLDER_OR_URL writes token shards to be read anywhere; --part 1/2 a part of them (docs/data.md)\n")
     recipe = _parse(argv, prog="hf-myllm prepare")
     from .prepare import prepare_data
 
-    prepare_data(recipe)
+    prepare_data(recipe, options.to, tuple(map(int, part.groups())))
 
 
 def _parse(argv, prog="hf-myllm train"):

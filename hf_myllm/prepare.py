@@ -1,19 +1,36 @@
-"""Prepare the data of a recipe ahead of a launch; `python -m hf_myllm.prepare` is `hf-myllm prepare`."""
+"""Prepare the data of a recipe ahead of a launch; `python -m hf_myllm.prepare` is `hf-myllm prepare`.
 
+Without more, the tokenizer is trained and the text tokenized into the cache. With `--to`, the tokens are written as
+token shards (data/shards.py), which any machine reads; `--part 1/2` writes a part of them.
+"""
+
+import os
 import sys
+import tempfile
 
 import datasets
 
 from .build import build_config, build_task, default_max_len
 from .build_data import find_sources, find_tokenizer, load_sets
+from .data import shards, tokenization
+from .data import tokenizer as tokenizers
+from .data.cache import key_digest
+from .data.sources import source_key
 from .distributed import silence_libraries
+from .errors import DataError
 from .models import FAMILIES, loading
 from .models.auto import num_positions
 from .tasks import TASKS
+from .terminal import plural
 
 
-def prepare_data(recipe):
-    """Train the tokenizer of a recipe and tokenize its data into the cache."""
+def prepare_data(recipe, to=None, part=(1, 1)):
+    """Train the tokenizer of a recipe and tokenize its data.
+
+    Args:
+        to: folder or URL to write token shards to, instead of the cache.
+        part: (number from 1, count) of the shards to write.
+    """
     recipe.check_family(FAMILIES).check_task(TASKS[recipe.task])
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
@@ -21,6 +38,10 @@ def prepare_data(recipe):
     stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, recipe.run.with_optimizer)
     task = build_task(recipe, data_sources, tokenizer, stored_config, False)
+    if to:
+        if task.is_labelled:
+            raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
+        return write_all(data_sources, tokenizer, data.val_fraction, to, part)
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or default_max_len(num_positions(config))
     task.configure(config, data.max_len)
@@ -29,11 +50,62 @@ def prepare_data(recipe):
     training, validation, _ = load_sets(task, data_sources, True)
     unit = "rows" if task.is_labelled else "tokens"
     parts = {"training": training} | {name or "validation": part for name, part in validation.items()}
-    for name, part in parts.items():
-        if part is not None:
-            task.make_rows(part, f"the {name} data", data.stride)
-            print(f"{name:<12}{len(part):,} {unit} are prepared")
+    for name, rows in parts.items():
+        if rows is not None:
+            task.make_rows(rows, f"the {name} data", data.stride)
+            print(f"{name:<12}{len(rows):,} {unit} are prepared")
     print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
+
+
+def write_all(data_sources, tokenizer, val_fraction, to, part):
+    """Write the shards of each source: of a single training source to the folder itself, of others below it."""
+    training, validation = data_sources.training, data_sources.validation
+    val_fraction = 0.0 if validation else val_fraction
+    folders = (
+        {"": training[0]} if len(training) == 1 else dict(zip(map(str, range(1, 1 << 20)), training, strict=False))
+    )
+    fractions = dict.fromkeys(folders, val_fraction)
+    folders |= {f"validation-{name}".rstrip("-"): source for name, source in validation.items()}
+    for name, source in folders.items():
+        if source.format in ("bin", "pkl", "shards"):
+            raise DataError(f"--to: {source.name} holds token ids already; give the text")
+        write_source(source, tokenizer, fractions.get(name, 0.0), "/".join(filter(None, (to.rstrip("/"), name))), part)
+
+
+def write_source(source, tokenizer, val_fraction, path, part):
+    """Write the token shards of a source or a part of them, then their index, once all are there."""
+    folder, content = shards.Folder(path), source_key(source)
+    if "files" in content:  # which have other paths on other machines
+        content["files"] = [digest for _, digest in content["files"]]
+    key = key_digest([content, *tokenization.text_key(tokenizer)])
+    if folder.is_local:
+        os.makedirs(path, exist_ok=True)
+    entries, facts = tokenization.write_shards(folder, source, tokenizer, True, key, part)
+    if missing := [number for number, entry in enumerate(entries) if entry is None]:
+        others = ", ".join(sorted({f"{number % part[1] + 1}/{part[1]}" for number in missing}))
+        print(f"{path}: {len(entries) - len(missing)} of {plural(len(entries), 'shard')} are there; missing: {others}")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizers.save(tokenizer, temporary)
+        names = sorted(os.listdir(temporary))
+        for name in names:
+            with open(os.path.join(temporary, name), "rb") as file:
+                folder.write(f"{shards.TOKENIZER}/{name}", file.read())
+    facts |= {"key": key, "source": describe_source(source, content), "tokenizer_files": names}
+    index = tokenization.write_index(folder, tokenizer, entries, facts, val_fraction)
+    print(f"{path}/{shards.INDEX}: {index['tokens']:,} tokens of {plural(index['documents'], 'document')} in "
+          f"{plural(len(entries), 'shard')}; give it as train_file")  # fmt: skip
+
+
+def describe_source(source, content):
+    """Return what text an index came from, without the paths of this machine."""
+    names = [os.path.basename(name.rstrip("/")) or name for name in source.name.split(" ")]
+    facts = {"name": source.name if source.format == "hub" else " ".join(names), "format": source.format}
+    facts |= {"files": len(source.files), "digest": key_digest(content)}
+    for name in ("config", "split", "revision", "template", "text_column", "document", "deduplicate"):
+        if (value := getattr(source, name)) and (source.format == "hub" or name not in ("config", "split")):
+            facts[name] = value
+    return facts
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def test_prepared_data_are_not_prepared_again(tiny, tiny_bert, capsys, monkeypat
     def forbid(*arguments):
         raise AssertionError("the data were prepared again")
 
-    monkeypatch.setattr(corpus, "_tokenize", forbid)
+    monkeypatch.setattr(corpus, "write_shards", forbid)
     monkeypatch.setitem(tokenizer.TRAINERS, "bpe", forbid)
     monkeypatch.setitem(tokenizer.TRAINERS, "wordpiece", forbid)
     assert train(*flags) == 0

@@ -165,7 +165,7 @@ def test_a_cache_that_lost_or_truncated_a_file_is_made_again(finished, tmp_path,
     assert run_cli(*prepare) == 0
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     contents = {path: path.read_bytes() for path in files}
-    assert {"train.arrow", "stats.json", "tokenizer.json"} <= {path.name for path in files}
+    assert {"index.json", "shard-00000.bin", "shard-00000.documents", "tokenizer.json"} <= {path.name for path in files}
     for index, (path, content) in enumerate(contents.items()):
         if index % 3 == 0:
             path.unlink()

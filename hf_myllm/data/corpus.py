@@ -1,33 +1,27 @@
 """Text sources as memory-mapped token ids.
 
-A text source is tokenized once, into Arrow files in the cache of `datasets`, with the end-of-text token after each
-document. A `.bin` file of token ids is memory-mapped where it is; a `.pkl` is converted once. In each case a run reads
-one flat [`TokenStream`].
+A text source is tokenized once into token shards (shards.py), with the end-of-text token after each document: in the
+cache of `datasets`, or where `hf-myllm prepare --to` writes them. A `.bin` file of token ids is memory-mapped where it
+is; a `.pkl` is converted once. In each case a run reads one flat [`TokenStream`].
 """
 
 import hashlib
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
-import datasets
 import numpy as np
-import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 
 from ..errors import DataError
 from ..models.loading import num_token_ids
-from . import remote
-from .cache import cached_folder, cached_path
-from .discovery import TOKEN_ID_FORMATS
-from .hold_out import HoldOut
+from . import remote, shards, tokenization
+from .cache import cached_folder, cached_path, key_digest
 from .pickled import read_token_ids
-from .readers import read_documents
-from .sources import known_whole, source_key, total_size
-from .tokenization import Progress, find_repeated, leave_out, token_dtype, tokenize_pieces
-from .tokenizer import end_of_document, safe_split_pattern
-from .tokenizer import fingerprint as tokenizer_fingerprint
+from .sources import known_whole, source_key
+from .tokenization import write_index, write_shards
 
+_COMPARED_DOCUMENTS = 10_000_000  # of training and validation data: their digests are held in memory
 _BLOCK_TOKENS = 1 << 24  # of a memory-mapped stream, looked through at once
 _LLMC_HEADER = 256  # int32 numbers
 _LLMC_DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
@@ -41,14 +35,20 @@ class TokenStream:
         fingerprint: a digest of the content.
         max_id: the largest token id.
         source_starts: the position of the first token of each source.
-        documents: (documents,) uint64, a digest of the tokens of each document; None if it is unknown.
+        documents: (documents,) uint64, a digest of the tokens of each document, or a function that returns these; None
+            if they are unknown.
+        old_fingerprint: returns what the fingerprint was before there were token shards; None: the same.
     """
 
-    def __init__(self, chunks, fingerprint, max_id, source_starts=(0,), documents=None):
+    def __init__(self, chunks, fingerprint, max_id, source_starts=(0,), documents=None, old_fingerprint=None):
         self.chunks = [chunk for chunk in chunks if len(chunk)]
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
         self.fingerprint, self.max_id, self.source_starts = fingerprint, max_id, source_starts
-        self.documents = documents
+        self._documents, self.old_fingerprint = documents, old_fingerprint or (lambda: fingerprint)
+
+    @property
+    def documents(self):
+        return self._documents() if callable(self._documents) else self._documents
 
     def __len__(self):
         return int(self.starts[-1])
@@ -70,9 +70,9 @@ class TokenStream:
                 break
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def blocks(self):
-        """Yield (start, token ids) of consecutive blocks of the stream, each small enough for memory."""
-        for start in range(0, len(self), _BLOCK_TOKENS):
+    def blocks(self, first=0):
+        """Yield (start, token ids) of consecutive blocks from a position on, each small enough for memory."""
+        for start in range(first, len(self), _BLOCK_TOKENS):
             yield start, self.read(start, _BLOCK_TOKENS)
 
     def find_out_of_vocabulary(self, vocab_size):
@@ -87,10 +87,22 @@ class TokenStream:
         index, offset = self._locate(position)
         before = [*self.chunks[:index], self.chunks[index][:offset]]
         after = [self.chunks[index][offset:], *self.chunks[index + 1 :]]
-        return (
-            TokenStream(before, f"{self.fingerprint}[:{position}]", self.max_id),
-            TokenStream(after, f"{self.fingerprint}[{position}:]", self.max_id),
+        return tuple(
+            TokenStream(
+                chunks,
+                f"{self.fingerprint}{part}",
+                self.max_id,
+                old_fingerprint=lambda part=part: f"{self.old_fingerprint()}{part}",
+            )
+            for chunks, part in ((before, f"[:{position}]"), (after, f"[{position}:]"))
         )
+
+    def digest(self):
+        """Return a digest of the token ids, which takes about a second per GB."""
+        digest = hashlib.sha256()
+        for _, ids in self.blocks():
+            digest.update(np.ascontiguousarray(ids))
+        return digest.hexdigest()
 
 
 def concatenate(streams):
@@ -98,11 +110,22 @@ def concatenate(streams):
     if len(streams) == 1:
         return streams[0]
     chunks = [chunk for stream in streams for chunk in stream.chunks]
-    fingerprint = hashlib.sha256(repr([stream.fingerprint for stream in streams]).encode()).hexdigest()
-    starts = np.cumsum([0, *map(len, streams)])[:-1].tolist()
-    documents = [stream.documents for stream in streams if stream.documents is not None]
-    documents = np.concatenate(documents) if documents else None
-    return TokenStream(chunks, fingerprint, max(stream.max_id for stream in streams), starts, documents)
+
+    def join(fingerprints):
+        return hashlib.sha256(repr(fingerprints).encode()).hexdigest()
+
+    def documents():
+        known = [digests for stream in streams if (digests := stream.documents) is not None]
+        return np.concatenate(known) if known else None
+
+    return TokenStream(
+        chunks,
+        join([stream.fingerprint for stream in streams])[:32],
+        max(stream.max_id for stream in streams),
+        np.cumsum([0, *map(len, streams)])[:-1].tolist(),
+        documents,
+        lambda: join([stream.old_fingerprint() for stream in streams]),
+    )
 
 
 def count_shared(training, validation):
@@ -111,14 +134,10 @@ def count_shared(training, validation):
     Args:
         training, validation: [`TokenStream`]s.
     """
-    if training.documents is None or validation.documents is None:
+    known, digests = training.documents, validation.documents
+    if known is None or digests is None:
         return 0, 0
-    return int(np.isin(validation.documents, training.documents).sum()), len(validation.documents)
-
-
-def document_digest(ids=b""):
-    """Return a hash object for the tokens of a document, whose digest is a number of `TokenStream.documents`."""
-    return hashlib.blake2b(ids, digest_size=8)
+    return int(np.isin(digests, known).sum()), len(digests)
 
 
 def merge_stats(stats):
@@ -152,121 +171,53 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
     Raises:
         DataError: the source cannot be read, or has no tokens.
     """
-    if source.format in TOKEN_ID_FORMATS:
+    if source.format in ("bin", "pkl"):
         training, stats = _load_token_ids(source, tokenizer, bin_dtype)
         validation = None
     else:
-        training, validation, stats = _load_text(source, tokenizer, (val_fraction, by_position), show_progress)
+        index = source.data if source.format == "shards" else _tokenize_into_cache(source, tokenizer, show_progress)
+        training, validation, stats = _open_shards(index, source.name, val_fraction, by_position)
     if val_fraction and validation is None:
         training, validation = training.split(int(len(training) * (1 - val_fraction)))
         if len(training) == 0:
-            raise _nothing_left(source, val_fraction)
+            raise _nothing_left(source.name, val_fraction)
         stats["held_out"] = f"the last {val_fraction:.0%} of the tokens"
     return training, validation, stats
 
 
-def _nothing_left(source, val_fraction):
-    return DataError(f"val_fraction {val_fraction} leaves nothing of {source.name} to train on: lower it")
+def _nothing_left(name, val_fraction):
+    return DataError(f"val_fraction {val_fraction} leaves nothing of {name} to train on: lower it")
 
 
-def _load_text(source, tokenizer, split, show_progress):
-    settings = [tokenizer_fingerprint(tokenizer), end_of_document(tokenizer), *split, "digests of documents"]
-    whole = known_whole(source)
-    if whole and cached_path(["tokens", source_key(whole), *settings]).exists():  # prefer it to a sample
+def _tokenize_into_cache(source, tokenizer, show_progress):
+    settings, whole = tokenization.text_key(tokenizer), known_whole(source)
+    if whole and cached_path(["shards", source_key(whole), *settings]).exists():  # prefer it to a sample
         source = whole
-    folder = cached_folder(
-        ["tokens", source_key(source), *settings],
-        lambda folder: _tokenize(source, tokenizer, split, folder, show_progress),
-    )
-    stats = json.loads((folder / "stats.json").read_text())
-    streams = {}
-    for part in ("train", "validation"):
-        if stats[part]["tokens"]:
-            column = datasets.Dataset.from_file(str(folder / f"{part}.arrow")).data.column("input_ids")
-            chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-            documents = np.load(folder / f"{part}.npy", mmap_mode="r")
-            streams[part] = TokenStream(chunks, stats[part]["fingerprint"], stats[part]["max_id"], documents=documents)
-    return streams["train"], streams.get("validation"), stats
+
+    def tokenize(folder):
+        folder = shards.Folder(folder)
+        write_index(folder, tokenizer, *write_shards(folder, source, tokenizer, show_progress))
+
+    return shards.Index(cached_folder(["shards", source_key(source), *settings], tokenize) / shards.INDEX)
 
 
-def _tokenize(source, tokenizer, split, folder, show_progress):
-    """Write train.arrow and validation.arrow, the digests of their documents in train.npy and so on, and stats.json."""
-    end, split_pattern = end_of_document(tokenizer), safe_split_pattern(tokenizer)
-    repeated = find_repeated(source, split_pattern) if source.deduplicate else frozenset()
-    first_pieces = _first_pieces(leave_out(read_documents(source, split_pattern), repeated))
-    hold_out = HoldOut(((None, text) for text in first_pieces), *split)
-    parts = {part: _PartWriter(folder / f"{part}.arrow", tokenizer) for part in ("train", "validation")}
-    num_documents, is_first = 0, True
-    with Progress(total_size(source), show_progress) as progress:
-        pieces = leave_out(read_documents(source, split_pattern, progress.add_read), repeated)
-        for batch in tokenize_pieces(pieces, tokenizer):
-            for (text, is_end), ids in batch:
-                if is_first:
-                    part = parts["validation" if hold_out.chooses(num_documents, None, text) else "train"]
-                part.add(text, ids, end if is_end else [])
-                num_documents, is_first = num_documents + is_end, is_end
-            for writer in parts.values():
-                writer.flush()
-            progress.add_tokens(sum(len(ids) for _, ids in batch))
-    stats = {name: part.close() for name, part in parts.items()}
-    stats["train"]["repeated"] = len(repeated)
-    stats["share"] = progress.fraction if source.max_chars else 1.0
-    if not stats["train"]["tokens"]:
-        if stats["validation"]["tokens"]:
-            raise _nothing_left(source, split[0])
-        raise DataError(f"{source.name} holds no text")
-    (folder / "stats.json").write_text(json.dumps(stats))
-
-
-def _first_pieces(pieces):
-    """Yield the first piece of each document."""
-    is_first = True
-    for text, is_end in pieces:
-        if is_first:
-            yield text
-        is_first = is_end
-
-
-class _PartWriter:
-    """Write the tokens of the training or the validation part to an Arrow file, one row per piece, and count them."""
-
-    def __init__(self, path, tokenizer):
-        features = datasets.Features({"input_ids": datasets.List(datasets.Value(token_dtype(tokenizer).__name__))})
-        self.schema = features.arrow_schema
-        self.writer = ArrowWriter(path=str(path), features=features)
-        self.unknown_id = tokenizer.unk_token_id
-        self.rows, self.digest = [], hashlib.sha256()
-        self.path, self.documents, self.document = path, [], document_digest()
-        self.stats = dict.fromkeys(("documents", "tokens", "bytes", "unknown", "max_id"), 0)
-
-    def add(self, text, ids, end):
-        """Add a piece of a document; `end` are the token ids at its end that stand for no text."""
-        self.rows.append(ids)
-        self.document.update(ids)
-        if end:
-            self.documents.append(self.document.digest())
-            self.document = document_digest()
-        self.stats["bytes"] += len(text.encode())
-        self.stats["documents"] += bool(end)
-        if self.unknown_id is not None:  # GPT-2 has one token for unknown text and for the end of a document
-            self.stats["unknown"] += int((ids == self.unknown_id).sum()) - end.count(self.unknown_id)
-
-    def flush(self):
-        if not self.rows:
-            return
-        ids, offsets = np.concatenate(self.rows), np.cumsum([0, *map(len, self.rows)], dtype=np.int32)
-        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))
-        self.writer.write_table(pa.Table.from_arrays([column], schema=self.schema), writer_batch_size=len(self.rows))
-        self.digest.update(ids)
-        self.stats["tokens"] += len(ids)
-        self.stats["max_id"] = max(self.stats["max_id"], int(ids.max()))
-        self.rows = []
-
-    def close(self):
-        """Close the file and return the statistics."""
-        self.writer.finalize()
-        np.save(self.path.with_suffix(".npy"), np.frombuffer(b"".join(self.documents), dtype=np.uint64))
-        return self.stats | {"fingerprint": self.digest.hexdigest()}
+def _open_shards(index, name, val_fraction, by_position):
+    """Return the training stream, the validation stream (None if it would be empty) and the statistics of an index."""
+    parts, streams = shards.split_chunks(index, val_fraction, by_position), {}
+    stats = {"share": index.content["share"]}
+    for part, (chunks, counts) in zip(("train", "validation"), parts, strict=True):
+        fingerprint = index.digest[:32]
+        if val_fraction:
+            records = [shard["documents_digest"] for shard in index.shards]
+            fingerprint = key_digest([index.digest, records, val_fraction, by_position, part])
+        stats[part] = counts | {"max_id": max(shard["max_id"] for shard in index.shards)}
+        documents = partial(shards.document_digests, chunks) if counts["documents"] <= _COMPARED_DOCUMENTS else None
+        stream = streams[part] = TokenStream(chunks, fingerprint, stats[part]["max_id"], documents=documents)
+        stream.old_fingerprint = stream.digest
+    stats["train"]["repeated"] = index.content["repeated"]
+    if not len(streams["train"]):
+        raise _nothing_left(name, val_fraction)
+    return streams["train"], streams["validation"] if len(streams["validation"]) else None, stats
 
 
 def _load_token_ids(source, tokenizer, bin_dtype):

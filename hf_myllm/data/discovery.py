@@ -20,7 +20,7 @@ from . import remote
 _FORMATS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), "jsonl")
 _FORMATS |= {".bin": "bin", ".pkl": "pkl", ".pickle": "pkl"}
-TOKEN_ID_FORMATS = ("bin", "pkl")  # files of token ids, which need no tokenizer
+TOKEN_ID_FORMATS = ("bin", "pkl", "shards")  # token ids, which need no tokenizer
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _MISNAMED = (".pq", ".parq", ".arrow", ".feather", ".gzip", ".bzip2", ".zstd")  # refused, not left out of a folder
 

@@ -50,7 +50,7 @@ def list_files(pattern, is_data=lambda name: True):
         raise DataError(f"{pattern}: the credentials of this URL were not stored; give the whole URL again")
     is_http = pattern.startswith(("http://", "https://"))
     with _remote_errors(pattern):
-        system, path = _open_system(pattern)
+        system, path = open_system(pattern)
         if set("*[" if is_http else "*?[") & set(path):
             found = system.glob(path, detail=True)
         elif (is_http and path.endswith("/")) or (not is_http and system.info(path)["type"] == "directory"):
@@ -67,7 +67,7 @@ def list_files(pattern, is_data=lambda name: True):
         return urls
 
 
-def _open_system(url):
+def open_system(url):
     options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}  # proxies
     return fsspec.core.url_to_fs(url, **options)
 
@@ -92,7 +92,7 @@ def file_size(path):
 def _info(url):
     if url not in _infos:
         with _remote_errors(url):
-            system, path = _open_system(url)
+            system, path = open_system(url)
             _remember(url, system.info(path))
     return _infos[url]
 
@@ -139,7 +139,7 @@ def local_path(path):
 
 def _download(url, path):
     with _remote_errors(url):
-        system, name = _open_system(url)
+        system, name = open_system(url)
         system.get_file(name, str(path))
 
 

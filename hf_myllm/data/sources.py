@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 
 from ..errors import DataError, first_line, hide_secrets
-from . import discovery, remote
+from . import discovery, remote, shards
 from .cache import cached_folder, cached_path
 from .columns import template_columns
 from .discovery import TOKEN_ID_FORMATS, file_format, find_files
@@ -28,15 +28,16 @@ class Source:
     """Files of one format, a data set of the Hub, or data in memory.
 
     Args:
-        format: "text", "jsonl", "json", "csv", "parquet", "bin" or "pkl" for files; "hub"; or "memory".
+        format: "text", "jsonl", "json", "csv", "parquet", "bin" or "pkl" for files; "hub"; "memory"; or "shards", an
+            index of token shards.
         name: how messages refer to the source; for a Hub data set, its id.
         document: what one document of a text file is, "file" or "line".
         config, split, revision: of a Hub data set.
         num_duplicates: files that were listed more than once; each is read once.
         is_streamed: whether a Hub data set is read over the network instead of being downloaded first.
         max_chars: stop reading after this many characters, for a sample of the beginning; 0: read everything.
-        data: the list of strings or the `datasets.Dataset` in memory.
-        fingerprint: a digest of the data in memory.
+        data: the list of strings or the `datasets.Dataset` in memory, or the [`shards.Index`].
+        fingerprint: a digest of the data in memory, or of the index.
         template: makes the text of several columns in place of text_column; see columns.py.
         deduplicate: whether documents that were read before are left out.
     """
@@ -80,6 +81,9 @@ def file_source(spec, text_column="text", document="file"):
         DataError: a file is missing, empty or not readable, nothing matches, or the files have different formats.
     """
     name, files = hide_secrets(spec if isinstance(spec, str) else " ".join(spec)), {}
+    if (path := index_path(spec)) is not None:
+        index = shards.Index(path)
+        return Source("shards", name, document="row", data=index, fingerprint=index.digest)
     paths = find_files(spec)
     for path in paths:
         # the same file may be listed twice or linked
@@ -91,6 +95,15 @@ def file_source(spec, text_column="text", document="file"):
         raise DataError(f"{name} is empty; give a file with text in it")
     duplicates = len(paths) - len(files)
     return Source(formats.pop(), name, tuple(files.values()), text_column, document, num_duplicates=duplicates)
+
+
+def index_path(spec):
+    """Return the path or URL of an index of token shards if `train_file` is one, or a folder with one; else None."""
+    if isinstance(spec, (list, tuple)):
+        (spec,) = spec if len(spec) == 1 else ("",)
+    if remote.is_remote(spec):
+        return spec if remote.file_name(spec) == shards.INDEX else None
+    return next((path for path in (spec, os.path.join(spec, shards.INDEX)) if shards.is_index(path)), None)
 
 
 def check_disjoint(training, validation):

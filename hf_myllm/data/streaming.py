@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
-from .corpus import TokenStream
+from .corpus import TokenStream, load_tokens
 from .readers import resume_documents
 from .sources import file_states, source_key
 from .tokenization import Progress, token_dtype, tokenize_pieces
@@ -134,6 +134,9 @@ class TokenWindows:
 
     def _tokenize_from(self, position):
         """Yield lists of ((text, is_end, position), token ids) of the pieces from a position to the corpus' end."""
+        if self.source.format == "shards":
+            tokens, _, _ = load_tokens(self.source, self.tokenizer)
+            return ([((None, None, {"start": start}), ids)] for start, ids in tokens.blocks(position.get("start", 0)))
         pieces = resume_documents(self.source, safe_split_pattern(self.tokenizer), position)
         return tokenize_pieces(pieces, self.tokenizer)
 

@@ -113,6 +113,8 @@ def _source_facts(source):
         return [{"name": source.name.split(" ")[0], "is_hub": True}]
     if source.format == "memory" or "{stdlib}" in source.name:
         return [{"name": source.name, "is_hub": False}]
+    if source.format == "shards":
+        return [{"name": source.data.content["source"]["name"], "is_hub": False}]
     names = [remote.file_name(file) for file in source.files]
     if len(names) > 4:
         paths = [file.partition("://")[2] if remote.is_remote(file) else os.path.abspath(file) for file in source.files]

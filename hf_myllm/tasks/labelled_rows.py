@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from ..data.cache import cached_folder
-from ..data.corpus import TokenStream, document_digest
+from ..data.corpus import TokenStream
 from ..data.hold_out import HoldOut
 from ..data.sources import source_key
+from ..data.tokenization import document_digest
 from ..errors import InputError
 from .labels import BadRowError
 

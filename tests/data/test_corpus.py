@@ -143,6 +143,7 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(assets, monkeypatch, tm
     file.write_text((assets / "corpora" / "tinyshakespeare.txt").read_text()[:400_000])
     monkeypatch.setattr(readers, "_PIECE_CHARS", 1000)
     monkeypatch.setattr(tokenization, "_BATCH_CHARS", 20_000)
+    monkeypatch.setattr(tokenization, "SHARD_CHARS", 30_000)
     tokens, _, stats = load(str(file), loaded)
     assert stats["train"]["documents"] == 1
     whole = loaded(file.read_text(), add_special_tokens=False)["input_ids"]
@@ -197,7 +198,7 @@ def test_tokens_are_cached_until_the_file_changes(tmp_path, bpe, monkeypatch):
     file.write_text("Anna finds a king.")
     first, _, _ = load(str(file), bpe)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
+        patch.setattr(corpus, "write_shards", lambda *args: pytest.fail("tokenized again"))
         again, _, _ = load(str(file), bpe)
         assert all_ids(again) == all_ids(first)
     file.write_text("Anna forgets a king, and the cat.")
@@ -216,7 +217,7 @@ def test_new_content_of_the_same_size_and_time_is_read(tmp_path, bpe, monkeypatc
             file.write_text(text)
             os.utime(file, (10**9, 10**9))
             assert all_ids(load(str(file), bpe)[0]) == expected(bpe, [text])
-    monkeypatch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
+    monkeypatch.setattr(corpus, "write_shards", lambda *args: pytest.fail("tokenized again"))
     for name in ("b.txt", "a.txt"):
         file = file.replace(tmp_path / name)
     shutil.copy(file, tmp_path / "copy")
@@ -245,7 +246,7 @@ def test_an_interrupted_tokenization_leaves_no_cached_folder(tmp_path, bpe, monk
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus._PartWriter, "close", fail)
+        patch.setattr(tokenization, "text_hash", fail)
         with pytest.raises(RuntimeError):
             load(str(file), bpe)
     assert all_ids(load(str(file), bpe)[0]) == expected(bpe, [file.read_text()])
@@ -353,14 +354,14 @@ def test_a_file_that_disappears_is_named(tmp_path, bpe, monkeypatch):
         (tmp_path / f"{name}.txt").write_text("Anna finds a king.")
     source = sources.file_source(str(tmp_path))
     monkeypatch.setattr(tokenization, "_BATCH_CHARS", 1)
-    read = corpus.read_documents
+    read = tokenization.read_documents
 
     def read_and_delete(*args):
         for piece in read(*args):
             (tmp_path / "b.txt").unlink(missing_ok=True)
             yield piece
 
-    monkeypatch.setattr(corpus, "read_documents", read_and_delete)
+    monkeypatch.setattr(tokenization, "read_documents", read_and_delete)
     with pytest.raises(DataError, match="b.txt cannot be read: .*No such file"):
         corpus.load_tokens(source, bpe)
     with pytest.raises(DataError, match="cannot be read: .*No such file"):
@@ -399,7 +400,7 @@ def test_data_in_memory_is_cached_by_content(bpe, monkeypatch):
     rows = datasets.Dataset.from_dict({"text": ["Anna finds a king.", "x"]})
     corpus.load_tokens(sources.in_memory_source(rows, "train_data"), bpe)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_tokenize", lambda *args: pytest.fail("tokenized again"))
+        patch.setattr(corpus, "write_shards", lambda *args: pytest.fail("tokenized again"))
         again = sources.in_memory_source(["Anna finds a king.", "x"], "other name")
         assert all_ids(corpus.load_tokens(again, bpe)[0]) == all_ids(first)
         rows = datasets.Dataset.from_dict({"text": ["Anna finds a king.", "x"]})
