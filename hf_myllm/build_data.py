@@ -48,8 +48,8 @@ class Sources:
 def find_sources(recipe, train_data=None, eval_data=None):
     """Return the [`Sources`] of a recipe, or of data in memory in place of its files."""
     found, template = _find_sources(recipe, train_data, eval_data), recipe.data.template or {}
-    is_text = isinstance(template, str)
-    for text in [template] if is_text else template.values():
+    is_text = isinstance(template, str) and not tasks.TASKS[recipe.task].is_labelled
+    for text in [template] if isinstance(template, str) else template.values():
         try:
             check_template(text)
         except ValueError as error:

@@ -290,6 +290,7 @@ def _predict_arguments(parser):
     parser.add_argument("--batch_size", type=int, default=32, help="rows at once (default: 32)")
     parser.add_argument("--max_len", type=int, help="tokens per row (default: the recipe's, or the model's positions)")
     parser.add_argument("--text_column", help="column of the text, or of the words (default: the recipe's)")
+    parser.add_argument("--long_texts", choices=("cut", "windows"), help="texts beyond max_len (default: the recipe's)")
     parser.add_argument("--text_pair_column", help="column of the second text (default: the recipe's)")
     parser.add_argument("--target_column", help="column of the targets of generated texts (default: the recipe's)")
     parser.add_argument("--source_prefix", help="text before each source (default: the recipe's)")

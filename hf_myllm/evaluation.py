@@ -86,6 +86,7 @@ def _all_metrics(task, rows, sums, predictions, extra_metrics):
     metrics = task.loss_metrics(sums)
     if predictions:
         indices, predictions = zip(*sorted(predictions, key=lambda pair: pair[0]), strict=True)
+        metrics |= task.example_metrics(rows, np.array(indices), predictions)
         inputs = task.metric_inputs(rows, np.array(indices), predictions)
         metrics |= task.compute_metrics(*inputs)
         metrics |= library_metrics(extra_metrics, *inputs, metrics)
@@ -207,7 +208,8 @@ def evaluate_run(run, model, step, is_final=False):
     section, run.phase = run.recipe.evaluation, f"the evaluation after step {step}"
     count = (section.eval_iter or 20) * run.recipe.training.total_batch_size
     first = run.sampler.first_row(max(0, step - 1))
-    train_metrics, val_metrics = _evaluate_some(run, model, run.train_rows, count, first, with_predictions=False), {}
+    needs_predictions, val_metrics = run.task.has_windows, {}  # for the loss
+    train_metrics = _evaluate_some(run, model, run.train_rows, count, first, needs_predictions)
     if train_metrics is not None and run.val_sets:
         reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
         val_metrics = _evaluate_sets(run, model, None if reads_all else count, max_generated=count)

@@ -32,6 +32,7 @@ from .precision import inference_precision
 from .recipe.sections import FIELDS
 from .tasks import TASKS
 from .tasks.labelled_rows import read_examples, rows_in_memory
+from .terminal import plural
 
 _TASKS = {  # the end of the stock class's name -> its task if there is no recipe
     "ForSequenceClassification": "classification",
@@ -105,9 +106,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     recipe = read_recipe(run_dir)
     if (trained := TASKS.get(recipe["task"])) and (trained.has_predictions or trained.generates_predictions):
         name = recipe["task"]
-    settings = {key: value for key, value in settings.items() if value is not None}
-    _check_options(settings, name)
-    settings = recipe["settings"] | {"skip_bad_rows": False} | settings
+    settings = _merge_options(recipe["settings"], settings, name)
     positions = num_positions(model.config)
     max_len = max_len if max_len is not None else settings.get("max_len") or positions or 512
     positions = positions or max_len
@@ -122,7 +121,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     task = tasks.build(name, tokenizer, settings, stored_config=model.config, is_trained=True)
     task.reads_labels = False
     task.configure(model.config, max_len)
-    skipped, count, compared = [], 0, []
+    skipped, count, num_cut, compared = [], 0, 0, []
     examples = read_examples(source, task, skipped)
     with _opened(output) as file, inference_precision(recipe["precision"], device):
         escapes = (file.encoding or "utf-8").lower().replace("-", "") != "utf8"  # a terminal that lacks characters
@@ -130,6 +129,7 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
             rows = rows_in_memory(chunk, task, source.name, skipped)
             if rows is None:
                 continue
+            num_cut += rows.stats["cut"]
             predictions = predict(model, task, rows, batch_size)
             if task.generates_predictions:
                 has_target = [row for row, record in enumerate(rows.records) if record["target"] is not None]
@@ -139,6 +139,8 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
                 text = json.dumps(line, ensure_ascii=escapes)  # which leaves some control characters as they are
                 file.write(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
                 count += 1
+    if num_cut and output:
+        print(f"{plural(num_cut, 'text')} longer than max_len {max_len}: {task.cut_message}", file=sys.stderr)
     return count, skipped, task.compute_metrics(*zip(*compared, strict=True)) if compared else {}
 
 
@@ -146,14 +148,22 @@ def _is_same_file(path, other):
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def _check_options(options, task):
-    """Raise InputError if a key has no effect with a task, or its value is out of range."""
+def _merge_options(settings, options, task):
+    """Return the settings of a recipe with those that replace them.
+
+    Raises:
+        InputError: a key has no effect with the task, or its value is out of range.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    if "text_column" in options and isinstance(settings.get("template"), str):
+        settings = {key: value for key, value in settings.items() if key != "template"}
     for key, value in options.items():
         if value and task not in FIELDS[key].json_schema_extra.get("tasks", [task]):
             raise InputError(f"--{key}: it has no effect with task {task}; leave it out")
         for limit in FIELDS[key].metadata:
             if not getattr(limit, "ge", value) <= value <= getattr(limit, "le", value):
                 raise InputError(f"--{key}: {value} is out of range; docs/recipes.md has the limits")
+    return settings | {"skip_bad_rows": False} | options
 
 
 @contextmanager

@@ -182,13 +182,12 @@ class Recipe(BaseModel):
     def _check_columns(self, task):
         """Check `columns` and `template` against the columns that the task has names for; see [`check_task`]."""
         columns, template = self.data.columns or {}, self.data.template or {}
-        if template and isinstance(template, str) == task.is_labelled:
-            forms = "a mapping of " + ", ".join(task.own_columns) if task.is_labelled else "one text"
-            use = f"give {forms}" if task.own_columns or not task.is_labelled else "remove it"
-            raise RecipeError(f"template: task {self.task} cannot use {template!r:.80}; {use}")
+        if template and isinstance(template, str) == bool(task.own_columns):
+            forms = "a mapping of " + ", ".join(task.own_columns) if task.own_columns else "one text"
+            raise RecipeError(f"template: task {self.task} cannot use {template!r:.80}; give {forms}")
         if template and any(source.get("text_column") for source in self.data.datasets or ()):
             raise RecipeError("template: a source of datasets has a text_column too; give one of them")
-        for name in [*columns, *(template if task.is_labelled else ())]:
+        for name in [*columns, *(template if task.own_columns else ())]:
             if name not in task.own_columns:
                 known = f"choose {', '.join(task.own_columns)}" if task.own_columns else "use text_column"
                 raise RecipeError(f"columns: task {self.task} has no column {name!r}; {known}")

@@ -54,7 +54,7 @@ class Data(Section):
         None,
         "Text made of several columns, whose names stand in braces: 'Q: {question}\\nA: {answer}'. For instruction: "
         "{prompt: 'Q: {question}\\nA: ', completion: '{answer}'}; for seq2seq the same of source and target.",
-        tasks=(*TEXT_TASKS, "instruction", "seq2seq"),
+        tasks=(*TEXT_TASKS, "instruction", "seq2seq", "classification"),
     )
     text_pair_column: str | None = changeable(None, "Column with the second text of a pair.", tasks=("classification",))
     target_column: str | None = changeable(
@@ -125,11 +125,17 @@ class Data(Section):
     max_len: int | None = fixed(None, "Tokens per row. Default: the model's number of positions.", ge=1, le=MANY)
     stride: int | None = fixed(
         None,
-        "Tokens from the start of one training row to the start of the next. Default: a row's length. For "
-        "question_answering: tokens between the rows of a long context; default: half of what fits.",
+        "Tokens from the start of one training row to the start of the next. Default: a row's length. Of the windows "
+        "of a long text (question_answering, and classification with long_texts): default: half of what fits.",
         ge=1,
         le=MANY,
-        tasks=("causal", "mlm", "question_answering"),
+        tasks=("causal", "mlm", "question_answering", "classification"),
+    )
+    long_texts: Literal["cut", "windows"] = fixed(
+        "cut",
+        "What becomes of texts that are longer than max_len. cut: the end is left out. windows: a text is several "
+        "rows that overlap (see stride); it counts once in training, and its prediction is the mean of their logits.",
+        tasks=("classification",),
     )
     streaming: bool = fixed(
         False,

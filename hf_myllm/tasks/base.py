@@ -60,6 +60,7 @@ class Settings:
     class_weights: str | dict | None = None
     columns: dict | None = None
     template: str | dict | None = None
+    long_texts: str = "cut"
 
 
 class Task:
@@ -76,6 +77,7 @@ class Task:
     is_labelled = False  # reads labelled examples (see labelled.py) instead of a stream of tokens
     has_predictions = False  # predicts labels: metrics and `hf_myllm.predict` instead of perplexity and generated text
     generates_predictions = False  # generates texts, which evaluations and `hf_myllm.predict` compare with targets
+    has_windows = False  # a text may be several rows, whose logits are averaged for its prediction and its loss
     num_special_tokens = 0  # positions of a row that hold no text
     num_target_positions = 0  # positions that a decoder needs for targets
     min_text_tokens = 1  # tokens of text that a row must have room for
@@ -228,6 +230,10 @@ class Task:
     def loss_metrics(self, sums):
         """Return the metrics of sums over all rows: loss (nats), tokens (targets), bytes, and those of `batch_sums`."""
         return language_metrics(sums["loss"], int(sums["tokens"]), sums["bytes"])
+
+    def example_metrics(self, rows, indices, predictions):
+        """Return the metrics, such as the loss, that need all rows of an example together; see `has_windows`."""
+        return {}
 
     def choose_rows(self, rows, count):
         """Return the indices of `count` rows to evaluate, evenly spaced; all if `count` is None or too large."""

@@ -2,31 +2,42 @@
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import torch
 
-from ..data.readers import read_documents
+from ..data.columns import fill_template
+from ..data.readers import check_text, read_documents
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
 from .base import IGNORE_INDEX, cross_entropy_sum
 from .labelled import LabelNames, PredictionTask
-from .labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, Labels
+from .labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, BadRowError, Labels
+
+_LINE = None  # column of a line of text, which no file has
 
 
 class Classification(LabelNames, PredictionTask):
-    """Predict the class of a text, which of several classes hold, or a number. A text longer than a row is cut.
+    """Predict the class of a text, which of several classes hold, or a number.
 
-    The labels of a batch are (rows,), or (rows, classes) of 0.0 and 1.0 for several classes.
+    A text longer than a row is cut, or becomes several overlapping rows, its windows. Their losses in training have
+    weights, so that each text counts once; the prediction for the text is made of the mean of their logits. The labels
+    of a batch are (rows,), or (rows, classes) of 0.0 and 1.0 for several classes.
     """
-
-    cut_message = "cut"
 
     def __init__(self, tokenizer=None, seed=0, **settings):
         super().__init__(tokenizer, seed, **settings)
-        self.text_pair_column = self.settings.text_pair_column
+        self.text_pair_column, self.template = self.settings.text_pair_column, self.settings.template
         self.is_pair = self.text_pair_column is not None
+        self.has_windows = self.settings.long_texts == "windows"
+        self.cut_message = "cut; long_texts: windows reads all of them"
+        if self.has_windows:
+            self.cut_message = "several windows, whose logits are averaged"
+
+    def cache_key(self):
+        return [*super().cache_key(), *([self.settings.stride, "windows"] if self.has_windows else ())]
 
     @property
     def label_feature(self):
@@ -48,11 +59,16 @@ class Classification(LabelNames, PredictionTask):
 
     def read(self, source):
         if source.format == "text" and not self.reads_labels:
-            return read_lines(source, self.text_column)
+            return read_lines(source, _LINE)
         return super().read(source)
 
     def texts(self, record, where):
-        text = self.read_text(record, where, self.text_column, "text_column")
+        if _LINE in record:
+            text = record[_LINE]
+        elif self.template:
+            text = check_text(fill_template(record, where, self.template, BadRowError), where, BadRowError)
+        else:
+            text = self.read_text(record, where, self.text_column, "text_column")
         if not self.is_pair:
             return [text]
         return [text, self.read_text(record, where, self.text_pair_column, "text_pair_column")]
@@ -81,13 +97,50 @@ class Classification(LabelNames, PredictionTask):
             return dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
 
     def tokenize(self, examples):
-        return self.encode_truncated([text for text, _ in examples])
+        if not self.has_windows:
+            return self.encode_truncated([text for text, _ in examples])
+        encodings = self.backend().encode_batch([text for text, _ in examples])
+        return [
+            self._split(text, encoding) if len(encoding.ids) > self.max_len else encoding
+            for (text, _), encoding in zip(examples, encodings, strict=True)
+        ]
+
+    def _split(self, text, encoding):
+        """Return the first window of a text, which has the others in `overflowing`; of a pair, the longer text is split
+        and the other one cut to half a row."""
+        texts, room, strategy = [text], self.max_len - self.num_special_tokens, "only_first"
+        if self.is_pair:
+            texts, parts = list(text), encoding.sequence_ids
+            longer = int(parts.count(1) >= parts.count(0))
+            kept = self.backend(room // 2).encode(texts[1 - longer], add_special_tokens=False)
+            if kept.overflowing:
+                texts[1 - longer] = texts[1 - longer][: kept.offsets[-1][1]]
+            room, strategy = room - len(kept.ids), ("only_first", "only_second")[longer]
+        backend = self.backend()
+        backend.enable_truncation(self.max_len, stride=room - self.window_step(room), strategy=strategy)
+        windows = backend.encode(*texts)
+        self.backend()  # without truncation
+        return windows
 
     def example_rows(self, example, encoding):
+        windows = [encoding, *(encoding.overflowing if self.has_windows else ())]
+        return [self._row(window, example[1]) for window in windows], bool(encoding.overflowing)
+
+    def _row(self, encoding, label):
         ids = encoding.ids or end_of_document(self.tokenizer)[:1]  # a text without tokens
         types = encoding.type_ids
         second_text = types.index(1) if 1 in types else len(ids)
-        return [{"input_ids": ids, "second_text": second_text, "labels": example[1]}], bool(encoding.overflowing)
+        return {"input_ids": ids, "second_text": second_text, "labels": label}
+
+    def batch(self, rows, indices, step=None, size=None):
+        """Return the inputs and labels of some rows, in training with windows also their weights in the loss."""
+        batch = super().batch(rows, indices, step, size)
+        if self.has_windows and step is not None:
+            indices = np.asarray(indices, dtype=np.int64)
+            weights = len(rows) / rows.num_examples / rows.num_windows[indices]  # their mean over all rows is 1
+            batch["row_weights"] = torch.zeros(len(batch["labels"]))
+            batch["row_weights"][: len(indices)] = torch.from_numpy(weights)
+        return batch
 
     # ---- loss, predictions, metrics
 
@@ -95,35 +148,63 @@ class Classification(LabelNames, PredictionTask):
         logits = outputs.logits.float()
         if self.labels.problem_type == CLASSIFICATION:
             return cross_entropy_sum(logits, labels)
+        return self._losses(logits, labels).sum()
+
+    def _losses(self, logits, labels):
+        """Return the losses of a regression or of several classes per text, in the shape of `labels`."""
         if self.labels.problem_type == REGRESSION:
             losses = (logits[:, 0] - labels) ** 2
         else:
             losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return torch.where(labels != IGNORE_INDEX, losses, 0).sum()  # indexing would wait for the GPU
+        return torch.where(labels != IGNORE_INDEX, losses, 0)  # indexing would wait for the GPU
+
+    def training_loss_sum(self, outputs, labels, mask, weights=None):
+        if weights is None:
+            return super().training_loss_sum(outputs, labels, mask)
+        losses = (
+            self.training_losses(outputs, labels)
+            if self.has_one_class
+            else self._losses(outputs.logits.float(), labels)
+        )
+        return (losses.T * weights).sum()
 
     def predictions(self, outputs, rows, indices):
-        """Return the probability of each class, or the number, of each row."""
-        logits = outputs.logits.float().cpu()[: len(indices)]
+        """Return the logits of each row."""
+        return list(outputs.logits.float().cpu()[: len(indices)].numpy())
+
+    def _scores(self, logits):
+        """Return the probability of each class, or the number, of each text, given the logits (texts, classes)."""
+        logits = torch.from_numpy(logits)
         if self.labels.problem_type == REGRESSION:
-            return list(logits.numpy())
-        return list((logits.softmax(-1) if self.labels.problem_type == CLASSIFICATION else logits.sigmoid()).numpy())
+            return logits.numpy()
+        return (logits.softmax(-1) if self.labels.problem_type == CLASSIFICATION else logits.sigmoid()).numpy()
+
+    def example_metrics(self, rows, indices, predictions):
+        if not self.has_windows:
+            return {}
+        examples, logits = mean_of_windows(rows, indices, predictions)
+        labels = torch.from_numpy(self.batch_labels(rows, rows.first_rows[examples], 0))
+        loss = self.loss_sum(SimpleNamespace(logits=torch.from_numpy(logits)), labels, None)
+        return {"loss": loss.item() / labels.numel()}
 
     def metric_inputs(self, rows, indices, predictions):
-        values = np.stack(predictions)
+        examples, logits = mean_of_windows(rows, indices, predictions)
+        values = self._scores(logits)
         if self.labels.problem_type == REGRESSION:
             values = values[:, 0]
         elif self.labels.problem_type == CLASSIFICATION:
             values = values.argmax(-1)
         else:
             values = (values > 0.5).astype(np.float32)
-        return values.tolist(), rows.row_labels[indices].tolist()
+        return values.tolist(), rows.row_labels[rows.first_rows[examples]].tolist()
 
     def compute_metrics(self, predictions, references):
         return classification_metrics(predictions, references, self.labels)
 
     def describe_predictions(self, rows, predictions):
         """Yield the texts of each example with its label and the score of each class, or its number."""
-        for record, scores in zip(rows.records, predictions, strict=True):
+        _, logits = mean_of_windows(rows, np.arange(len(rows)), predictions)
+        for record, scores in zip(rows.records, self._scores(logits), strict=True):
             if self.labels.problem_type == REGRESSION:
                 yield record | {"score": float(scores[0])}
                 continue
@@ -141,6 +222,12 @@ class Classification(LabelNames, PredictionTask):
         if self.labels.problem_type == CLASSIFICATION:
             return names[int(label)]
         return ", ".join(name for name, flag in zip(names, label.tolist(), strict=True) if flag) or "none"
+
+
+def mean_of_windows(rows, indices, predictions):
+    """Return the numbers of the examples of some rows, and the mean of the logits of each one's rows."""
+    groups = rows.group_by_example(indices, predictions)
+    return np.array(list(groups)), np.stack([np.mean(logits, axis=0) for logits in groups.values()])
 
 
 def classification_metrics(predictions, references, labels):

@@ -84,12 +84,13 @@ class LabelledTask(Task):
     def used_columns(self):
         """Return the names of the columns that the task reads."""
         labels = self.label_column if isinstance(self.label_column, list) else [self.label_column]
-        return [self.text_column, self.settings.text_pair_column, *labels]
+        return [self.text_column, self.settings.text_pair_column, *labels, *self.mapped_columns()]
 
     def mapped_columns(self):
         """Return the names of the columns that `columns` and `template` of the recipe read."""
         named = [name.split(".")[0] for name in (self.settings.columns or {}).values()]
-        templates = (self.settings.template or {}).values()
+        template = self.settings.template or {}
+        templates = [template] if isinstance(template, str) else template.values()
         return [*named, *(name for text in templates for name in template_columns(text))]
 
     def map_columns(self, record, where, optional=()):
@@ -127,7 +128,13 @@ class LabelledTask(Task):
         """Add an example to the statistics of the data."""
 
     def summary_lines(self, train_rows, val_rows, stats):
-        return [f"{plural(stats['cut'], 'text')} longer than max_len: {self.cut_message}"] if stats.get("cut") else []
+        """Return lines about the data: how many texts are longer than a row, and what they become."""
+        lines = []
+        for part, own in (("", stats), ("validation: ", getattr(val_rows, "stats", {}))):
+            if own.get("cut"):
+                count = f"{own['cut']:,} of {plural(own['examples'], 'text')}"
+                lines.append(f"{part}{count} longer than max_len {self.max_len}: {self.cut_message}")
+        return lines
 
     def read_text(self, record, where, column, flag=None):
         """Return the text in a column of a record.
@@ -213,11 +220,18 @@ class PredictionTask(LabelledTask):
 
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)
+        stride, room = self.settings.stride, max_len - self.num_special_tokens
+        if stride and stride > room:
+            raise InputError(f"stride {stride} is above the {room} tokens of a row, and would leave out text; lower it")
         self.pad = model_config.pad_token_id
         self.has_token_types = getattr(model_config, "type_vocab_size", 0) > 1
 
     def make_rows(self, data, name, stride=None):
         return data
+
+    def window_step(self, room):
+        """Return the tokens from one window of a long text to the next, of windows of `room` tokens."""
+        return min(self.settings.stride or max(1, room // 2), room)
 
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids and attention_mask (rows, length of the longest), token_type_ids if the model has them, and
@@ -243,9 +257,12 @@ class PredictionTask(LabelledTask):
     def forward(self, model, inputs, counts):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        weights = (
+            [inputs.pop("row_weights")] if "row_weights" in inputs else []
+        )  # of windows of long texts, in training
         outputs = model(**inputs)
         loss_sum = self.training_loss_sum if model.training else self.loss_sum
-        outputs.loss = loss_sum(outputs, labels, inputs["attention_mask"]) / counts["num_items_in_batch"]
+        outputs.loss = loss_sum(outputs, labels, inputs["attention_mask"], *weights) / counts["num_items_in_batch"]
         return outputs
 
     def training_loss_sum(self, outputs, labels, mask):
@@ -318,7 +335,7 @@ class LabelNames:
     def load(self, training, validation=None, show_progress=False):
         train_rows, val_rows, stats = super().load(training, validation, show_progress)
         if self.settings.class_weights and train_rows is not None:
-            self.class_weights = self._weigh_classes(train_rows.all_labels)
+            self.class_weights = self._weigh_classes(train_rows.example_labels)
         return train_rows, val_rows, stats
 
     def _weigh_classes(self, labels):
@@ -336,11 +353,17 @@ class LabelNames:
     def training_loss_sum(self, outputs, labels, mask):
         if self.class_weights is None and not self.settings.label_smoothing:
             return self.loss_sum(outputs, labels, mask)
+        return self.training_losses(outputs, labels, "sum")
+
+    def training_losses(self, outputs, labels, reduction="none"):
+        """Return the losses of one class per text or word, with class weights and label smoothing."""
         logits = outputs.logits.float().flatten(0, -2)
         if self.class_weights is not None:  # moved once: it would wait for the GPU
             self.class_weights = self.class_weights.to(logits.device)
-        options = {"weight": self.class_weights, "label_smoothing": self.settings.label_smoothing, "reduction": "sum"}
-        return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, **options)
+        options = {"weight": self.class_weights, "label_smoothing": self.settings.label_smoothing}
+        return torch.nn.functional.cross_entropy(
+            logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction, **options
+        )
 
     def labels_of(self, source, problem_type=None):
         """Return the labels of training data."""
@@ -363,7 +386,7 @@ class LabelNames:
         for name, rows in (("training", train_rows), ("validation", val_rows)):
             if rows is None or self.labels.problem_type != CLASSIFICATION:
                 continue
-            labels = rows.all_labels
+            labels = rows.example_labels
             counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=self.labels.num_labels)
             shares = counts / counts.sum()
             order = np.argsort(-shares, kind="stable")

@@ -88,6 +88,21 @@ class LabelledRows:
     def num_examples(self):
         return int(self.example[-1]) + 1
 
+    @cached_property
+    def num_windows(self):
+        """The number of rows of each row's example: (rows,) int64."""
+        return np.bincount(self.example)[self.example]
+
+    @property
+    def example_labels(self):
+        """The labels of each example, if all rows of an example have its label; flat, as `all_labels`."""
+        return self.all_labels if self.has_label_lists else self.all_labels[self.first_rows]
+
+    @property
+    def first_rows(self):
+        """The first row of each example: (examples,) int64."""
+        return np.flatnonzero(np.diff(self.example, prepend=-1))
+
     def rows_of_examples(self, examples):
         """Return the rows of some examples, one example after another."""
         return np.flatnonzero(np.isin(self.example, examples))
@@ -238,7 +253,11 @@ class _RowWriter:
         self.digest.update(np.cumsum([0, *self.lengths]))
         self.digest.update(labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64))
         stats = {"max_id": self.max_id, "fingerprint": self.digest.hexdigest(), "rows": len(self.lengths)}
-        stats |= self.stats | {"skipped": len(self.skipped), "skip_reasons": self.skipped[:3]}
+        stats |= self.stats | {
+            "examples": self.num_examples,
+            "skipped": len(self.skipped),
+            "skip_reasons": self.skipped[:3],
+        }
         if self.folder is None:
             return LabelledRows(datasets.Dataset.from_buffer(self.buffer.getvalue()), self.records, stats, name)
         if self.task.record_features:

@@ -128,7 +128,7 @@ class QuestionAnswering(PredictionTask):
         if not ids:
             raise BadRowError(f"{where}: the text has no tokens")
         answer = answer_tokens(example, offsets)
-        step = min(self.settings.stride or max(1, room // 2), room)
+        step = self.window_step(room)
         rows = []
         for begin in range(0, max(1, len(ids) - room + step), step):
             window = ids[begin : begin + room]
