@@ -41,7 +41,7 @@ from .models.probe import check_class
 from .optim import build_optimizer, load_optimizer_tensors
 from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
-from .resume import check_resumable, check_same_data, check_same_recipe, find_branch_point, is_branch
+from .resume import check_resumable, check_same_data, check_same_recipe, find_branch_point, is_branch, start_average
 from .saver import Saver
 from .tasks import TASKS
 from .terminal import plural
@@ -80,6 +80,7 @@ class Run:
     reporter: object = None
     uploads: object = None
     saver: object = None
+    weight_average: object = None  # see [`~hf_myllm.ema.WeightAverage`]
     resume_warnings: list = field(default_factory=list)
     phase: str = PREPARATION  # for error messages
 
@@ -403,6 +404,7 @@ def prepare_training(run):
         model, optimizer = run.model, accelerator.prepare_optimizer(optimizer)
     else:
         model, optimizer = accelerator.prepare(run.model, optimizer)
+    start_average(run)
     if trainer_state is None:
         return model, optimizer
     previous = trainer_state["recipe"].get("optimizer", "adamw")

@@ -212,7 +212,7 @@ def evaluate_run(run, model, step, is_final=False):
     train_metrics = _evaluate_some(run, model, run.train_rows, count, first, needs_predictions)
     if train_metrics is not None and run.val_sets:
         reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
-        val_metrics = _evaluate_sets(run, model, None if reads_all else count, max_generated=count)
+        val_metrics = _evaluate_with_average(run, model, None if reads_all else count, max_generated=count)
     if train_metrics is None or val_metrics is None:
         return None
     line = {"step": step, "train_loss": train_metrics["loss"]}
@@ -242,7 +242,7 @@ def check_metric_for_best(run, model):
         return
     metrics = None  # if a signal ends the evaluation
     with suppress(InputError):  # a metric of the library `evaluate` may need more rows
-        metrics = _evaluate_sets(run, model, run.recipe.training.total_batch_size)
+        metrics = _evaluate_with_average(run, model, run.recipe.training.total_batch_size)
     if metrics is not None:
         _require_metric_for_best(run, metrics)
 
@@ -265,6 +265,16 @@ def evaluate_all(run):
         model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
     with Status(run.accelerator.is_local_main_process) as status:
         return _evaluate_sets(run, model, None, status=status)
+
+
+def _evaluate_with_average(run, model, count, **options):
+    """Return what [`_evaluate_sets`] does and, as ema_<metric>, the metrics of the average of the weights."""
+    metrics = _evaluate_sets(run, model, count, **options)
+    if run.weight_average is None or metrics is None:
+        return metrics
+    with run.weight_average.applied():
+        of_average = _evaluate_sets(run, model, count, **options)
+    return of_average and metrics | {f"ema_{name}": value for name, value in of_average.items()}
 
 
 def _evaluate_sets(run, model, count, **options):
@@ -302,8 +312,10 @@ def describe_sets(task, metrics, names):
         names: of the validation sets.
     """
     of_sets = {f"{name}_{metric}" for name in names for metric in metrics if name}
-    own = {name: value for name, value in metrics.items() if name not in of_sets}
+    own = {name: value for name, value in metrics.items() if name not in of_sets and not name.startswith("ema_")}
     losses = [f"{name} {metrics[f'{name}_loss']:.4f}" for name in names if name]
+    if "ema_loss" in metrics:
+        losses.append(f"average {metrics['ema_loss']:.4f}")
     return ", ".join(filter(None, [task.describe_metrics(own), *losses]))
 
 

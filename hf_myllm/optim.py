@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 from .errors import InputError
 from .precision import layers
 
+AVERAGE = "ema"  # name in a checkpoint of what ema.py keeps of a parameter, beside its optimizer state
+
 
 def learning_rate(step, total_steps, peak, floor=0.0, schedule="cosine", warmup_steps=0, decay_steps=None):
     """Return the learning rate of a step: a linear warmup to `peak`, then a decay to `floor`.
@@ -158,7 +160,7 @@ class Muon(torch.optim.Muon):
         updates = updates.view(shape).movedim(1, dim + 1).flatten(dim + 1, dim + 2)
         scale = 0.2 * math.sqrt(max(shape[2:]))  # to the root mean square of AdamW's updates
         rate = group["lr"] * (1 - found_inf)
-        updates = updates[:, slice(*_local_rows(parameters[0]))]
+        updates = updates[:, slice(*local_rows(parameters[0]))]
         self._add_updates(weights, updates, 1 - group["weight_decay"] * rate, scale * rate)
 
 
@@ -254,9 +256,11 @@ def load_optimizer_tensors(model, optimizer, tensors):
     state = {}
     for key in tensors:
         name, _, state_name = key.rpartition("/")
+        if state_name == AVERAGE:
+            continue
         parameter = parameters[name]
         local = to_local(parameter)
-        value = tensors.rows(key, *_local_rows(parameter))
+        value = tensors.rows(key, *local_rows(parameter))
         if value.dim() and value.shape != local.shape:
             raise ValueError(f"{key} has the shape {tuple(value.shape)}, its parameter {tuple(local.shape)}")
         if value.dim() and isinstance(parameter, DTensor):
@@ -281,7 +285,7 @@ def to_full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _local_rows(parameter):
+def local_rows(parameter):
     """Return (start, stop) of this rank's rows of a parameter; fully_shard divides rows as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return 0, None

@@ -6,7 +6,8 @@ import torch
 
 from . import checkpoint
 from .data import sampler
-from .errors import CheckpointError, InputError
+from .ema import WeightAverage
+from .errors import CheckpointError, InputError, RecipeError
 from .recipe.sections import FIELDS
 from .reporting.facts import public_value
 
@@ -95,6 +96,18 @@ def _identities(recipe, trainer_state):
 
 def _changes(now, then):
     return [key for key in now | then if then.get(key) != now.get(key)]
+
+
+def start_average(run):
+    """Set `run.weight_average` if the recipe asks for it: that of the checkpoint, or the weights as they are now."""
+    averaging = run.recipe.evaluation.weight_averaging
+    if averaging is None:
+        return
+    if "ema" in run.val_sets:
+        raise RecipeError("val_file: ema names the metrics of the average of the weights; give the set another name")
+    run.weight_average = WeightAverage(run.model, averaging["ema"])
+    if run.resume_from is not None and not run.weight_average.load(checkpoint.OptimizerFiles(run.resume_from)):
+        run.resume_warnings.append(f"{'':<12}the average of the weights starts with those of step {run.start_step}")
 
 
 def check_same_data(run):

@@ -195,25 +195,42 @@ def publish_model(run, state):
     # another machine may not see the disk of rank 0
     if not (is_last or stays_merged or accelerator.is_fsdp2) and source.exists():
         load_weights(model, source)
+    averages, weights = chosen is not None and run.recipe.evaluation.publishes_average, None
+    if averages:
+        if not is_last and source.exists():
+            run.weight_average.load(checkpoint.OptimizerFiles(source))
+        run.weight_average.apply()
+        weights = _gather_weights(run) if accelerator.is_fsdp2 else None
     if merges:
         model = lora.merge(model)
-
-    def write_model(folder):
-        model.save_pretrained(folder)
-        tokenizers.save(run.tokenizer, folder)
-
     if accelerator.is_main_process and chosen is not None:
-        if merges:
-            checkpoint.publish_new(write_model, run_dir)
+        if merges or averages:
+            checkpoint.publish_new(lambda folder: _write_model(run, model, folder, weights), run_dir)
         else:
             checkpoint.publish(chosen, run_dir)
-        amend_run(run_dir, published_step=checkpoint.step_of(chosen))
+        amend_run(run_dir, published_step=checkpoint.step_of(chosen), published_average=averages)
         if run.tokenizer is not None and tokenizers.differs_when_loaded(run.tokenizer, run_dir):
             run.reporter.warning(
                 f"tokenizer   AutoTokenizer.from_pretrained({str(run_dir)!r}) splits text in another way than the "
                 "training did; load it with PreTrainedTokenizerFast"
             )
     return None if accelerator.is_fsdp2 else model
+
+
+def _gather_weights(run):
+    """Return the weights of a sharded model, gathered on rank 0; elsewhere {}. A collective."""
+    weights = run.accelerator.get_state_dict(run.model)
+    return weights | {tied: weights[source] for tied, source in run.model.all_tied_weights_keys.items() if weights}
+
+
+def _write_model(run, model, folder, weights=None):
+    """Write a model or an adapter with the run's tokenizer; of a sharded model, its gathered weights."""
+    if lora.is_added(model):
+        lora.save(model, folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+    if run.tokenizer is not None:
+        tokenizers.save(run.tokenizer, folder)
 
 
 def _choose_checkpoint(run, state):
@@ -225,7 +242,8 @@ def _choose_checkpoint(run, state):
     step, value, _ = state.best()
     if step is None:
         return last
-    chosen, content = last, recipe.evaluation.final_model if step != state.step else "last, which is the best"
+    name = recipe.evaluation.final_model.replace("ema", "last")
+    chosen, content = last, name if step != state.step else "last, which is the best"
     if recipe.evaluation.final_model == "best":
         chosen = run_dir / f"checkpoint-{step}"
         if checkpoint.find_corruption(chosen):
@@ -233,6 +251,8 @@ def _choose_checkpoint(run, state):
                 run.reporter.warning(f"best        {chosen.name} is missing or damaged; {run_dir} stays unchanged")
                 return None
             content, chosen = f"last, because {chosen.name} is missing or damaged", last
+    if recipe.evaluation.publishes_average:
+        content += ", as the average of its weights"
     metric = recipe.evaluation.metric_for_best
     run.reporter.info(f"best        {metric} {value:.4f} after step {step}; {run_dir} holds the {content}")
     return chosen
@@ -269,8 +289,8 @@ def is_complete(run, state):
 def _is_published(run, state):
     """Return whether the model at the folder's root is the one that this run ends with."""
     run_dir = Path(run.recipe.run.save_model)
-    if lora.is_added(run.model) and run.recipe.lora.merge_lora:
-        return False  # a merged model does not record its step: merge again
+    if (lora.is_added(run.model) and run.recipe.lora.merge_lora) or run.recipe.evaluation.publishes_average:
+        return False  # a merged or averaged model does not record its step: make it again
     best = state.best_step() if run.recipe.evaluation.final_model == "best" else None
     path = run_dir / f"checkpoint-{state.step if best is None else best}"
     if checkpoint.find_corruption(path):

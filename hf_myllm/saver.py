@@ -224,7 +224,10 @@ def _checkpoint_files(run, optimizer, state, mailbox):
             name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"
         suffix = f"-{mailbox.rank + 1:05}-of-{mailbox.world_size:05}" if mailbox.world_size > 1 else ""
     weights = saver.weights.copy(weights, part)
-    tensors = saver.optimizer_state.copy(optimizer_tensors(model, optimizer.optimizer))
+    tensors = optimizer_tensors(model, optimizer.optimizer)
+    if run.weight_average is not None:
+        tensors |= run.weight_average.tensors()
+    tensors = saver.optimizer_state.copy(tensors)
     files = {name: lambda: export.as_stored(model, weights)} if weights else {}
     files[f"trainer_state/optimizer{suffix}.safetensors"] = tensors
     if run.accelerator.is_main_process:

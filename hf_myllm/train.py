@@ -25,17 +25,13 @@ from . import run_folder
 from .build import open_run, prepare_training
 from .checkpoint import find_model, find_run_dir
 from .data import sampler
-from .distributed import (
-    AsyncHostCopy,
-    signals_received,
-    to_device,
-)
+from .distributed import AsyncHostCopy, signals_received, to_device
 from .errors import RecipeError
 from .evaluation import check_metric_for_best, evaluate_all, evaluate_run
 from .optim import learning_rate, step_if, to_full
 from .recipe import Recipe
 from .reporting import plots
-from .reporting.metrics_log import last_evaluation
+from .reporting.metrics_log import last_evaluation, metrics_of_weights
 from .reporting.profiling import Profiler
 from .reporting.start import start_reporting
 from .reporting.summary import print_result, resume_command
@@ -190,10 +186,13 @@ def training_step(run, model, optimizer, step):
         loss_sum += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), recipe.training.grad_clip or math.inf)  # inf: only measure
     measured = torch.stack([accelerator.reduce(loss_sum), to_full(norm).to(loss_sum.device)])
+    is_finite = measured.isfinite().all()
     if accelerator.scaler is not None:  # the scaler of fp16 skips such steps itself, and learns its scale from them
         optimizer.step()
     else:
-        step_if(optimizer, measured.isfinite().all())
+        step_if(optimizer, is_finite)
+    if run.weight_average is not None:
+        run.weight_average.update(step, is_finite)
     optimizer.zero_grad()
     return StepResult(step + 1, rate, AsyncHostCopy(measured, sums[-3:]))
 
@@ -274,7 +273,9 @@ def published_metrics(run, state):
     if run.recipe.evaluation.final_model == "best" and not state.was_interrupted:
         step = state.best_step() or step
     evaluation = last_evaluation(run.recipe.run.save_model, step)
-    return {name: value for name, value in evaluation.items() if name.startswith("val_")}
+    metrics = {name[4:]: value for name, value in evaluation.items() if name.startswith("val_")}
+    is_average = run.recipe.evaluation.publishes_average and not state.was_interrupted
+    return {f"val_{name}": value for name, value in metrics_of_weights(metrics, is_average).items()}
 
 
 def evaluate(run_dir, eval_data=None, **overrides):

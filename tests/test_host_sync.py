@@ -68,6 +68,7 @@ def refuse_waiting(monkeypatch):
 @pytest.mark.parametrize(("family", "optimizer"), [("gpt", "adamw"), ("llama", "muon"), ("bert", "muon")])
 def test_a_training_step_reads_nothing(tiny_family, refuse_waiting, family, optimizer):
     quiet = {"start_context": None, "val_fraction": 0, "eval_freq": None, "eval_iter": None, "save_freq": None}
+    quiet["weight_averaging"] = "{ema: 0.9}"
     flags = tiny_family(family)(max_steps=2, optimizer=optimizer, grad_clip=1.0, precision="bf16", **quiet)
     assert train(*flags) == 0
 

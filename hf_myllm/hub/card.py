@@ -12,7 +12,13 @@ from ..checkpoint import find_run_dir
 from ..errors import HubError, hide_secrets
 from ..files import render_template, write_text_atomically
 from ..models import find_family, lora
-from ..reporting.metrics_log import last_evaluation, metric_label, read_run, validation_metrics
+from ..reporting.metrics_log import (
+    last_evaluation,
+    metric_label,
+    metrics_of_weights,
+    read_run,
+    validation_metrics,
+)
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _MARKER = "<!-- written by hf_myllm; delete this line to keep your own edits -->"
@@ -71,7 +77,9 @@ def _card_values(folder, run_dir, config, run, name, revision):
     evaluation = last_evaluation(run_dir, step)
     metrics, metrics_step = validation_metrics(evaluation), evaluation.get("step")
     length = config.get("n_positions") or config.get("max_position_embeddings")
-    metadata = _metadata(folder, config, run, name, pipeline, metrics if metrics_step == step else {})
+    is_average = step_of(folder) is None and bool(run.get("published_average"))
+    own_metrics = metrics_of_weights(metrics, is_average) if metrics_step == step else {}
+    metadata = _metadata(folder, config, run, name, pipeline, own_metrics)
     return {
         "metadata": metadata.to_yaml(),
         "title": name.rpartition("/")[2],
@@ -79,6 +87,7 @@ def _card_values(folder, run_dir, config, run, name, revision):
         "family": family.display_name if family else config["model_type"],
         "architecture": architecture,
         "step": step,
+        "is_average": is_average,
         "usage": _usage(folder, name, run),
         "repo": json.dumps(name),
         "revision": f", revision={json.dumps(revision)}" if revision else "",

@@ -62,6 +62,13 @@ class TrainedTokenizer(TypedDict):
     vocab_size: NotRequired[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 100})]]
 
 
+class WeightAveraging(TypedDict):
+    """An average of the weights over the steps; `ema` is the share of it that stays at each step."""
+
+    __pydantic_config__ = STRICT
+    ema: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Source(TypedDict, total=False):
     """One of several data sources; `weight` is its share of the rows, in any unit."""
 

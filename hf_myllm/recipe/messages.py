@@ -17,6 +17,7 @@ LIMITS = {
 EXPECTED = {
     "tokenizer": "a name, a folder or {train: bpe, vocab_size: N} (or unigram, wordpiece, characters)",
     "class_weights": "balanced, or a mapping of classes to weights",
+    "weight_averaging": "{ema: 0.999}, with a number above 0 and below 1",
 }
 _ITEM_TYPES = {"string_type": "text", "float_type": "a number"}  # of what a list or mapping holds
 TOP_LEVEL = (*SECTIONS, "model", "task", "config")
@@ -108,7 +109,7 @@ def explain(error, origins, default_origin, fields=FIELDS):
     if name == "datasets" and len(path) > 3:  # datasets[0].weight
         where, name = f"{where}: datasets[{path[2]}]", path[3]
         hint = Source.__annotations__.get(name, str)
-    if code == "extra_forbidden":
+    if code == "extra_forbidden" and name not in EXPECTED:
         section = path[0] if len(path) == 2 else None
         return unknown_key(name, where, section, Source.__annotations__ if len(path) > 2 else ())
     return RecipeError(f"{where}: '{name}' {_requirement(path, code, value, hint, problem.get('ctx', {}))}")

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from ..errors import RecipeError
 from .data_section import CLASS_TASKS, GENERATING_TASKS, LABELLED_TASKS, TEXT_TASKS, Data
-from .fields import MANY, PathText, Section, changeable, fixed, one_or_many
+from .fields import MANY, PathText, Section, WeightAveraging, changeable, fixed, one_or_many
 from .run_sections import Hub, Lora, Run
 
 Paths = one_or_many(PathText, {"type": "string"})
@@ -162,25 +162,38 @@ class Evaluation(Section):
         ge=1,
         needs="metric_for_best",
     )
-    final_model: Literal["best", "last"] | None = changeable(
+    weight_averaging: WeightAveraging | None = fixed(
         None,
-        "Model in the run's folder at the end. Default: best if there is a metric_for_best, else last.",
-        needs="metric_for_best",
+        "{ema: 0.999} also keeps an exponential moving average of the weights, in fp32, which changes nothing in the "
+        "training. Evaluations measure it too (val_ema_loss), and final_model: ema publishes it.",
+    )
+    final_model: Literal["best", "last", "ema"] | None = changeable(
+        None,
+        "Model in the run's folder at the end: that of the best or the last evaluation, or the average of the weights. "
+        "Default: best if there is a metric_for_best, else last. The best by a val_ema metric is the average then.",
     )
     eval_only: bool = changeable(False, "Evaluate on all validation rows, print the result and write nothing.")
 
     @model_validator(mode="after")
     def _check_best(self):
+        if self.final_model == "ema" and self.weight_averaging is None:
+            raise RecipeError("final_model ema needs an average of the weights; give --weight_averaging '{ema: 0.999}'")
         if self.metric_for_best is None:
             if self.final_model == "best":
                 raise RecipeError("final_model best needs a metric; give --metric_for_best NAME")
-            self.final_model = "last"
+            self.final_model = self.final_model or "last"
             return self
         if self.eval_freq is None:
             raise RecipeError("metric_for_best needs several evaluations; give --eval_freq N")
         self.metric_for_best = f"val_{self.metric_for_best.removeprefix('val_')}"
         self.final_model = self.final_model or "best"
         return self
+
+    @property
+    def publishes_average(self):
+        """Whether the model in the run's folder is the average of the weights at the end."""
+        is_best = self.final_model == "best" and self.metric_for_best.startswith("val_ema_")
+        return self.weight_averaging is not None and (self.final_model == "ema" or is_best)
 
 
 SECTIONS = {"data": Data, "training": Training, "evaluation": Evaluation, "lora": Lora, "run": Run, "hub": Hub}

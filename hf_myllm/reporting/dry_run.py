@@ -128,6 +128,7 @@ def _estimate_memory(run):
     if section.optimizer == "muon":
         moments -= sum(matrix.numel() for matrix in hidden_matrices(run.model) if matrix.requires_grad)
     state = (run.model.num_parameters() + trained + moments) * bytes_per_weight
+    state += 4 * trained * (run.recipe.evaluation.weight_averaging is not None)
     if accelerator.is_fsdp2:
         state /= accelerator.num_processes
     tokens = section.batch_size * run.recipe.data.max_len

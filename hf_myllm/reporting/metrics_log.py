@@ -55,7 +55,7 @@ _FACTS = {  # key of run.json -> its type
     **dict.fromkeys(("model", "task", "class", "init_from", "base_model", "license", "language", "unit", "id"), str),
     **dict.fromkeys(("parameters", "trained_parameters", "lora_r", "total_steps", "tokens_per_step"), _Count),
     **{"published_step": _Count, "unigram_loss": _Number, "labels": list[str], "recipe": dict[str, Any]},
-    **{"data": dict[str, _Part], "launches": list[_Launch], "branched_from": _BranchPoint},
+    **{"published_average": bool, "data": dict[str, _Part], "launches": list[_Launch], "branched_from": _BranchPoint},
 }
 _CONTAINERS = ("labels", "recipe", "data", "launches")  # every other fact may be null: unknown
 _FACTS = {name: TypeAdapter(kind if name in _CONTAINERS else kind | None) for name, kind in _FACTS.items()}
@@ -132,6 +132,13 @@ def validation_metrics(evaluation):
     }
 
 
+def metrics_of_weights(metrics, is_average):
+    """Return the metrics that were measured with the weights of a step or, without their prefix, with their average."""
+    if is_average:
+        return {name.removeprefix("ema_"): value for name, value in metrics.items() if name.startswith("ema_")}
+    return {name: value for name, value in metrics.items() if not name.startswith("ema_")}
+
+
 def metric_label(name):
     return "predicted tokens" if name == "tokens" else name.replace("_", " ")
 
@@ -182,7 +189,8 @@ def write_run(run_dir, facts, launch, resumes):
     """
     before = read_run(run_dir) if resumes else {}
     launches = [earlier for earlier in before.get("launches", []) if earlier["step"] <= launch["step"]]
-    kept = {"id": before.get("id") or secrets.token_hex(4), "published_step": before.get("published_step")}
+    kept = {"id": before.get("id") or secrets.token_hex(4)}
+    kept |= {name: before.get(name) for name in ("published_step", "published_average")}
     if "base_model" in before:  # a folder may be gone by now, and its name looks like that of a model on the Hub
         kept["base_model"] = before["base_model"]
     _write_json(run_dir, facts | kept | {"launches": [*launches, launch]})

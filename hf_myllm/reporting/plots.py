@@ -65,7 +65,7 @@ def read(run_dir):
     tokens = np.cumsum(np.nan_to_num(columns["tokens"]) * np.diff(columns["step"], prepend=0))
     evaluations = {}
     sets = [name.removeprefix("validation ") for name in run.get("data", {}) if name.startswith("validation ")]
-    for key in ("train_loss", "val_loss", *(f"val_{name}_loss" for name in sets)):
+    for key in ("train_loss", "val_loss", "val_ema_loss", *(f"val_{name}_loss" for name in sets)):
         points = [(line["step"], _to_float(line[key])) for line in lines if key in line]
         points = [point for point in points if math.isfinite(point[1])]
         if points:
@@ -194,7 +194,8 @@ def _draw_run(axes, run, by, size):
     _draw_evaluations(axes, run, by, size, "val_loss", label="validation", color=_VALIDATION)
     sets = [key for key in run.evaluations if key not in ("train_loss", "val_loss")]
     for key, color in zip(sets, cycle(_COLORS[2:]), strict=False):
-        label = f"validation: {_escape(key.removeprefix('val_').removesuffix('_loss'))}"
+        name = "average of the weights" if key == "val_ema_loss" else key.removeprefix("val_").removesuffix("_loss")
+        label = f"validation: {_escape(name)}"
         _draw_evaluations(axes, run, by, size, key, label=label, color=color, linestyle=":")
     if run.unigram is not None:
         label = "unigram loss: token frequencies alone"

@@ -62,6 +62,8 @@ def _print_model(run, reporter):
         reporter.info(f"{_INDENT}LoRA of rank {recipe.lora.r}: {count:,} parameters are trained")
     if names := run.newly_initialized:
         reporter.info(f"{_INDENT}not in {recipe.run.init_from}, newly initialized: {', '.join(names)}")
+    if averaging := recipe.evaluation.weight_averaging:
+        reporter.info(f"{_INDENT}moving average of the weights with a decay of {averaging['ema']}")
     precision = describe_precision(accelerator, recipe.training.precision)
     if recipe.training.dtype != "float32":
         precision += f", weights in {recipe.training.dtype}"
