@@ -13,6 +13,7 @@ _EXPORTS = {  # public name -> (module, name there); imported on first use, so t
     "RunResult": ("train", "RunResult"),
     "train": ("train", "train"),
     "evaluate": ("train", "evaluate"),
+    "average": ("average", "average"),
     "generate": ("generate", "generate"),
     "load": ("generate", "load"),
     "InputError": ("errors", "InputError"),

@@ -320,6 +320,11 @@ def snapshot(run_dir):
     return times
 
 
+def complete_checkpoints(run_dir):
+    """Return the folders of the checkpoints that were complete when written, oldest first."""
+    return [path for _, path in reversed(_list(run_dir, with_marker=True))]
+
+
 def _list(run_dir, with_marker=False):
     """Return (step, folder) of the checkpoints, newest first: all, or those that were complete when written."""
     folders = [path for path in Path(run_dir).glob("checkpoint-*") if not with_marker or (path / _MARKER).exists()]

@@ -349,6 +349,36 @@ def _report(args):
     print(run_dir / "report.html")
 
 
+def _average_arguments(parser):
+    parser.add_argument(
+        "folders", nargs="+", metavar="RUN", help="folder of a run, or folders of checkpoints or models"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder to write the average to")
+    parser.add_argument("--last", type=int, metavar="N", help="newest checkpoints of the run (default: all)")
+    parser.add_argument("--ema", type=float, metavar="X", help="average with this decay (default: all count alike)")
+
+
+def _average(args):
+    _say_start()
+    from .average import average
+    from .distributed import silence_libraries
+    from .reporting.console import format_loss
+
+    silence_libraries()
+    result = average(args.folders, args.output, args.last, args.ema)
+    how = "alike" if args.ema is None else f"with a decay of {args.ema}"
+    print(f"averaged    {plural(len(result['folders']), 'model')} {how}: {', '.join(map(str, result['folders']))}")
+    if result["problem"]:
+        print(f"not evaluated: {result['problem']}")
+    for name, value in result["average"].items():
+        columns = [
+            f"{v:,}" if isinstance(v, int) else "" if v is None else format_loss(v)
+            for v in (value, result["last"][name])
+        ]
+        print(f"{name.replace('_', ' '):<24}{columns[0]:>12}{columns[1]:>12}  of the last")
+    print(f"written     {args.output}")
+
+
 def _push_arguments(parser):
     parser.add_argument("run_dir", metavar="RUN", help="folder of a run or of one of its checkpoints")
     parser.add_argument("repo", metavar="user/name", help="repository on the Hub; created if it does not exist")
@@ -394,6 +424,7 @@ COMMANDS = {
     "predict": Command(
         "Label the examples of a file, answer their questions, or generate their targets", _predict, _predict_arguments
     ),
+    "average": Command("Average the weights of checkpoints of a run", _average, _average_arguments),
     "plot": Command("Draw the curves of one or several runs", _plot, _plot_arguments),
     "report": Command("Write a run's report.html and loss.png", _report, _report_arguments),
     "push": Command("Push a run's model with its card to the Hugging Face Hub", _push, _push_arguments),

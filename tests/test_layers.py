@@ -23,6 +23,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"build_data", "resume"},
     {"build"},
     {"train", "predict", "prepare"},
+    {"average"},
     {"cli"},
     set(ENTRY_POINTS),
 )

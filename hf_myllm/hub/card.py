@@ -76,6 +76,8 @@ def _card_values(folder, run_dir, config, run, name, revision):
     pipeline, step = _PIPELINES.get(head), step_of(folder) or run.get("published_step")
     evaluation = last_evaluation(run_dir, step)
     metrics, metrics_step = validation_metrics(evaluation), evaluation.get("step")
+    if averaged := run.get("averaged"):
+        metrics, metrics_step = {name: value for name, value in averaged["average"].items() if value is not None}, step
     length = config.get("n_positions") or config.get("max_position_embeddings")
     is_average = step_of(folder) is None and bool(run.get("published_average"))
     own_metrics = metrics_of_weights(metrics, is_average) if metrics_step == step else {}

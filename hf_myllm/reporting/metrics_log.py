@@ -51,11 +51,27 @@ class _BranchPoint(TypedDict):
     changed: list[str]
 
 
+class _Averaged(TypedDict):
+    """The models of which a folder holds the average, with its metrics and those of the last of them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    models: list[str]
+    ema: float | None
+    average: dict[str, _Number | None]
+    last: dict[str, _Number | None]
+
+
 _FACTS = {  # key of run.json -> its type
     **dict.fromkeys(("model", "task", "class", "init_from", "base_model", "license", "language", "unit", "id"), str),
     **dict.fromkeys(("parameters", "trained_parameters", "lora_r", "total_steps", "tokens_per_step"), _Count),
     **{"published_step": _Count, "unigram_loss": _Number, "labels": list[str], "recipe": dict[str, Any]},
-    **{"published_average": bool, "data": dict[str, _Part], "launches": list[_Launch], "branched_from": _BranchPoint},
+    **{
+        "published_average": bool,
+        "data": dict[str, _Part],
+        "launches": list[_Launch],
+        "branched_from": _BranchPoint,
+        "averaged": _Averaged,
+    },
 }
 _CONTAINERS = ("labels", "recipe", "data", "launches")  # every other fact may be null: unknown
 _FACTS = {name: TypeAdapter(kind if name in _CONTAINERS else kind | None) for name, kind in _FACTS.items()}

@@ -1,0 +1,202 @@
+"""Average the weights of checkpoints: `hf-myllm average RUN --last 5 --output FOLDER`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from . import checkpoint
+from .errors import CheckpointError, InputError
+from .files import atomic_path, flush, write_text_atomically
+from .hub import write_card
+from .hub.push import SHARED
+from .models import lora
+from .reporting.metrics_log import amend_run, read_run
+from .train import evaluate
+
+_INDEX = "model.safetensors.index.json"
+_FREE_KEYS = ("transformers_version", "_name_or_path", "use_cache", "peft_version")  # of a configuration
+_BESIDE = ("README.md", "loss.png")  # files of a model's folder that are about one model
+
+
+def average(folders, output, last=None, ema=None):
+    """Write the average of the weights of several models as a model's folder, and evaluate it.
+
+    It is computed in fp32, tensor by tensor, in the memory of one tensor, and stored as the last of them stores it. Of
+    adapters (LoRA) the matrices are averaged.
+
+    Args:
+        folders: the folder of a run, whose complete checkpoints are averaged, or a list of at least two folders of
+            checkpoints or other models of one architecture.
+        output: the new folder, which is complete or absent.
+        last: of a run, how many of its newest checkpoints; default: all.
+        ema: weigh them as an exponential moving average, the oldest or first folder first: 0.9 keeps nine tenths of the
+            average at each next one. Default: all alike.
+
+    Returns:
+        {"folders": the paths, oldest first, "average": metrics of all validation rows of the run of the last one,
+        "last": those of the last one, "problem": why there are no metrics, or None}.
+
+    Raises:
+        CheckpointError: there are not enough models, they differ in more than their weights, or `output` exists.
+        ModelError: a folder holds no model.
+    """
+    folders = _find_folders(folders, last)
+    if ema is not None and not 0 < ema < 1:
+        raise CheckpointError(f"ema: {ema} must be above 0 and below 1; leave it out to average all alike")
+    if Path(output).exists():
+        raise CheckpointError(f"{output}: it exists already; give another folder to write the average to")
+    _check_alike(folders)
+    models = [_open_weights(folder) for folder in folders]
+    _check_tensors(folders, models)
+    try:
+        Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(output) as partial:
+            partial.mkdir()
+            _write_model(partial, folders[-1], models, ema)
+            return {"folders": folders} | _describe_and_evaluate(partial, folders, ema)
+    except OSError as error:
+        raise CheckpointError(f"{output}: the average cannot be written: {error}") from None
+
+
+def _find_folders(folders, last):
+    """Return the folders to average, oldest first."""
+    folders = [Path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
+    if len(folders) == 1 and checkpoint.has_checkpoints(folders[0]):
+        run_dir, folders = folders[0], checkpoint.complete_checkpoints(folders[0])
+        if last is not None and last > len(folders):
+            raise CheckpointError(f"{run_dir}: it has {len(folders)} checkpoints; give --last {len(folders)} or less")
+        folders = folders if last is None else folders[max(0, len(folders) - last) :]
+    elif last is not None:
+        raise CheckpointError("last: it chooses among the checkpoints of one run; give its folder alone")
+    if len(folders) < 2:
+        raise CheckpointError("average: it needs at least two checkpoints; give a run that has them, or their folders")
+    for folder in folders:
+        if (folder / "trainer_state").is_dir() and (problem := checkpoint.find_corruption(folder)):
+            raise CheckpointError(f"{folder}: it is damaged: {problem}; leave it out")
+        if not checkpoint.has_model(folder):
+            raise CheckpointError(f"{folder}: it holds no model in safetensors; give folders of models")
+    return folders
+
+
+def _check_alike(folders):
+    """Raise CheckpointError if models differ in their configurations or tokenizers."""
+    *others, last = folders
+    for folder in others:
+        pairs = [(lora.read_config(folder), lora.read_config(last))]
+        if bool(lora.base_of(folder)) != bool(lora.base_of(last)):
+            raise CheckpointError(f"{folder}: one of it and {last} is an adapter, and the other a model; give one kind")
+        if lora.base_of(last):
+            pairs.append((_read_adapter_config(folder), _read_adapter_config(last)))
+        for here, there in pairs:
+            for key in here | there:
+                if here.get(key) != there.get(key) and key not in _FREE_KEYS:
+                    raise CheckpointError(
+                        f"{folder}: {key} is {here.get(key)!r:.80}, and {there.get(key)!r:.80} in {last}; average "
+                        "models of one architecture"
+                    )
+        texts = [
+            path.read_bytes() if path.is_file() else b""
+            for path in (folder / "tokenizer.json", last / "tokenizer.json")
+        ]
+        if texts[0] != texts[1]:
+            raise CheckpointError(
+                f"{folder}: its tokenizer.json is not that of {last}; average models of one tokenizer"
+            )
+
+
+def _read_adapter_config(folder):
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}  # sets of names
+
+
+def _weight_files(folder):
+    """Return the safetensors files of a folder's model or adapter."""
+    if (folder / _INDEX).is_file():
+        names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return [next(folder / name for name in names if (folder / name).is_file())]
+
+
+def _open_weights(folder):
+    """Return {tensor name: open file} of a folder's model; the files are memory-mapped."""
+    files = [safe_open(path, framework="pt") for path in _weight_files(folder)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
+
+
+def _check_tensors(folders, models):
+    """Raise CheckpointError if the models have tensors of other names, shapes or data types."""
+    layouts = [
+        {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name, file in model.items()}
+        for model in models
+    ]
+    for folder, layout in zip(folders, layouts, strict=True):
+        for name in layout | layouts[-1]:
+            here, there = (" ".join(map(str, part.get(name, ("absent",)))) for part in (layout, layouts[-1]))
+            if here != there:
+                raise CheckpointError(
+                    f"{folder}: {name} is {here}, and {there} in {folders[-1]}; average models of one architecture"
+                )
+
+
+def _write_model(folder, last, models, ema):
+    """Write the files of the last model, with the average in place of its weights."""
+    for path in last.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name in SHARED and path.name not in _BESIDE:
+            shutil.copyfile(path, folder / path.name)
+    for source in _weight_files(last):
+        with open(source, "rb") as file:
+            start = file.read(8)
+            header = file.read(int.from_bytes(start, "little"))
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        with open(folder / source.name, "xb") as file:
+            file.write(start + header)
+            for name in sorted(tensors, key=lambda name: tensors[name]["data_offsets"]):
+                file.write(_average_tensor(name, models, ema).reshape(-1).view(torch.uint8).numpy())
+    for path in folder.iterdir():
+        flush(path)
+
+
+def _average_tensor(name, models, ema):
+    """Return the average of a tensor in its own data type; integers are those of the last model."""
+    dtype = models[-1][name].get_tensor(name).dtype
+    if not dtype.is_floating_point:
+        return models[-1][name].get_tensor(name)
+    total = None
+    for model in models:
+        tensor = model[name].get_tensor(name).to(torch.promote_types(dtype, torch.float32))
+        if total is None:
+            total = tensor.clone()
+        elif ema is None:
+            total += tensor
+        else:
+            total.lerp_(tensor, 1 - ema)
+    return (total if ema is not None else total.div_(len(models))).to(dtype)
+
+
+def _describe_and_evaluate(folder, folders, ema):
+    """Write run.json, recipe.yaml and the card beside an average of a run's checkpoints; return its evaluation."""
+    last, run_dir = folders[-1], checkpoint.find_run_dir(folders[-1])
+    facts, result = read_run(run_dir), {"average": {}, "last": {}, "problem": f"{run_dir} is no run"}
+    if facts and (run_dir / "recipe.yaml").is_file():
+        lines = (run_dir / "recipe.yaml").read_text(encoding="utf-8").split("\n", 1)
+        note = f"# The recipe of {run_dir.resolve().name}; the weights here are an average of its checkpoints."
+        write_text_atomically(folder / "recipe.yaml", f"{note}\n{lines[1]}")
+        names = [path.name for path in folders]
+        step = max(0, checkpoint.step_of(last)) or facts.get("published_step")
+        facts |= {"published_step": step, "averaged": {"models": names, "ema": ema}}
+        amend_run(folder, **facts)
+        try:
+            metrics = {
+                "average": evaluate(run_dir, init_from=str(folder)),
+                "last": evaluate(run_dir, init_from=str(last)),
+            }
+            amend_run(folder, averaged=facts["averaged"] | metrics)
+            result = metrics | {"problem": None}
+        except InputError as error:
+            result["problem"] = str(error)
+    write_card(folder)
+    return result
