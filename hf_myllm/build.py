@@ -20,6 +20,7 @@ from .build_data import (
     keeps_old_split,
     load_data,
     make_rows,
+    plan_mixture,
 )
 from .data import sampler
 from .data import tokenizer as tokenizers
@@ -108,16 +109,6 @@ class Run:
     def data_fingerprints(self):
         """Return a digest of the tokens of the training and of the validation data."""
         return {name: rows.tokens.fingerprint for name, rows in self.data_parts().items()}
-
-    def mixture(self):
-        """Yield a line for each source of a mixture: its share of the rows, and how many epochs of it are read."""
-        total = sum(weight for _, _, weight in self.sampler.mixture)
-        rows_read = self.total_steps * self.recipe.training.total_batch_size
-        shares = self.data_stats.get("shares", [1.0] * len(self.sampler.mixture))
-        for source, (_, rows, weight), share in zip(self.sources.training, self.sampler.mixture, shares, strict=False):
-            rows = round(rows / max(1e-9, share))
-            part = weight / total
-            yield f"{part:6.1%} from {source.name}: its {plural(rows, 'row')} {part * rows_read / rows:.2f} times"
 
     def close(self):
         """Release the lock and stop uploads."""
@@ -337,6 +328,10 @@ def plan_steps(run):
     else:
         total_rows = max(1, int(section.epochs * len(run.train_rows)))
         run.total_steps = math.ceil(total_rows / section.total_batch_size)
+    mixture = plan_mixture(run.recipe, run.sources, run.train_rows, run.data_stats)
+    if mixture is not None and mixture.end is not None:
+        total_rows = min(mixture.end, total_rows or run.total_steps * section.total_batch_size)
+        run.total_steps = math.ceil(total_rows / section.total_batch_size)
     ramps = {"warmup_steps": section.warmup_steps}
     if section.lr_schedule == "wsd" and section.decay_steps:
         ramps["decay_steps"] = section.decay_steps
@@ -354,7 +349,7 @@ def plan_steps(run):
         section.total_batch_size,
         run.recipe.run.seed,
         total_rows,
-        mixture(run),
+        mixture,
         run.recipe.data.streaming,
         run.train_rows.lengths,
         run.task.length_group_steps,
@@ -362,21 +357,8 @@ def plan_steps(run):
     if run.resume_state is not None:
         run.start_step = run.resume_state["step"]
         if run.recipe.data.streaming:
-            run.train_rows.base = run.sampler.first_row(run.start_step) // len(run.train_rows)
+            run.train_rows.current = run.sampler.windows(run.start_step).tolist()
         check_resumable(run)
-
-
-def mixture(run):
-    """Return (first row, number of rows, weight) of each of several sources, for the sampler; () of a single one."""
-    starts, weights = run.train_rows.source_starts, sampler.integer_weights(run.sources.weights)
-    if len(starts) < 2:
-        return ()
-    edges = [*starts, len(run.train_rows)]
-    parts = [(start, end - start, weight) for start, end, weight in zip(edges, edges[1:], weights, strict=False)]
-    for source, (_, num_rows, _) in zip(run.sources.training, parts, strict=True):
-        if num_rows < 1:
-            raise InputError(f"{source.name}: too small for one row; give more of it, or leave it out")
-    return tuple(parts)
 
 
 # ---- training

@@ -4,13 +4,17 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from . import tasks
 from .checkpoint import find_run_dir
 from .data import cache, corpus, readers, sources, streaming
 from .data import tokenizer as tokenizers
 from .data.columns import check_template
 from .data.discovery import TOKEN_ID_FORMATS
-from .errors import DataError, InputError, ModelError, printable
+from .data.mixture import Mixture
+from .data.remote import is_remote
+from .errors import DataError, InputError, ModelError, RecipeError, printable
 from .models import FAMILIES
 from .models.auto import num_positions
 from .reporting.metrics_log import read_run
@@ -24,8 +28,8 @@ class Sources:
     """Where a run's data come from."""
 
     training: list  # empty if only evaluating on val_file
-    weights: list  # of each training source, in any unit
-    validation: dict  # name -> validation source, "" if there is one; {}: a part of the training data is held out
+    validation: dict  # name -> validation source, "" if there is one; without, a part of the training data is held out
+    names: tuple = ()  # of the training sources, each of which has a validation set
 
     @property
     def all(self):
@@ -42,7 +46,15 @@ class Sources:
 
     def val_name(self, name=""):
         """Return how messages refer to a validation set."""
-        return self.validation[name].name if self.validation else f"the validation part of {self.name}"
+        if name in self.validation:
+            return self.validation[name].name
+        return f"the validation part of {', '.join(source.name for source in self.val_sources(name))}"
+
+    def val_sources(self, name=""):
+        """Return the sources of a validation set: its own, or those of which a part is held out."""
+        if name in self.validation:
+            return [self.validation[name]]
+        return [self.training[self.names.index(name)]] if name else self.training
 
 
 def find_sources(recipe, train_data=None, eval_data=None):
@@ -74,19 +86,26 @@ def _find_sources(recipe, train_data, eval_data):
     else:
         named = data.val_file if isinstance(data.val_file, dict) else {"": data.val_file} if data.val_file else {}
         validation = {name: sources.file_source(files, *options) for name, files in named.items()}
-    if recipe.evaluation.eval_only and validation:
-        return Sources([], [], validation)
+    entries, names = data.datasets or [data.model_dump()], ()
+    if data.datasets and data.datasets[0].get("name") and not validation:
+        names = tuple(entry["name"] for entry in entries)
+        own = [find_source({**entry, "train_file": entry.get("val_file"), "dataset": None}, data) for entry in entries
+               if entry.get("val_file")]  # fmt: skip
+        validation = dict(zip([entry["name"] for entry in entries if entry.get("val_file")], own, strict=True))
+    if recipe.evaluation.eval_only and validation and set(names) <= set(validation):
+        return Sources([], validation)
     if train_data is not None:
-        entries, training = [{}], [sources.in_memory_source(train_data, "train_data", *options)]
+        training = [sources.in_memory_source(train_data, "train_data", *options)]
     else:
-        entries = data.datasets or [data.model_dump()]
         training = [find_source(entry, data) for entry in entries]
+    if data.streaming:  # remote files are not downloaded, not even to train a tokenizer
+        training = [replace(source, is_streamed=any(map(is_remote, source.files))) for source in training]
     for source in validation.values():
         sources.check_disjoint(training, source)
     if recipe.run.dry_run and train_data is None and not data.streaming and not tasks.TASKS[recipe.task].is_labelled:
         training = [first_part(source) for source in training]
         validation = {name: first_part(source) for name, source in validation.items()}
-    return Sources(training, [entry.get("weight", 1.0) for entry in entries], validation)
+    return Sources(training, validation, names)
 
 
 def find_source(entry, data):
@@ -144,14 +163,15 @@ def load_sets(task, data_sources, show_progress):
     Raises:
         DataError: validation data holds the same tokens as the training data.
     """
-    (name, source), *others = [*data_sources.validation.items()] or [("", None)]
-    training, validation, stats = task.load(data_sources.training, source, show_progress)
-    if validation is None:
-        return training, {}, stats
-    validation = {name: validation}
-    for name, source in others:
-        _, validation[name], more = task.load([], source, show_progress)
-        stats |= {f"validation {name}": more["validation"]} if "validation" in more else {}
+    if data_sources.training and set(data_sources.names) - set(data_sources.validation):
+        training, validation, stats = _load_named(task, data_sources, show_progress)
+    else:
+        (name, source), *others = [*data_sources.validation.items()] or [("", None)]
+        training, first, stats = task.load(data_sources.training, source, show_progress)
+        validation = {} if first is None else {name: first}
+        for name, source in others:
+            _, validation[name], more = task.load([], source, show_progress)
+            stats |= {f"validation {name}": more["validation"]} if "validation" in more else {}
     if data_sources.validation and training is not None:
         stats["shared"] = find_shared(task, data_sources, training, validation)
     return training, validation, stats
@@ -165,11 +185,12 @@ def find_shared(task, data_sources, training, validation):
             be short, and equal by chance.
     """
     shared, train_tokens = {}, tokens_of(task, training)
-    for name, part in validation.items():
+    for name, source in data_sources.validation.items():
+        part = validation[name]
         tokens = tokens_of(task, part)
         count, total = corpus.count_shared(train_tokens, tokens)
         is_same = tokens.fingerprint == train_tokens.fingerprint
-        is_part = count == total > 0 and not task.is_labelled and data_sources.validation[name].files
+        is_part = count == total > 0 and not task.is_labelled and source.files
         if is_same or is_part:
             raise DataError(
                 f"{data_sources.val_name(name)}: it holds the same tokens as {'' if is_same else 'a part of '}"
@@ -177,6 +198,16 @@ def find_shared(task, data_sources, training, validation):
             )
         shared[name] = count, total
     return shared
+
+
+def _load_named(task, data_sources, show_progress):
+    """See [`load_sets`]; each source has a validation set of its own, some of which are held out."""
+    sets = zip(data_sources.names, data_sources.training, strict=True)
+    loaded = {name: task.load([source], data_sources.validation.get(name), show_progress) for name, source in sets}
+    stats = corpus.merge_stats([own for _, _, own in loaded.values()])
+    stats |= {f"validation {name}": own["validation"] for name, (_, _, own) in loaded.items() if "validation" in own}
+    validation = {name: part for name, (_, part, _) in loaded.items() if part is not None}
+    return corpus.concatenate([training for training, _, _ in loaded.values()]), validation, stats
 
 
 def make_rows(recipe, data_sources, task, training, validation):
@@ -190,20 +221,65 @@ def make_rows(recipe, data_sources, task, training, validation):
 
 def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
     """Return what `task.load` does, of a corpus that is tokenized a window at a time."""
-    data, (source,) = recipe.data, data_sources.training
+    data, training = recipe.data, data_sources.training
     positions = trainer_state.get("stream") if trainer_state else None
-    if source.format in ("bin", "pkl"):
-        raise DataError(f"streaming: {source.name} holds token ids, which are memory-mapped; leave streaming out")
+    if token_ids := [source.name for source in training if source.format in ("bin", "pkl")]:
+        raise DataError(f"streaming: {token_ids[0]} holds token ids, which are memory-mapped; leave streaming out")
     validation = {
         name: corpus.load_tokens(held_out, tokenizer, 0.0, data.bin_dtype, is_maker)[0]
         for name, held_out in data_sources.validation.items()
     }
     size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
-    owner = os.path.abspath(recipe.run.save_model)
-    stream = streaming.TokenWindows(replace(source, is_streamed=True), tokenizer, size, owner, positions, is_maker)
-    if positions and trainer_state["data"].get("training data") != stream.fingerprint:
-        stream.positions = {0: {}}  # those in the checkpoint are of another corpus
-    return stream, validation, {"train": {}}
+    owner, streams = os.path.abspath(recipe.run.save_model), []
+    for index, own in enumerate(streaming.stored_positions(positions, len(training))):
+        source = replace(training[index], is_streamed=True)
+        own_owner = f"{owner} {index}" if index else owner  # a source may be named twice
+        streams.append(streaming.TokenWindows(source, tokenizer, size, own_owner, own, is_maker))
+    whole = streaming.Streams(streams)
+    if positions and trainer_state["data"].get("training data") != whole.fingerprint:
+        for stream in streams:
+            stream.positions = {0: {}}  # those in the checkpoint are of another corpus
+    return whole, validation, {"train": {}}
+
+
+def plan_mixture(recipe, data_sources, rows, stats):
+    """Return the [`Mixture`] of several sources, or of one with a limit; None of a single one.
+
+    Raises:
+        InputError: a source is too small for one row, or no source is left for a stage.
+    """
+    data, batch = recipe.data, recipe.training.total_batch_size
+    names = [source.name for source in data_sources.training]
+    limits = [source.get("max_epochs") for source in data.datasets or ()]
+    if len(rows.source_starts) < 2 and not any(limits):
+        return None
+    sizes = np.diff([*rows.source_starts, len(rows)]).tolist()
+    if data.streaming:
+        sizes = [rows.num_rows] * len(names)
+    if 0 in sizes:
+        raise InputError(f"{names[sizes.index(0)]}: too small for one row; give more of it, or leave it out")
+    unit = np.ones(len(sizes))
+    if data.weights_by == "tokens":
+        if data.packing not in ("pad", "best_fit"):
+            raise RecipeError(
+                f"weights_by: with packing {data.packing} all rows have {data.max_len} tokens, so that shares of rows "
+                "are shares of tokens; remove it"
+            )
+        unit = np.diff([*rows.tokens.source_starts, len(rows.tokens)]) / sizes  # tokens per row of each source
+    stages = [(step * batch, (np.array(weights) / unit).tolist()) for step, weights in data.weight_stages()]
+    shares = stats.get("shares", [1.0] * len(sizes))  # of each source that a dry run has read
+    limits = [
+        limit and max(1, int(limit * size / max(1e-9, share)))
+        for limit, size, share in zip(limits, sizes, shares, strict=True)
+    ]
+    try:
+        return Mixture(list(zip(rows.source_starts, sizes, strict=True)), stages, limits)
+    except ValueError as error:
+        first, following = (position // batch for position in error.args)
+        raise InputError(
+            f"max_epochs: all sources with a weight are used up at step {first}, before the next stage of "
+            f"mixture_schedule at step {following}; raise max_epochs, or begin that stage by step {first}"
+        ) from None
 
 
 def check_token_ids(tokens, vocab_size, name):

@@ -207,9 +207,8 @@ def evaluate_run(run, model, step, is_final=False):
     """
     section, run.phase = run.recipe.evaluation, f"the evaluation after step {step}"
     count = (section.eval_iter or 20) * run.recipe.training.total_batch_size
-    first = run.sampler.first_row(max(0, step - 1))
     needs_predictions, val_metrics = run.task.has_windows, {}  # for the loss
-    train_metrics = _evaluate_some(run, model, run.train_rows, count, first, needs_predictions)
+    train_metrics = _evaluate_some(run, model, run.train_rows, count, max(0, step - 1), needs_predictions)
     if train_metrics is not None and run.val_sets:
         reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
         val_metrics = _evaluate_with_average(run, model, None if reads_all else count, max_generated=count)
@@ -319,10 +318,11 @@ def describe_sets(task, metrics, names):
     return ", ".join(filter(None, [task.describe_metrics(own), *losses]))
 
 
-def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, status=None, max_generated=None):
-    """Return the metrics of `count` rows, evenly spaced (None: all), counted from row `first`.
+def _evaluate_some(run, model, rows, count, at_step=None, with_predictions=True, status=None, max_generated=None):
+    """Return the metrics of `count` rows, evenly spaced (None: all).
 
     Args:
+        at_step: for training rows, which are those of the windows at this step if they are streamed.
         max_generated: see [`evaluate_rows`].
         status: called with a text about the progress; default: the reporter's, if there is one.
     """
@@ -332,11 +332,12 @@ def _evaluate_some(run, model, rows, count, first=0, with_predictions=True, stat
         show(f"evaluating {done}/{total}")
         return any_rank(run.accelerator, bool(run.signals))
 
+    indices = run.task.choose_rows(rows, count)
     return evaluate_rows(
         model,
         run.task,
         rows,
-        run.task.choose_rows(rows, count) + first,
+        indices if at_step is None else run.sampler.current_rows(indices, at_step),
         run.recipe.training.batch_size,
         run.accelerator,
         run.token_bytes,

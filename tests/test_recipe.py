@@ -259,8 +259,8 @@ FILES = {
     "'stride' must be at least 1, not 0": {"data": {"stride": 0}},
     "unknown key 'eval_interval' in evaluation; it is called 'eval_freq' here": {"evaluation": {"eval_interval": 5}},
     "unknown key 'per_device_train_batch_size'; it is called 'batch_size' here": {"per_device_train_batch_size": 5},
-    "datasets[1]: 'weight' must be more than 0": {
-        "data": {"datasets": [{"dataset": "a"}, {"dataset": "b", "weight": 0}]}
+    "datasets[1]: 'weight' must be at least 0": {
+        "data": {"datasets": [{"dataset": "a"}, {"dataset": "b", "weight": -1}]}
     },
     "datasets[0]: unknown key 'wieght'; did you mean 'weight'?": {
         "data": {"datasets": [{"dataset": "a", "wieght": 2}]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..seeds import derive_seed
+from .mixture import Mixture
 
 _FEISTEL_ROUNDS = 6
 
@@ -67,9 +68,9 @@ class Sampler:
     Args:
         num_rows: rows of all sources together, numbered one source after another.
         total_rows: rows that the run reads (epochs * num_rows); None if only the number of steps ends the run.
-        mixture: for several sources, (first row, number of rows, integer weight) of each. A source gets its weight's
-            share of the positions and is shuffled on its own.
-        is_streamed: whether each epoch has new rows with new numbers, as the windows of a stream have.
+        mixture: the [`Mixture`] of several sources, each of which is shuffled on its own; None for a single one.
+        is_streamed: whether each epoch has new rows with new numbers, as the windows of a stream have. Row k of source
+            i of n sources then has the number k * n + i.
         lengths: a function from row numbers to row lengths, to batch rows of similar length; None if all are equal.
         group_steps: the number of steps over which rows are sorted by length.
     """
@@ -78,7 +79,7 @@ class Sampler:
     total_batch_size: int
     seed: int
     total_rows: int | None = None
-    mixture: tuple = ()
+    mixture: Mixture | None = None
     is_streamed: bool = False
     lengths: Callable | None = None
     group_steps: int = 32
@@ -100,27 +101,34 @@ class Sampler:
         batch = int(shuffle(np.array([index]), num_batches, self.seed, f"group {group}")[0])
         return rows[batch * self.total_batch_size : (batch + 1) * self.total_batch_size]
 
-    def first_row(self, step):
-        """Return the first row of the epoch in which a step begins if epochs have rows of their own, otherwise 0."""
-        return step * self.total_batch_size // self.num_rows * self.num_rows if self.is_streamed else 0
+    def windows(self, step):
+        """Return the window of each source that the first row of a step is in, if the sources are streamed."""
+        position = step * self.total_batch_size
+        if self.mixture is None:
+            return np.array([position // self.num_rows])
+        return np.array(self.mixture.rows_before(position)) // self.mixture.parts[0][1]
+
+    def current_rows(self, rows, step):
+        """Return the numbers at a step of rows that are counted from 0 in each epoch: of a stream, in its windows."""
+        if not self.is_streamed:
+            return rows
+        windows = self.windows(step)
+        return rows + windows[rows % len(windows)] * self.num_rows
 
     def _rows_at(self, start, stop):
         """Return the rows at positions [start, stop) of the stream."""
         stop = stop if self.total_rows is None else min(stop, self.total_rows)
         positions = np.arange(start, stop, dtype=np.int64)
-        if not self.mixture:
+        if self.mixture is None:
             rows = _shuffled_rows(positions, self.num_rows, self.seed)
             return rows + positions // self.num_rows * self.num_rows if self.is_streamed else rows
-        rows = np.empty_like(positions)
-        total_weight = sum(weight for _, _, weight in self.mixture)
-        indices = np.arange(len(positions))  # of the positions that no source has taken yet
-        for i, (first, num_rows, weight) in enumerate(self.mixture):
-            # Of the positions left by the sources before, this source takes every one at which its share of the count
-            # reaches the next integer; `taken` is its own position, found without counting.
-            taken = positions * weight // total_weight
-            mine = (positions + 1) * weight // total_weight > taken
-            rows[indices[mine]] = first + _shuffled_rows(taken[mine], num_rows, derive_seed(self.seed, i))
-            indices, positions, total_weight = indices[~mine], (positions - taken)[~mine], total_weight - weight
+        rows, num_sources = np.empty_like(positions), len(self.mixture.parts)
+        for source, indices, taken in self.mixture.split(positions):
+            first, num_rows = self.mixture.parts[source]
+            own = _shuffled_rows(taken, num_rows, derive_seed(self.seed, source))
+            if self.is_streamed:
+                own = (own + taken // num_rows * num_rows) * num_sources
+            rows[indices] = first + own
         return rows
 
 
@@ -131,11 +139,6 @@ def _shuffled_rows(positions, num_rows, seed):
         if len(part):
             indices[part] = shuffle(indices[part], num_rows, seed, int(epochs[part[0]]))
     return indices
-
-
-def integer_weights(weights):
-    """Scale weights to integers that sum to about a million: exact in int64 arithmetic for positions below 10^12."""
-    return [max(1, round(weight / sum(weights) * 1_000_000)) for weight in weights]
 
 
 def rows_digest(rows):

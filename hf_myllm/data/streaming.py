@@ -4,15 +4,16 @@ The corpus is one endless stream of tokens, in the order of its files, and start
 into windows of equal size. Rows are drawn from a window in random order until all have been read, so the rows of a step
 are still a function of the step. A window is made when it is needed, from its position in the corpus, which is known
 once the window before it was made. Checkpoints keep these positions, so a run resumes exactly, on any number of ranks,
-without tokenizing what was read before.
+without tokenizing what was read before. Of a mixture each source is a stream of its own.
 
-On each machine one rank makes the windows, the next one while the current one is read. Two or three windows are on the
-disk at any time.
+On each machine one rank makes the windows, the next one while the current one is read. Two or three windows of each
+source are on the disk at any time.
 """
 
 import json
 import shutil
 import threading
+from contextlib import suppress
 
 import numpy as np
 
@@ -20,9 +21,12 @@ from ..errors import DataError
 from .cache import cached_folder, cached_path, key_digest
 from .corpus import TokenStream, load_tokens
 from .readers import resume_documents
+from .remote import content_key
 from .sources import file_states, source_key
 from .tokenization import Progress, token_dtype, tokenize_pieces
 from .tokenizer import end_of_document, fingerprint, safe_split_pattern
+
+_SAMPLES = 1024  # of all files together, by which a checkpoint recognizes them
 
 
 class TokenWindows:
@@ -37,18 +41,17 @@ class TokenWindows:
         DataError: the source cannot be read, or has no text.
     """
 
-    max_id = 0  # token ids come from the tokenizer, so none is out of its vocabulary
-
     def __init__(self, source, tokenizer, size, owner="", positions=None, is_maker=True):
         self.source, self.tokenizer, self.size, self.is_maker = source, tokenizer, size, is_maker
         key = source_key(source)
-        if source.files:  # a checkpoint outlives a copy of the files, which has other inodes
-            key = key | {"files": [state[:3] for state in key["files"]]}
+        if source.files:  # a checkpoint outlives a copy of the files elsewhere, and a touch
+            samples = max(1, _SAMPLES // len(source.files))
+            key = key | {"files": [content_key(file, samples) for file in source.files]}
         key = ["window", key, fingerprint(tokenizer), end_of_document(tokenizer), size]
         self.fingerprint = key_digest(key)
         self.key = [*key, owner, file_states(source)]
         self.positions = {0: {}} | {int(window): position for window, position in (positions or {}).items()}
-        self.opened, self.prefetch, self.is_closed = {}, None, threading.Event()
+        self.opened, self.prefetch, self.is_closed, self.oldest = {}, None, threading.Event(), None
 
     def open(self, window):
         """Return the tokens of a window and the token after them, memory-mapped."""
@@ -58,8 +61,10 @@ class TokenWindows:
             self.opened = {index: ids for index, ids in self.opened.items() if index == window - 1}
             self.opened[window] = np.load(self._make(window) / "ids.npy", mmap_mode="r")
             if self.is_maker:
-                for index in range(max(0, window - 3), window - 1):
+                self.oldest = max(0, window - 3) if self.oldest is None else self.oldest
+                for index in range(self.oldest, window - 1):
                     self._remove(index)
+                self.oldest = max(self.oldest, window - 1)
                 self.prefetch = threading.Thread(target=self._try_to_make, args=(window + 1,))
                 self.prefetch.start()
         return self.opened[window]
@@ -79,16 +84,30 @@ class TokenWindows:
 
     def _remove(self, window):
         shutil.rmtree(cached_path([*self.key, window]), ignore_errors=True)
+        shutil.rmtree(cached_path([*self.key, window, "position"]), ignore_errors=True)
 
     def _make(self, window):
         """Return the folder of a window; make it, and those between it and the last one with a known position."""
-        for index in range(max(known for known in self.positions if known <= window), window + 1):
+        for index in range(self._last_known(window), window + 1):
             position = self.positions[index]
             folder = cached_folder([*self.key, index], lambda folder, position=position: self._fill(folder, position))
             self.positions[index + 1] = json.loads((folder / "next.json").read_text())
+            key, text = [*self.key, index + 1, "position"], json.dumps(self.positions[index + 1])
+            cached_folder(key, lambda folder, text=text: (folder / "position.json").write_text(text))
             if self.is_maker and index < window - 1:
                 self._remove(index)
         return folder
+
+    def _last_known(self, window):
+        """Return the last window up to this one whose position is known here or was found by another rank, which may
+        have read windows of this source that this rank had no rows of."""
+        last = max(known for known in self.positions if known <= window)
+        for index in range(window, last, -1):
+            path = cached_path([*self.key, index, "position"]) / "position.json"
+            with suppress(OSError, ValueError):
+                self.positions[index] = json.loads(path.read_text())
+                return index
+        return last
 
     def _try_to_make(self, window):
         try:
@@ -149,41 +168,70 @@ class TokenWindows:
                 token -= len(ids)
 
 
+class Streams:
+    """The [`TokenWindows`] of one source, or of each source of a mixture."""
+
+    max_id = 0  # token ids come from the tokenizer, so none is out of its vocabulary
+
+    def __init__(self, streams):
+        self.streams, self.size = streams, streams[0].size
+        prints = [stream.fingerprint for stream in streams]
+        self.fingerprint = prints[0] if len(prints) == 1 else key_digest(prints)
+
+    def close(self):
+        """Stop making windows, and remove those on the disk."""
+        for stream in self.streams:
+            stream.close()
+
+    def recent_positions(self):
+        """Return what a checkpoint keeps: {window: position} of one source, {source: {window: position}} of several."""
+        positions = [stream.recent_positions() for stream in self.streams]
+        return positions[0] if len(positions) == 1 else {f"source {i}": own for i, own in enumerate(positions)}
+
+
+def stored_positions(state, num_sources):
+    """Return the positions of each source of what [`Streams.recent_positions`] returned; none without."""
+    state = state or {}
+    return [state] if num_sources == 1 else [state.get(f"source {i}") for i in range(num_sources)]
+
+
 class StreamedRows:
-    """Rows of [`TokenWindows`]: row k of window w has the number w * len(self) + k.
+    """Rows of [`Streams`]: row k of window w of source i of n has the number (w * rows per window + k) * n + i.
 
     Args:
         length, ahead: see [`packing.StridedRows`].
     """
 
     lengths = None
-    source_starts = (0,)
 
     def __init__(self, windows, length, name, ahead=1):
         self.windows, self.length, self.stride, self.name, self.ahead = windows, length, length, name, ahead
-        self.num_rows = windows.size // length
+        self.num_rows = windows.size // length  # of a window
         if self.num_rows < 1:
             raise DataError(f"streaming_window {windows.size} is less than one row of {length} tokens: raise it")
-        self.base = 0  # the window that was read last
+        self.source_starts = tuple(range(len(windows.streams)))
+        self.current = [0] * len(windows.streams)  # the window of each source that was read last
 
     def __len__(self):
-        return self.num_rows
+        return self.num_rows * len(self.current)
 
     @property
     def tokens(self):
-        """The tokens of the current window, which stand for the corpus in statistics."""
-        ids = self.windows.open(self.base)
-        return TokenStream([ids[:-1]], self.windows.fingerprint, len(self.windows.tokenizer) - 1)
+        """The tokens of the current windows, which stand for the corpus in statistics."""
+        streams = zip(self.windows.streams, self.current, strict=True)
+        chunks = [stream.open(window)[:-1] for stream, window in streams]
+        return TokenStream(chunks, self.windows.fingerprint, len(self.windows.streams[0].tokenizer) - 1)
 
     def num_used_tokens(self):
-        return self.num_rows * self.length
+        return len(self) * self.length
 
     def read(self, rows):
         """See [`packing.StridedRows.read`]."""
         width = self.length + self.ahead
         result = np.empty((len(rows), width), dtype=np.int64)
         for index, row in enumerate(np.asarray(rows, dtype=np.int64).tolist()):
-            self.base, row_in_window = divmod(row, self.num_rows)
+            row, source = divmod(row, len(self.current))
+            self.current[source], row_in_window = divmod(row, self.num_rows)
             start = row_in_window * self.length
-            result[index] = self.windows.open(self.base)[start : start + width]
+            result[index] = self.windows.streams[source].open(self.current[source])[start : start + width]
         return result, np.zeros(len(rows), dtype=np.int64)

@@ -111,8 +111,7 @@ class Recipe(BaseModel):
         """Return the keys that define the run, flat: two recipes with equal identities train the same model."""
         keys = {"model": self.model, "task": self.task}
         keys |= {f"config.{name}": value for name, value in self.config.items()}
-        if self.data.datasets:
-            keys["weights"] = [source.get("weight", 1.0) for source in self.data.datasets]
+        keys |= self.data.mixture_identity()
         for name, field in FIELDS.items():
             if field.json_schema_extra["on_resume"] == "refuse":
                 keys[name] = getattr(getattr(self, SECTION_OF[name]), name)
@@ -335,8 +334,8 @@ def _check_config(values, model, config_class, origins):
 
 def _check_streaming(recipe):
     data = recipe.data
-    others = {"epochs": recipe.training.epochs, "datasets": data.datasets, "stride": data.stride}
-    others |= {"deduplicate": data.deduplicate}
+    others = {"epochs": recipe.training.epochs, "stride": data.stride, "deduplicate": data.deduplicate}
+    others |= {"max_epochs": any(source.get("max_epochs") for source in data.datasets or ())}
     others |= {f"packing {data.packing}": data.packing in ("pad", "best_fit")}
     for name, is_set in others.items():
         if is_set:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from ..errors import RecipeError
-from .fields import MANY, PathText, Section, Source, Texts, TrainedTokenizer, changeable, fixed
+from .fields import MANY, PathText, Section, Source, Stage, Texts, TrainedTokenizer, changeable, fixed
 
 MLM_TASKS = ("mlm", "mlm_nsp")
 CORRUPTION_TASKS = ("span_corruption", "denoising")
@@ -30,8 +30,24 @@ class Data(Section):
     datasets: list[Source] | None = changeable(
         None,
         "Several weighted sources instead of train_file: a list of {train_file or dataset, weight}, optionally with "
-        "dataset_config, dataset_split, dataset_revision, text_column and document. Weights are shares of the rows.",
+        "dataset_config, dataset_split, dataset_revision, text_column and document. Weights are shares of the rows. "
+        "max_epochs limits how often a source is read. With a name, each source has a validation set of its own: its "
+        "val_file, or its part that is held out.",
         tasks=TEXT_TASKS,
+    )
+    mixture_schedule: list[Stage] | None = fixed(
+        None,
+        "Other weights of the datasets from a step on: a list of {step: 1000, weights: {NAME: WEIGHT}}. Sources that a "
+        "stage does not name keep their weights.",
+        tasks=TEXT_TASKS,
+        needs="datasets",
+    )
+    weights_by: Literal["rows", "tokens"] = fixed(
+        "rows",
+        "What the weights of datasets are shares of. It matters where rows differ in length: with packing pad or "
+        "best_fit.",
+        tasks=TEXT_TASKS,
+        needs="datasets",
     )
     dataset: str | None = changeable(None, "A Hugging Face Hub dataset, instead of train_file.")
     dataset_config: str | None = changeable(None, "Configuration of the dataset.", needs="dataset")
@@ -170,23 +186,66 @@ class Data(Section):
         for index, source in enumerate(self.datasets or []):
             if bool(source.get("train_file")) == bool(source.get("dataset")):
                 raise RecipeError(f"datasets[{index}]: needs exactly one of train_file and dataset; remove or add one")
-        weights = [source.get("weight", 1.0) for source in self.datasets or []]
-        if weights and min(weights) / sum(weights) < 1e-6:
-            raise RecipeError(
-                f"datasets: the weight {min(weights)} is less than a millionth of the sum; remove that source"
-            )
+        if self.datasets:
+            self._check_names()
+            self._check_weights()
         return self
+
+    def _check_names(self):
+        names = [source.get("name") for source in self.datasets]
+        for index, (source, name) in enumerate(zip(self.datasets, names, strict=True)):
+            where = f"datasets[{index}]"
+            if name is None and (any(names) or source.get("val_file") or self.mixture_schedule):
+                raise RecipeError(f"{where}: it needs a name, for its validation set and mixture_schedule; give name")
+            if name is not None:
+                _check_set_name(f"{where}.name", name)
+                if names.index(name) < index:
+                    raise RecipeError(f"{where}.name: {name!r} is the name of another source too; rename it")
+
+    def _check_weights(self):
+        names, last = [source.get("name") for source in self.datasets], 0
+        for index, stage in enumerate(self.mixture_schedule or ()):
+            where = f"mixture_schedule[{index}]"
+            if unknown := [name for name in stage["weights"] if name not in names]:
+                raise RecipeError(f"{where}: no source of datasets has the name {unknown[0]!r:.40}; correct it")
+            if stage["step"] <= last:
+                raise RecipeError(f"{where}: step {stage['step']} does not come after step {last}; order the stages")
+            last = stage["step"]
+        stages = self.weight_stages()
+        for step, weights in stages:
+            where = f"mixture_schedule at step {step}" if step else "datasets"
+            if not any(weights):
+                raise RecipeError(f"{where}: all weights are 0; raise that of a source that is read")
+            least = min(filter(None, weights))
+            if least / sum(weights) < 1e-6:
+                raise RecipeError(
+                    f"{where}: the weight {least} is less than a millionth of the sum; remove that source"
+                )
+        for index, weights in enumerate(zip(*(weights for _, weights in stages), strict=True)):
+            if not any(weights):
+                raise RecipeError(f"datasets[{index}]: its weight is 0 in every stage; remove that source")
+
+    def weight_stages(self):
+        """Return (first step, weight of each of `datasets`) of each stage of a mixture."""
+        weights = [source.get("weight", 1.0) for source in self.datasets]
+        stages, names = [(0, weights)], [source.get("name") for source in self.datasets]
+        for stage in self.mixture_schedule or ():
+            weights = [stage["weights"].get(name, old) for name, old in zip(names, weights, strict=True)]
+            stages.append((stage["step"], weights))
+        return stages
+
+    def mixture_identity(self):
+        """Return what defines the mixture of `datasets`, beside `mixture_schedule`; see [`Recipe.identity`]."""
+        limits = [source.get("max_epochs") for source in self.datasets or ()]
+        weights = {"weights": [source.get("weight", 1.0) for source in self.datasets]} if self.datasets else {}
+        return weights | ({"max_epochs": limits} if any(limits) else {})
 
     @model_validator(mode="after")
     def _check_val_file(self):
         if self.val_file == {}:
             raise RecipeError("val_file: it names no validation set; name one, as {code: a.txt}, or leave val_file out")
         for name in self.val_file if isinstance(self.val_file, dict) else ():
-            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "training":
-                raise RecipeError(
-                    f"val_file: {name!r:.40} cannot name a validation set; use lower-case letters, digits and _, for "
-                    "the key val_NAME_loss"
-                )
+            _check_set_name("val_file", name)
         return self
 
     @model_validator(mode="after")
@@ -206,3 +265,11 @@ class Data(Section):
             raise RecipeError(f"tokenizer: {algorithm}'s vocab_size must be at least {smallest}, and at most {MANY}; "
                               f"it is {size}")  # fmt: skip
         return self
+
+
+def _check_set_name(key, name):
+    if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "training":
+        raise RecipeError(
+            f"{key}: {name!r:.40} cannot name a validation set; use lower-case letters, digits and _, for the key "
+            "val_NAME_loss"
+        )

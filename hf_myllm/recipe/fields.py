@@ -70,17 +70,29 @@ class WeightAveraging(TypedDict):
 
 
 class Source(TypedDict, total=False):
-    """One of several data sources; `weight` is its share of the rows, in any unit."""
+    """One of several data sources; `weight` is its share of the rows, in any unit, and `name` that of its validation
+    set."""
 
     __pydantic_config__ = STRICT
+    name: str
     train_file: PathText | list[PathText] | None
+    val_file: PathText | list[PathText] | None
     dataset: str | None
-    weight: Annotated[float, Field(gt=0)]
+    weight: Annotated[float, Field(ge=0)]
+    max_epochs: Annotated[float, Field(gt=0, le=MANY)] | None
     dataset_config: str | None
     dataset_split: str
     dataset_revision: str | None
     text_column: str | None
     document: Literal["file", "line"]
+
+
+class Stage(TypedDict):
+    """A stage of a mixture: after `step` steps the sources that it names have other weights."""
+
+    __pydantic_config__ = STRICT
+    step: Annotated[int, Field(ge=1)]
+    weights: dict[str, Annotated[float, Field(ge=0)]]
 
 
 class Section(BaseModel):

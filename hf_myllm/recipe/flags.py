@@ -93,7 +93,7 @@ def build_parser(families, prog="hf-myllm train", parser=None, with_choices=Fals
 
 def _nargs(name):
     plain = {plain_type(option) for option in members(FIELDS[name].annotation)}
-    return "?" if bool in plain else "+" if list in plain and name != "datasets" else None
+    return "?" if bool in plain else "+" if list in plain and name not in ("datasets", "mixture_schedule") else None
 
 
 def _add_flag(group, name, with_choices):

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from ..errors import RecipeError, show
-from .fields import Source, choices, describe_type, members
+from .fields import Source, Stage, choices, describe_type, members
 from .sections import ALIASES, FIELDS, SECTION_OF, SECTIONS
 
 COMMAND_LINE = "the command line"
@@ -106,12 +106,13 @@ def explain(error, origins, default_origin, fields=FIELDS):
     name = path[min(1, len(path) - 1)] if path[0] in (*SECTIONS, "config") else path[0]
     where = origins.get(name, default_origin)
     hint = fields[name].annotation if name in fields else str
-    if name == "datasets" and len(path) > 3:  # datasets[0].weight
-        where, name = f"{where}: datasets[{path[2]}]", path[3]
-        hint = Source.__annotations__.get(name, str)
+    items = {"datasets": Source, "mixture_schedule": Stage}.get(name)
+    if items and len(path) > 3:  # datasets[0].weight
+        where, name = f"{where}: {name}[{path[2]}]", path[3]
+        hint = items.__annotations__.get(name, str)
     if code == "extra_forbidden" and name not in EXPECTED:
         section = path[0] if len(path) == 2 else None
-        return unknown_key(name, where, section, Source.__annotations__ if len(path) > 2 else ())
+        return unknown_key(name, where, section, items.__annotations__ if items and len(path) > 2 else ())
     return RecipeError(f"{where}: '{name}' {_requirement(path, code, value, hint, problem.get('ctx', {}))}")
 
 

@@ -18,7 +18,7 @@ from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
 from ..terminal import plural
 from .flops import num_decoder_layers
-from .summary import data_warnings
+from .summary import data_warnings, mixture_lines
 
 
 def show(run, arguments):
@@ -96,7 +96,7 @@ def _show_data(run, about):
                 end="; ",
             )
             print(f"{num_bytes:.2f} bytes per token")
-    lines = *run.mixture(), *run.task.summary_lines(run.train_rows, run.val_rows, stats), *data_warnings(run)
+    lines = *mixture_lines(run), *run.task.summary_lines(run.train_rows, run.val_rows, stats), *data_warnings(run)
     for line in lines:
         print(f"            {line}")
 

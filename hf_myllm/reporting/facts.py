@@ -82,9 +82,8 @@ def _data_facts(run):
         "training": (run.train_rows, stats.get("train", {}), sources.training),
     }
     for name, rows in run.val_sets.items():
-        part_sources = [sources.validation[name]] if sources.validation else sources.training
-        counts = stats.get(f"validation {name}", stats.get("validation", {}))
-        parts[f"validation {name}".rstrip()] = rows, counts, part_sources
+        counts = stats.get(f"validation {name}", stats.get("validation", {}) if name not in sources.names else {})
+        parts[f"validation {name}".rstrip()] = rows, counts, sources.val_sources(name)
     # Token ids that were split have counts of the whole.
     unknown_counts = {"max_id", "documents", "bytes", "unknown"} if "held_out" in stats else {"max_id"}
     for part, (rows, counts, part_sources) in parts.items():
@@ -101,9 +100,9 @@ def _data_facts(run):
             "rows": len(rows),
             "sources": [facts for source in part_sources for facts in _source_facts(source)],
         }
-    if run.val_sets and not sources.validation:
-        fraction = f"{run.recipe.data.val_fraction:.1%} of the documents"
-        facts["validation"]["held_out"] = stats.get("held_out", fraction)
+    fraction = f"{run.recipe.data.val_fraction:.1%} of the documents"
+    for name in set(run.val_sets) - set(sources.validation):
+        facts[f"validation {name}".rstrip()]["held_out"] = stats.get("held_out", fraction)
     return facts
 
 

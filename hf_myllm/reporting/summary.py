@@ -78,11 +78,14 @@ def _print_training_data(run, reporter):
     recipe, rows, stats = run.recipe, run.train_rows, run.data_stats["train"]
     size = f"{len(rows.tokens):,} tokens" if not recipe.data.streaming else run.sources.name
     row_length = f"{'up to ' * run.task.pads_rows}{recipe.data.max_len} tokens"
-    window = f" per window of {rows.windows.size:,} tokens" if recipe.data.streaming else ""
-    reporter.info(f"training    {size}; {plural(len(rows), 'row')} of {row_length}{window}")
+    window = ""
+    if recipe.data.streaming:
+        several = " of each source" if run.sampler.mixture else ""
+        window = f" per window of {rows.windows.size:,} tokens{several}"
+    reporter.info(f"training    {size}; {plural(getattr(rows, 'num_rows', len(rows)), 'row')} of {row_length}{window}")
     if duplicates := sum(source.num_duplicates for source in run.sources.all):
         reporter.warning(f"{_INDENT}{plural(duplicates, 'file')} named more than once, read once")
-    for line in run.mixture():
+    for line in mixture_lines(run):
         reporter.info(_INDENT + line)
     if stats.get("repeated"):
         reporter.info(f"{_INDENT}{plural(stats['repeated'], 'equal document')} left out")
@@ -106,6 +109,27 @@ def data_warnings(run):
                 f"{count:,} of {plural(total, f'validation {kind}')} {name}".rstrip() + " are in the training data too"
             )
     yield from skipped_rows(run)
+
+
+def mixture_lines(run):
+    """Yield what a run reads of each source of a mixture, and how its shares change."""
+    mixture, batch = run.sampler.mixture, run.recipe.training.total_batch_size
+    if mixture is None:
+        return
+    total, names = run.sampler.total_rows or run.total_steps * batch, [source.name for source in run.sources.training]
+    shares = run.data_stats.get("shares", [1.0] * len(names))
+    for name, (_, rows), count, share in zip(names, mixture.parts, mixture.rows_before(total), shares, strict=True):
+        rows = round(rows / max(1e-9, share))
+        times = "" if run.recipe.data.streaming else f"its {plural(rows, 'row')} {count / rows:.2f} times, "
+        tokens = f"{'up to ' * run.task.pads_rows}{count * run.recipe.data.max_len:,} tokens"
+        yield f"{count / total:6.1%} from {name}: {times}{tokens}"
+    for stage in mixture.stages[1:]:
+        if stage.first < total:
+            weights = zip(names, stage.weights, strict=True)
+            parts = [f"{weight / sum(stage.weights):.1%} from {name}" for name, weight in weights if weight]
+            yield f"after step {stage.first // batch}: {', '.join(parts)}"
+    if mixture.end is not None and mixture.end <= total:
+        yield f"the run ends when max_epochs leaves no source, after step {run.total_steps}"
 
 
 def skipped_rows(run):

@@ -179,7 +179,7 @@ class Task:
         """Return the rows of some data, which have a length and are read by index.
 
         Args:
-            data: what `load` returned, or a [`streaming.TokenWindows`].
+            data: what `load` returned, or [`streaming.Streams`].
             name: what to call the data in messages.
             stride: tokens from the start of a row to the start of the next; default: rows do not overlap.
         """

@@ -5,7 +5,7 @@ from functools import cached_property
 import numpy as np
 
 from ..data.packing import DocumentRows, StridedRows, pack_documents
-from ..data.streaming import StreamedRows, TokenWindows
+from ..data.streaming import StreamedRows, Streams
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
 from .base import IGNORE_INDEX, Task, padded_width, require_marks, restart_positions, to_tensors
@@ -36,7 +36,7 @@ class CausalLM(Task):
             )
 
     def make_rows(self, data, name, stride=None):
-        if isinstance(data, TokenWindows):
+        if isinstance(data, Streams):
             return StreamedRows(data, self.max_len, name)
         if self.marks:
             require_marks(data, self.marks, name)

@@ -5,7 +5,7 @@ import torch
 
 from ..data.packing import DocumentRows, StridedRows, pack_documents
 from ..data.sampler import derive_seed, random_uint64
-from ..data.streaming import StreamedRows, TokenWindows
+from ..data.streaming import StreamedRows, Streams
 from ..data.tokenizer import continues_word, end_of_document
 from ..generate import encode_masked, fill_mask
 from .base import (
@@ -59,7 +59,7 @@ class MaskedLM(Task):
 
     def make_rows(self, data, name, stride=None):
         length = self.max_len - self.num_special_tokens
-        if isinstance(data, TokenWindows):
+        if isinstance(data, Streams):
             return StreamedRows(data, length, name, ahead=0)
         if self.packing != "stream":
             require_marks(data, self.ends, name)

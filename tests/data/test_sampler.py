@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hf_myllm.data.sampler import Sampler, derive_seed, evenly_spaced, integer_weights, micro_batches, shuffle
+from hf_myllm.data.mixture import Mixture, integer_weights
+from hf_myllm.data.sampler import Sampler, derive_seed, evenly_spaced, micro_batches, shuffle
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -76,14 +77,13 @@ def test_derived_seeds_depend_on_every_part():
 
 def test_a_mixture_gives_each_source_its_share_at_any_position():
     """Three sources of 7, 100 and 1000 rows; the smallest gets half of all rows."""
-    weights = integer_weights([3.0, 2.0, 1.0])
-    parts = ((0, 7, weights[0]), (7, 100, weights[1]), (107, 1000, weights[2]))
-    sampler = Sampler(1107, 6, 1, None, parts)
+    parts = ((0, 7), (7, 100), (107, 1000))
+    sampler = Sampler(1107, 6, 1, None, Mixture(parts, [(0, [3.0, 2.0, 1.0])]))
     rows = np.concatenate([sampler.rows_of_step(step) for step in range(100)])
-    counts = [int(((rows >= first) & (rows < first + size)).sum()) for first, size, _ in parts]
+    counts = [int(((rows >= first) & (rows < first + size)).sum()) for first, size in parts]
     assert counts == pytest.approx([300, 200, 100], abs=2)
     assert integer_weights([1, 30_000])[0] == 33
-    for first, size, _ in parts:  # each source is shuffled on its own, epoch after epoch
+    for first, size in parts:  # each source is shuffled on its own, epoch after epoch
         mine = rows[(rows >= first) & (rows < first + size)]
         for epoch in range(len(mine) // size):
             assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(first, first + size))
@@ -91,6 +91,44 @@ def test_a_mixture_gives_each_source_its_share_at_any_position():
     late = sampler.rows_of_step(10**9 + 7)
     assert late.tolist() == sampler.rows_of_step(10**9 + 7).tolist()
     assert np.histogram(late, [0, 7, 107, 1108])[0].tolist() == pytest.approx([3, 2, 1], abs=1)
+
+
+def test_a_mixture_follows_its_schedule_and_its_limits():
+    """Three sources of 10, 20 and 100 rows: the first for 1.5 epochs, the second from step 5 on, once."""
+    parts, batch = ((0, 10), (10, 20), (30, 100)), 4
+    schedule = [(0, [1.0, 0.0, 1.0]), (5 * batch, [1.0, 2.0, 1.0])]
+    mixture = Mixture(parts, schedule, [15, 20, None])
+    sampler = Sampler(130, batch, 1, None, mixture)
+    rows = np.concatenate([sampler.rows_of_step(step) for step in range(40)])
+    counts = np.cumsum([(rows >= first) & (rows < first + size) for first, size in parts], axis=1)
+    assert counts[:, -1].tolist() == [15, 20, 40 * batch - 35]
+    assert counts[:, 5 * batch - 1].tolist() == [10, 0, 10]  # half and half
+    for position in range(0, len(rows), 7):  # as many as are said to come before a position
+        assert mixture.rows_before(position) == ([0, 0, 0] if not position else counts[:, position - 1].tolist())
+    assert [stage.weights[:2] for stage in mixture.stages][-2:] == [(0, 500_000), (0, 0)]  # the first is used up first
+    assert sorted(rows[(rows >= 10) & (rows < 30)]) == list(range(10, 30))
+    assert mixture.end is None
+
+    ending = Mixture(parts, schedule, [18, 20, 3])
+    assert ending.end == 41
+    with pytest.raises(ValueError, match=r"6, 20"):  # nothing is left for positions 6 to 19
+        Mixture(parts, schedule, [3, 20, 3])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_ranks_share_the_steps_of_a_mixture(is_streamed):
+    parts = ((0, 50), (1, 50)) if is_streamed else ((0, 50), (50, 70))
+    mixture = Mixture(parts, [(0, [1.0, 3.0]), (60, [1.0, 0.0]), (90, [2.0, 1.0])], [None, 80])
+    sampler = Sampler(100 if is_streamed else 120, 12, 1, None, mixture, is_streamed)
+    for step in (0, 4, 7, 19):
+        rows = sampler.rows_of_step(step)
+        for world_size in (2, 3):
+            shares = [micro_batches(rows, 2, rank, world_size, 6 // world_size) for rank in range(world_size)]
+            assert sorted(np.concatenate([part for share in shares for _, part in share])) == sorted(rows)
+    if is_streamed:  # every row is new
+        rows = np.concatenate([sampler.rows_of_step(step) for step in range(20)])
+        assert len(set(rows.tolist())) == len(rows)
+        assert sampler.windows(19).tolist() == [count // 50 for count in mixture.rows_before(19 * 12)]
 
 
 def test_rows_of_similar_length_are_batched_and_none_is_lost():

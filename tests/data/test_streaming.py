@@ -81,7 +81,7 @@ def test_windows_equal_the_stream_and_resume_from_saved_positions(stories, bpe, 
 def test_a_row_number_selects_the_window_and_the_row_in_it(stories, bpe, source, tmp_path):
     stream = whole(stories, bpe).read(0, 2000)
     windows = streaming.TokenWindows(source, bpe, 330, owner=str(tmp_path))
-    rows = streaming.StreamedRows(windows, 32, "x")
+    rows = streaming.StreamedRows(streaming.Streams([windows]), 32, "x")
     assert len(rows) == 10
     read, first = rows.read(np.array([3, 17, 12]))
     for row, start in zip(read, (3 * 32, 330 + 7 * 32, 330 + 2 * 32), strict=True):
@@ -110,3 +110,47 @@ def test_a_corpus_that_is_smaller_than_a_window_is_tokenized_once_or_twice(stori
         assert np.array_equal(windows.open(window), endless[window * size : (window + 1) * size + 1]), window
     windows.close()
     assert len(passes) <= 3 * 4
+
+
+def test_ranks_read_the_windows_of_a_mixture_alike_though_one_skips_some(stories, bpe, tmp_path, monkeypatch):
+    """The second rank has no row of either source for several windows."""
+    files = sources.file_source(str(stories)), sources.file_source(f"{stories}/0*.txt")
+
+    def open_rows(owner, positions=(None, None), **options):
+        streams = [
+            streaming.TokenWindows(source, bpe, 160, f"{owner} {i}", own, **options)
+            for i, (source, own) in enumerate(zip(files, positions, strict=True))
+        ]
+        return streaming.StreamedRows(streaming.Streams(streams), 32, "x")
+
+    maker, other = open_rows(tmp_path), open_rows(tmp_path, is_maker=False)
+    expected = [whole(stories, bpe), corpus.load_tokens(files[1], bpe)[0]]
+    expected = [np.tile(stream.read(0, len(stream)), 9) for stream in expected]
+    for row in range(60):
+        index, source = divmod(row, 2)
+        start = index // 5 * 160 + index % 5 * 32
+        assert maker.read([row])[0][0].tolist() == expected[source][start : start + 33].tolist(), row
+    for stream in other.windows.streams:
+        monkeypatch.setattr(stream, "_fill", None)  # the first rank has made the window, and knows where it begins
+    assert other.read([58, 59])[0].tolist() == maker.read([58, 59])[0].tolist()
+    positions = json.loads(json.dumps(maker.windows.recent_positions()))
+    maker.windows.close()
+    resumed = open_rows("elsewhere", streaming.stored_positions(positions, 2))
+    assert all(min(set(stream.positions) - {0}) >= 3 for stream in resumed.windows.streams)
+    assert resumed.read([59])[0][0].tolist() == expected[1][5 * 160 + 4 * 32 : 6 * 160 + 1].tolist()
+    resumed.windows.close()
+
+
+def test_equal_files_elsewhere_are_the_same_stream(stories, bpe, tmp_path):
+    """Another path, other times and other names: the content counts."""
+    (tmp_path / "copy").mkdir()
+    for path in stories.glob("*.txt"):
+        (tmp_path / "copy" / f"story-{path.name}").write_bytes(path.read_bytes())
+    here, there = (
+        streaming.TokenWindows(sources.file_source(str(folder)), bpe, 500) for folder in (stories, tmp_path / "copy")
+    )
+    assert here.fingerprint == there.fingerprint
+    assert here.key != there.key  # so that no window of changed files is read
+    with open(tmp_path / "copy" / "story-07.txt", "a") as file:
+        file.write("!")
+    assert streaming.TokenWindows(sources.file_source(str(tmp_path / "copy")), bpe, 500).fingerprint != here.fingerprint
