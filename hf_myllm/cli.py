@@ -218,8 +218,8 @@ def _say_start(argv=(), on_stdout=True):
 def _run_recipe(recipe, argv):
     """Train, evaluate or do a dry run; return the exit code."""
     from .build import open_run
-    from .distributed import exit_with_launcher
     from .evaluation import evaluate_all
+    from .launcher import exit_with_launcher
     from .train import train
 
     exit_with_launcher()

@@ -12,10 +12,11 @@ from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .data import tokenizer as tokenizers
-from .distributed import any_rank, is_rank_zero, rank_name, train_command
+from .distributed import any_rank, is_rank_zero, rank_name
 from .errors import CheckpointError, RankError, first_line
 from .files import PARTIAL, read_yaml, refuse_link, write_text_atomically
 from .hub import BackgroundUploads, write_card
+from .launcher import train_command
 from .models import lora
 from .models.export import is_large
 from .precision import restore_from_fp8

@@ -12,7 +12,7 @@ from conftest import ROOT, command, run_cli, run_command, train
 from launching import run_in_a_terminal
 
 import hf_myllm
-from hf_myllm import distributed
+from hf_myllm import launcher
 from hf_myllm.errors import RecipeError
 from hf_myllm.models import FAMILIES
 from hf_myllm.recipe.flags import parse
@@ -118,7 +118,7 @@ def test_ctrl_c_while_importing_ends_in_one_line(tiny):
 
 
 @pytest.mark.parametrize(
-    ("program", "launcher", "ranks", "expected"),
+    ("program", "launched_by", "ranks", "expected"),
     [
         ("/bin/hf-myllm", "", 1, "hf-myllm train"),
         ("/x/hf_myllm/train.py", "", 1, "python -m hf_myllm.train"),
@@ -131,10 +131,10 @@ def test_ctrl_c_while_importing_ends_in_one_line(tiny):
          "torchrun --nproc_per_node 2 -m hf_myllm.train"),
     ],
 )  # fmt: skip
-def test_the_command_to_continue_is_the_one_that_was_used(monkeypatch, program, launcher, ranks, expected):
+def test_the_command_to_continue_is_the_one_that_was_used(monkeypatch, program, launched_by, ranks, expected):
     monkeypatch.setattr("sys.argv", [program])
-    monkeypatch.setattr(distributed, "_launcher_command", launcher.split)
-    assert distributed.train_command(ranks) == expected
+    monkeypatch.setattr(launcher, "_launcher_command", launched_by.split)
+    assert launcher.train_command(ranks) == expected
 
 
 def test_a_stopped_run_prints_the_command_that_resumes_it(tiny, tmp_path, capsys):

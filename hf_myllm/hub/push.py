@@ -21,9 +21,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .. import checkpoint
-from ..distributed import exit_with_parent
 from ..errors import HUB_TOKEN, HubError, first_line, hide_secrets
 from ..files import link_or_copy, regular_files
+from ..launcher import exit_with_parent
 from .card import is_edited, make_card, step_of
 from .stock_check import check, single_process_environment
 

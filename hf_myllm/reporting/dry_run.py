@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from ..data.sampler import micro_batches
-from ..distributed import train_command
 from ..errors import hide_secrets
+from ..launcher import train_command
 from ..models import loading, lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from ..distributed import train_command
 from ..errors import printable
 from ..files import render_template, write_text_atomically
+from ..launcher import train_command
 from . import plots
 from .metrics_log import last_evaluation, metric_label, read_metrics, read_run, validation_metrics
 

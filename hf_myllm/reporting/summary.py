@@ -4,8 +4,8 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from ..distributed import train_command
 from ..evaluation import describe_sets, unigram_loss
+from ..launcher import train_command
 from ..models import lora
 from ..precision import describe_fp8, describe_precision
 from ..terminal import plural
