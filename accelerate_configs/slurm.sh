@@ -14,8 +14,13 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# Pass the signal on to the training processes. The brackets keep pkill from matching its own command line.
-trap 'warned=1; srun --overlap pkill -USR1 -f "[-]m hf_myllm.train"' USR1
+# Pass the signal on to the training processes of this job on its machines, and of no other job of the user. The
+# brackets keep the pattern from matching this command line.
+pass_on='for process in /proc/[0-9]*; do
+    grep -qzx "SLURM_JOB_ID=$SLURM_JOB_ID" "$process/environ" &&
+        tr "\0" " " <"$process/cmdline" | grep -q "[-]m hf_myllm.train" && kill -USR1 "${process#/proc/}"
+done 2>/dev/null'
+trap 'warned=1; srun --overlap --ntasks-per-node=1 bash -c "$pass_on"' USR1
 export HEAD PROCESSES
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PROCESSES=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -58,32 +59,32 @@ def test_the_slurm_script_saves_and_requeues(tiny, tmp_path):
     bin_dir, run = tmp_path / "bin", tmp_path / "run"
     bin_dir.mkdir()
     commands = {
-        "srun": '[ "$1" = --overlap ] && shift; exec "$@"',
+        "srun": 'while [[ "$1" = --* ]]; do shift; done; exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/queued',
-        "pkill": f"{sys.executable} {tmp_path}/pkill.py",
     }
     for name, line in commands.items():
         (bin_dir / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
         (bin_dir / name).chmod(stat.S_IRWXU)
-    (tmp_path / "pkill.py").write_text(  # only this test's processes
-        "import os, signal\n"
-        "for pid in filter(str.isdigit, os.listdir('/proc')):\n"
-        "    try:\n"
-        "        line = open(f'/proc/{pid}/cmdline').read()\n"
-        f"        if {str(run)!r} in line and '\\0-m\\0hf_myllm.train\\0' in line:\n"
-        "            os.kill(int(pid), signal.SIGUSR1)\n"
-        "    except OSError:\n"
-        "        pass\n"
-    )
-    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
+    job_id = str(time.time_ns())
+    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": job_id}
     environment = {**os.environ, **slurm, "SLURM_JOB_NODELIST": "x", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     flags = tiny(epochs=2000, save_freq=None)
     job = subprocess.Popen(
         ["bash", str(CONFIGS / "slurm.sh"), *flags, "--save_freq", "null"], env=environment, cwd=ROOT
     )
     wait_for([job], has_reached(run, 3))
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)", "-m", "hf_myllm.train"]
+    others = [  # of another job of the user on this machine, of this machine, and another program of this job
+        subprocess.Popen(sleep, env=environment | {"SLURM_JOB_ID": f"{job_id}1"}),
+        subprocess.Popen(sleep, env=environment | {"SLURM_JOB_ID": ""}),
+        subprocess.Popen([*sleep[:3], "compile_worker"], env=environment),
+    ]
     job.send_signal(signal.SIGUSR1)
     job.wait(timeout=120)
-    assert (tmp_path / "queued").read_text() == "requeue 7\n"
+    assert [other.poll() for other in others] == [None, None, None]
+    for other in others:
+        other.kill()
+        other.wait()
+    assert (tmp_path / "queued").read_text() == f"requeue {job_id}\n"
     (checkpoint,) = run.glob("checkpoint-*")
     assert (checkpoint / "trainer_state" / "complete.json").exists()
