@@ -419,6 +419,29 @@ def test_a_damaged_folder_is_not_pushed(run, stock_here, tmp_path, harm):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_run_checks_its_model_once_and_again_if_more_than_the_weights_changes(run, fake_hub, tmp_path, monkeypatch):
+    """The pushes of a run in this process, as its background processes do them."""
+    pushed, checked = tmp_path / "run", []
+    shutil.copytree(run, pushed)
+
+    def push_now(arguments, env, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", env)
+            hub.push(arguments[4], NAME)
+        return SimpleNamespace(poll=lambda: 0, communicate=lambda: ("", None), returncode=0)
+
+    monkeypatch.setattr(hub, "check", checked.append)
+    monkeypatch.setattr(hub, "subprocess", SimpleNamespace(Popen=push_now, PIPE=None, STDOUT=None, DEVNULL=None))
+    uploads = hub.BackgroundUploads(pushed, NAME)
+    for step in (10, 20, 20):
+        uploads.begin(step)
+    assert [path.name for path in checked] == ["checkpoint-10.upload.partial"]
+    config = json.loads((pushed / "config.json").read_text())
+    (pushed / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.5}))
+    uploads.finish()
+    assert len(checked) == 2
+
+
 def test_a_difference_in_logits_is_found(run, stock_here, tmp_path, monkeypatch):
     stock_check.check(run)
     script = stock_check.SCRIPT.read_text().replace(

@@ -2,7 +2,7 @@
 
 `hf-myllm push RUN user/name` pushes once. A run with `push_to_hub: user/name` pushes each checkpoint in a separate
 process, so that a slow or failing network does not affect the training. Before anything is uploaded, [`check`] compares
-the model in stock transformers with our class.
+the model in stock transformers with our class: once per run, and again if anything but the weights' values changes.
 """
 
 import os
@@ -25,7 +25,7 @@ from ..errors import HUB_TOKEN, HubError, first_line, hide_secrets
 from ..files import link_or_copy, regular_files
 from ..launcher import exit_with_parent
 from .card import is_edited, make_card, step_of
-from .stock_check import check, single_process_environment
+from .stock_check import check, layout, single_process_environment
 
 # The files of a model and its tokenizer, which are uploaded. Nothing else in the folder is.
 SHARED = {
@@ -39,6 +39,7 @@ RETRY_DELAYS = (1, 4, 15)  # seconds
 _TEMPORARY_ERRORS = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that are worth another try
 _TIMEOUT, _BYTES_PER_SECOND = 900, 5e5  # an upload may take 15 minutes, and more for a large model
 _PARENT = "HF_MYLLM_PARENT"  # environment variable of a background push: the process id of the run
+_CHECKED = "HF_MYLLM_CHECKED"  # likewise: the [`layout`] that an earlier push of the run has checked
 
 
 def check_target(repo):
@@ -76,7 +77,8 @@ def push(run, repo, private=False, revision=None):
     folder = checkpoint.find_model(run)
     if (folder / "trainer_state").is_dir() and (problem := checkpoint.find_corruption(folder)):
         raise HubError(f"{folder}: it is damaged and was not pushed: {problem}")
-    check(folder)
+    if os.environ.get(_CHECKED) != layout(folder):
+        check(folder)
     step = step_of(folder)
     message = f"Model of {checkpoint.find_run_dir(folder.resolve()).name}" + (f" after step {step}" if step else "")
     api = HfApi()
@@ -173,6 +175,7 @@ class BackgroundUploads:
         self.run_dir, self.repo = Path(run_dir), repo
         self.options = ["--private"] * private + (["--revision", revision] if revision else [])
         self.process, self.staged, self.problem = None, None, None
+        self.layout = self.checked = ""  # of the model that is pushed, and of the last one that was checked
 
     def begin(self, step):
         """Push the checkpoint of a step, unless the previous push still runs: a later checkpoint replaces it."""
@@ -226,10 +229,11 @@ class BackgroundUploads:
         return f"push later with {shlex.join(command)}"
 
     def _start(self, folder):
+        self.layout = layout(folder)
         # In its own session, so that Ctrl-C in the terminal reaches only the run, which then cancels the push.
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hf_myllm.cli", "push", str(folder), self.repo, *self.options],
-            env=single_process_environment() | {_PARENT: str(os.getpid())},
+            env=single_process_environment() | {_PARENT: str(os.getpid()), _CHECKED: self.checked},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -243,6 +247,7 @@ class BackgroundUploads:
             output = self.process.communicate()[0].strip().splitlines()
             code = self.process.returncode
             self.problem = (output or [f"exit code {code}"])[-1].removeprefix("error: ") if code else None
+            self.checked = self.checked if code else self.layout
         if self.staged is not None:
             shutil.rmtree(self.staged, ignore_errors=True)
         self.process = self.staged = None

@@ -1,5 +1,6 @@
 """Check that stock transformers loads a model and computes the same outputs as the class that trained it."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from ..errors import HubError, first_line
+from ..files import regular_files
 from ..models import find_family, loading, lora
 from ..models.auto import num_positions
 
@@ -59,6 +61,19 @@ def check(folder):
             raise HubError(f"{folder}: stock transformers computes other outputs (logits differ by {difference})")
 
 
+def layout(folder):
+    """Return a digest of what a model's files say beside the values of its weights, on which [`check`] depends: the
+    configuration, and the name, type and shape of each tensor."""
+    digest = hashlib.sha256()
+    for path in regular_files(folder):
+        if path.suffix == ".safetensors":
+            with open(path, "rb") as file:  # the length of the header, and the header
+                digest.update(file.read(int.from_bytes(file.read(8), "little")))
+        elif path.name in ("config.json", "adapter_config.json", "model_config.json"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _run_stock(folder, architecture, base, config_path, inputs):
     """Return the outputs of stock transformers as {"0": tensor, ...}, computed in a process without this package."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -75,7 +90,7 @@ def _run_stock(folder, architecture, base, config_path, inputs):
         if process.returncode:
             message = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             raise HubError(f"{folder}: stock transformers cannot load it: {message[:300]}")
-        return load_file(outputs_path)
+        return load(Path(outputs_path).read_bytes())  # Windows cannot remove a file that is memory-mapped
 
 
 def single_process_environment():
