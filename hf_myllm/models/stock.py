@@ -184,7 +184,7 @@ class StockPreTrainedModel(PreTrainedModel):
 
     def _get_name(self):
         # The Trainer looks this name up in the library's lists, for example to shift the labels of a causal model.
-        return self.config.stock_name(type(self).__name__)
+        return self.config.stock_name(type(self).__name__.removeprefix("FSDP"))  # as fully_shard renames the class
 
 
 def make_document_mask(document_ids, *conditions):

@@ -34,7 +34,7 @@ def run_facts(run, unigram):
     return {
         "model": recipe.model,
         "task": recipe.task,
-        "class": whole_model._get_name(),
+        "class": whole_model._get_name().removeprefix("FSDP"),  # of a sharded stock class
         "parameters": sum(p.numel() for name, p in model.named_parameters() if not (is_merged and ".lora_" in name)),
         "trained_parameters": model.num_parameters(only_trainable=True),
         "lora_r": None if is_merged else recipe.lora.r,

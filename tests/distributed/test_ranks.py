@@ -3,6 +3,7 @@
 The ranks are real processes on CPU (gloo): forked ones, or those of accelerate's launcher where it takes part.
 """
 
+import json
 import os
 import random
 import shlex
@@ -309,6 +310,7 @@ def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
     assert not loading["missing_keys"] | loading["unexpected_keys"]
     assert model.config.architectures == ["GPT2LMHeadModel"]
     assert load_weights(run).keys() == load_weights(one).keys()
+    assert json.loads((run / "run.json").read_text())["class"] == "GPT2LMHeadModel"
     if count == 2:
         state = run / "checkpoint-16" / "trainer_state"
         parts = sorted(path.stat().st_size for path in state.glob("optimizer-0000*-of-00002.safetensors"))
