@@ -32,6 +32,7 @@ from .distributed import (
     is_rank_zero,
     process_settings,
     shard_model,
+    wait_for_ranks,
 )
 from .errors import InputError, RecipeError
 from .evaluation import load_metrics
@@ -141,14 +142,14 @@ def open_run(recipe, train_data=None, eval_data=None):
             run_folder.check_unlocked(recipe.run.save_model)
             if recipe.hub.push_to_hub:
                 check_target(recipe.hub.push_to_hub)
-        resume_from = run_folder.find_checkpoint(recipe)
+        run_folder.check_run_dir(recipe)
         section, trains = recipe.training, not recipe.evaluation.eval_only
         log_with, run_dir = recipe.run.log_with, recipe.run.save_model
         accelerator = create_accelerator(section.precision, trains, section.compile, log_with, run_dir)
         with ExitStack() as cleanup:
             try:
                 with explain_failures(accelerator, lambda: run.phase if run else PREPARATION):
-                    resume_from = run_folder.share_checkpoint(resume_from, accelerator)
+                    resume_from = run_folder.find_checkpoint(recipe, accelerator)
                     run = build_run(recipe, accelerator, resume_from, cleanup, train_data, eval_data)
                     cleanup.callback(run.close)
                     run.saver, run.snapshot = cleanup.enter_context(Saver(accelerator)), snapshot
@@ -157,6 +158,7 @@ def open_run(recipe, train_data=None, eval_data=None):
                         run.model = None
                     end_training(accelerator, owns_process_group)
             except BaseException:
+                accelerator.peers.stop(failed=True)
                 if accelerator.num_processes == 1:  # of several ranks, a failed one just exits
                     end_training(accelerator, owns_process_group)
                 raise
@@ -216,6 +218,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         raise RecipeError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
     if tokenizer is not None and task.has_bits_per_byte:
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
+    wait_for_ranks(accelerator)  # the data of one machine may take hours longer
     if not eval_only:
         plan_steps(run)
         run.branched_from = find_branch_point(run)

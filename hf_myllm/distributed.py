@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -32,6 +33,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .errors import InputError, PeerFailure, RankError, first_line, os_problem
+from .peers import Peers
 from .precision import (
     allow_tf32,
     choose_precision,
@@ -47,6 +49,8 @@ except ImportError:  # on Windows
     resource = None
 
 PREPARATION = "its preparation"  # the phase of a run that has not written to its folder yet
+# For a rank that hangs: see peers.py for one that has died, and for work of one rank that others wait for.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _RUN_LOCK = threading.RLock()  # held while a run is open: runs share torch's random state and accelerate's state
 
 # ---- the process
@@ -181,8 +185,7 @@ def create_accelerator(precision="auto", trains=True, compile_model=False, log_w
     os.environ.setdefault("WANDB_SILENT", "true")
     # With True, transformers loads weights on rank 0 only and expects accelerate to broadcast them.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "False"
-    # A dead rank is noticed at once; the timeout covers work of one rank that the others wait for, as a large save.
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     # Gradients are views of DDP's buckets: one copy in memory instead of two.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
@@ -205,7 +208,9 @@ def create_accelerator(precision="auto", trains=True, compile_model=False, log_w
             raise InputError("FSDP1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml")
         if precision == "fp16":
             raise InputError("precision: fp16 does not work with FSDP2; use bf16")
-    precisions = sorted(set(gather_object([precision])))
+    accelerator.peers = _find_peers(accelerator)
+    precisions = sorted(set(gather(accelerator, precision)))
+    accelerator.peers.start()
     if len(precisions) > 1:
         raise InputError(f"precision: auto is {' on some GPUs and '.join(precisions)} on others; choose one")
     accelerator.precision = precision
@@ -222,16 +227,78 @@ def rank_name(accelerator):
     return f"rank {accelerator.process_index} of {accelerator.num_processes}"
 
 
+# Collectives outside of a step: one rank may be hours behind the others, which wait for it in the store.
+
+
+def wait_for_ranks(accelerator):
+    """Wait until all ranks have come here, however long one of them takes."""
+    if accelerator.num_processes > 1:
+        accelerator.peers.wait()
+
+
 def any_rank(accelerator, condition):
     """Return on all ranks whether the condition is true on any rank. A collective: all ranks must call it."""
-    if accelerator.num_processes > 1:
-        return bool(accelerator.reduce(torch.tensor(int(condition), device=accelerator.device)))
-    return bool(condition)
+    if accelerator.num_processes == 1:
+        return bool(condition)
+    wait_for_ranks(accelerator)
+    return bool(accelerator.reduce(torch.tensor(int(condition), device=accelerator.device)))
+
+
+def gather(accelerator, value):
+    """Return a list of the values of all ranks, which are pickled. A collective."""
+    if accelerator.num_processes == 1:
+        return [value]
+    wait_for_ranks(accelerator)
+    return gather_object([value])
+
+
+def sum_over_ranks(accelerator, values):
+    """Return a dict of numbers summed over the ranks, in double precision. A collective."""
+    if accelerator.num_processes == 1:
+        return values
+    wait_for_ranks(accelerator)
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(sums).tolist(), strict=True))
+
+
+class StopQuestion:
+    """Has any rank received a signal? To be asked before each batch of an evaluation, by all ranks together.
+
+    A collective for each batch would make all ranks wait for the slowest one, batch after batch. They ask each other
+    about every two seconds: each question also sums how long their batches took, from which all of them know how many
+    batches to go on before the next one.
+    """
+
+    def __init__(self, accelerator, signals, clock=time.monotonic):
+        self.accelerator, self.signals, self.clock = accelerator, signals, clock
+        self.calls, self.next_call, self.asked_at = 0, 1, (0, clock())
+
+    def ask(self):
+        """Return whether to stop: on all ranks the same."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.signals)
+        self.calls += 1
+        if self.calls <= self.next_call:
+            return False
+        calls, now = self.calls - self.asked_at[0], self.clock()
+        answers = torch.tensor([len(self.signals), (now - self.asked_at[1]) / calls], dtype=torch.float32)
+        stopping, seconds = self.accelerator.reduce(answers.to(self.accelerator.device)).tolist()
+        each = max(1e-9, seconds / self.accelerator.num_processes)
+        self.asked_at, self.next_call = (self.calls, now), self.calls + max(0, min(63, int(2 / each) - 1))
+        return stopping > 0
+
+
+def _find_peers(accelerator):
+    if accelerator.num_processes == 1:
+        return Peers(None)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return Peers(store, accelerator.process_index, accelerator.num_processes)
 
 
 def end_training(accelerator, owns_process_group=True):
     """Close the trackers, and destroy the process group if this run created it."""
     if accelerator.num_processes > 1:
+        accelerator.peers.leave()
         gc.collect()  # a sharded model refers to the process group, which must go before the interpreter exits
     with redirect_stdout(None):
         for tracker in accelerator.trackers:
@@ -258,10 +325,14 @@ def explain_failures(accelerator, phase):
         RankError: the cause, on the rank that failed first.
         PeerFailure: on the other ranks, which fail only because they cannot reach that one.
     """
+    peers = accelerator.peers
+    peers.phase = phase
     try:
         yield
     except Exception as error:
-        if not _is_first_failure():
+        if peers.problem is not None:
+            raise (error if isinstance(error, RankError) else peers.error()) from None
+        if not peers.is_first_failure():
             raise PeerFailure("another rank failed first") from None
         if isinstance(error, InputError):
             if accelerator.num_processes == 1:
@@ -278,23 +349,11 @@ def explain_failures(accelerator, phase):
         elif accelerator.num_processes == 1:
             raise
         elif _is_peer_failure(error):
-            problem = (
-                "another rank was killed or ran out of memory; --init_from resume continues from the newest checkpoint"
-            )
+            problem = f"{peers.find_dead()}; --init_from resume continues from the newest checkpoint"
         else:
             traceback.print_exc()
             problem = first_line(error)[:300]
         raise RankError(f"{rank_name(accelerator)}, in {phase()}: {problem}") from None
-
-
-def _is_first_failure():
-    """Return whether no other rank reported a failure before. When one rank fails, the others fail to reach it."""
-    if not torch.distributed.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return torch.distributed.distributed_c10d._get_default_store().add("hf_myllm/failed", 1) == 1
-    except Exception:  # rank 0, which hosts the store, has exited, and so failed first
-        return is_rank_zero()
 
 
 def _is_peer_failure(error):

@@ -5,14 +5,14 @@ import re
 import warnings
 from collections import Counter
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from .data.sampler import derive_seed, evenly_spaced, micro_batches
-from .distributed import any_rank, shard_model, to_device
+from .distributed import StopQuestion, gather, shard_model, sum_over_ranks, to_device
 from .errors import InputError, RecipeError, first_line
 from .tasks.base import language_metrics
 from .terminal import Status
@@ -76,9 +76,9 @@ def evaluate_rows(
         predictions = generate_rows(model, task, rows, indices, batch_size, accelerator, should_stop)
         if predictions is None:
             return None
-    elif accelerator.num_processes > 1:
-        predictions = gather_object(predictions) if with_predictions and task.has_predictions else []
-    return _all_metrics(task, rows, _sum_over_ranks(sums, accelerator), predictions, extra_metrics or {})
+    elif with_predictions and task.has_predictions:
+        predictions = list(chain.from_iterable(gather(accelerator, predictions)))
+    return _all_metrics(task, rows, sum_over_ranks(accelerator, sums), predictions, extra_metrics or {})
 
 
 def _all_metrics(task, rows, sums, predictions, extra_metrics):
@@ -110,14 +110,7 @@ def generate_rows(model, task, rows, indices, batch_size, accelerator, should_st
             group = groups[min(position, len(groups) - 1)]
             texts = task.generate(model, rows, group)
             predictions += zip(group.tolist(), texts, strict=True) if has_group else ()
-    return gather_object(predictions) if world_size > 1 else predictions
-
-
-def _sum_over_ranks(sums, accelerator):
-    if accelerator.num_processes == 1:
-        return sums
-    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
-    return dict(zip(sums, accelerator.reduce(values).tolist(), strict=True))
+    return list(chain.from_iterable(gather(accelerator, predictions)))
 
 
 def load_metrics(names, trusts_code):
@@ -328,9 +321,13 @@ def _evaluate_some(run, model, rows, count, at_step=None, with_predictions=True,
     """
     show = status or (run.reporter.status if run.reporter else lambda text: None)
 
+    questions = {}  # by the number of batches: those of the loss and those that generate take other times
+
     def should_stop(done, total):
         show(f"evaluating {done}/{total}")
-        return any_rank(run.accelerator, bool(run.signals))
+        if done == 0:
+            questions["current"] = StopQuestion(run.accelerator, run.signals)
+        return questions["current"].ask()
 
     indices = run.task.choose_rows(rows, count)
     return evaluate_rows(

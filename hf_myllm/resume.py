@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
 from . import checkpoint
 from .data import sampler
+from .distributed import gather
 from .ema import WeightAverage
 from .errors import CheckpointError, InputError, RecipeError
 from .recipe.sections import FIELDS
@@ -113,6 +112,5 @@ def start_average(run):
 def check_same_data(run):
     """Raise InputError on all ranks if they did not prepare the same tokens. A collective."""
     digest = sampler.derive_seed(*sorted(run.data_fingerprints().items()), len(run.tokenizer or ()))
-    digests = run.accelerator.gather(torch.tensor([digest], device=run.accelerator.device)).tolist()
-    if len(set(digests)) > 1:
+    if len(set(gather(run.accelerator, digest))) > 1:
         raise InputError("train_file: the ranks do not have the same tokens; give all machines the same files")

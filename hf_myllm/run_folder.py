@@ -7,12 +7,11 @@ import stat
 import sys
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .data import tokenizer as tokenizers
-from .distributed import any_rank, is_rank_zero, rank_name
+from .distributed import any_rank, gather, rank_name, wait_for_ranks
 from .errors import CheckpointError, RankError, first_line
 from .files import PARTIAL, read_yaml, refuse_link, write_text_atomically
 from .hub import BackgroundUploads, write_card
@@ -30,51 +29,65 @@ _RECIPE_HEADER = "# to repeat this run:"  # the first line of the recipe.yaml th
 # ---- before a run
 
 
-def find_checkpoint(recipe):
-    """Return the checkpoint to resume from, or None; refuse a folder that this run must not write to.
-
-    Only rank 0 verifies checkpoints, which reads them whole; the other ranks get None and learn the result later.
+def check_run_dir(recipe):
+    """Refuse a folder that this run must not write to; take `init_from` of a run without checkpoints from its recipe.
 
     Raises:
         InputError: `save_model` is not a folder that can be written, or it holds another run.
     """
     run_dir = Path(recipe.run.save_model)
     if recipe.evaluation.eval_only and not recipe.run.resume:
-        return None
+        return
     _require_writable(run_dir)
     if foreign := _foreign_files(run_dir):
         raise CheckpointError(
             f"save_model: {run_dir} holds files of another origin ({foreign[0]}) and no run; name another folder"
         )
     if recipe.run.resume:
-        latest = None
-        if is_rank_zero():
-            latest = checkpoint.find_latest(run_dir, lambda line: print(f"warning: {line}", file=sys.stderr))
         is_empty = not checkpoint.has_checkpoints(run_dir)
         if is_empty and recipe.evaluation.eval_only:
             raise CheckpointError(f"{run_dir}: it holds no checkpoint to evaluate; give --load_model FOLDER")
         if is_empty and recipe.run.init_from == "scratch" and (run_dir / "recipe.yaml").exists():
             recipe.run.init_from, recipe.run.with_optimizer = _init_from_of(run_dir / "recipe.yaml")
-        return _find_branch_point(recipe.run) if is_empty else latest
+        return _check_branch_point(recipe.run) if is_empty else None
     if recipe.run.dry_run:
-        return _find_branch_point(recipe.run)
+        return _check_branch_point(recipe.run)
     choice = "resume it with --init_from resume, or write elsewhere with --save_model FOLDER"
     if checkpoint.has_model(run_dir):
         raise CheckpointError(f"{run_dir} already holds a finished run; {choice}")
     if checkpoint.has_checkpoints(run_dir):
         raise CheckpointError(f"{run_dir} holds the checkpoints of an unfinished run; {choice}")
-    return _find_branch_point(recipe.run)
+    return _check_branch_point(recipe.run)
 
 
-def _find_branch_point(section):
-    """Return the checkpoint of another run that this one goes on from, or None without `with_optimizer`."""
+def _check_branch_point(section):
+    """Raise CheckpointError if `with_optimizer` is to go on from what is no checkpoint."""
     path = Path(section.init_from)
-    if not section.with_optimizer:
-        return None
-    if checkpoint.step_of(path) < 0 or not path.is_dir():
+    if section.with_optimizer and (checkpoint.step_of(path) < 0 or not path.is_dir()):
         raise CheckpointError(f"with_optimizer: {path} is no checkpoint of a run; give --init_from RUN/checkpoint-500")
-    if is_rank_zero() and (problem := checkpoint.find_corruption(path)):
-        raise CheckpointError(f"with_optimizer: {path}: {problem}; give another checkpoint")
+
+
+def find_checkpoint(recipe, accelerator):
+    """Return on all ranks the checkpoint to go on from, of this run or of the one it branches from, or None.
+
+    A collective: rank 0 verifies checkpoints, which reads them whole, while the others wait.
+
+    Raises:
+        CheckpointError: it is damaged, or all are.
+        RankError: a rank does not see it.
+    """
+    section, path = recipe.run, None
+    if accelerator.is_main_process and section.resume:
+        path = checkpoint.find_latest(section.save_model, lambda line: print(f"warning: {line}", file=sys.stderr))
+    branches = section.with_optimizer and (section.resume or not recipe.evaluation.eval_only)
+    if accelerator.is_main_process and branches and path is None:
+        path = Path(section.init_from)
+        if problem := checkpoint.find_corruption(path):
+            raise CheckpointError(f"with_optimizer: {path}: {problem}; give another checkpoint")
+    path = gather(accelerator, path)[0]
+    if path is not None and not path.exists():
+        rank = rank_name(accelerator)
+        raise RankError(f"{rank} does not see {path}; {path.parent} must be on a disk that all ranks share")
     return path
 
 
@@ -170,7 +183,7 @@ def write_recipe(run):
                 write_text_atomically(path, f"{_RECIPE_HEADER} {command}\n{recipe.to_yaml()}")
         except OSError as error:
             raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None
-    run.accelerator.wait_for_everyone()
+    wait_for_ranks(run.accelerator)
 
 
 # ---- after a run
@@ -186,7 +199,7 @@ def publish_model(run, state):
     """
     accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
     run.reporter.status("publishing the model", is_large(run.model))
-    chosen = _broadcast_checkpoint(_choose_checkpoint(run, state), accelerator)
+    chosen = gather(accelerator, _choose_checkpoint(run, state))[0]
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
     restore_from_fp8(model)
     merges = lora.is_added(model) and run.recipe.lora.merge_lora
@@ -329,20 +342,3 @@ def finish_uploads(run, state):
     (run.reporter.info if is_pushed else run.reporter.error)(line)
 
 
-def share_checkpoint(path, accelerator):
-    """Return on all ranks the checkpoint that rank 0 found and verified, or None.
-
-    Raises:
-        RankError: a rank does not see it.
-    """
-    path = _broadcast_checkpoint(path, accelerator)
-    if path is not None and not path.exists():
-        rank = rank_name(accelerator)
-        raise RankError(f"{rank} does not see {path}; {path.parent} must be on a disk that all ranks share")
-    return path
-
-
-def _broadcast_checkpoint(path, accelerator):
-    if accelerator.num_processes == 1:
-        return path
-    return broadcast_object_list([path])[0]

@@ -83,3 +83,40 @@ def import_again(script):
         del sys.modules[name]
     exec(script, {"__name__": "__main__"})
     sys.exit()
+
+
+def sleep_while_building():
+    """Give collectives two seconds, and let rank 1 sleep for five while it reads the data."""
+    from datetime import timedelta
+
+    from hf_myllm import build, distributed
+
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=2)
+    load_data = build.load_data
+
+    def load_slowly(*arguments, **options):
+        time.sleep(5 * int(os.environ["RANK"]))
+        return load_data(*arguments, **options)
+
+    build.load_data = load_slowly
+
+
+def block_in_collectives():
+    """Let a collective whose other rank is gone block forever, as NCCL's do, and not raise, as gloo's do."""
+    from accelerate import Accelerator
+
+    from hf_myllm.peers import Peers
+
+    def blocking(function):
+        def call(*arguments, **options):
+            try:
+                return function(*arguments, **options)
+            except RuntimeError:
+                time.sleep(1e6)
+
+        return call
+
+    for name in ("reduce", "backward", "clip_grad_norm_"):
+        setattr(Accelerator, name, blocking(getattr(Accelerator, name)))
+    if os.environ.get("HF_MYLLM_TEST_SEES") == "0":
+        Peers._has_exited = lambda self, rank: False

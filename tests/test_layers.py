@@ -11,7 +11,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"errors", "__version__"},
     {"files", "seeds", "terminal"},
     {"recipe"},
-    {"precision", "launcher"},
+    {"precision", "launcher", "peers"},
     {"models", "optim", "distributed"},
     {"data", "checkpoint", "ema"},
     {"generate"},

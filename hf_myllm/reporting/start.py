@@ -2,7 +2,7 @@
 
 import torch
 
-from ..distributed import peak_memory
+from ..distributed import peak_memory, wait_for_ranks
 from .console import Reporter
 from .facts import launch_facts, run_facts
 from .flops import flops_per_token, peak_flops
@@ -38,6 +38,7 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
         start_trackers(reporter, accelerator, names, project, run_dir, run_id, config, state.step)
     for line in run.resume_warnings:
         reporter.warning(line)
+    wait_for_ranks(accelerator)  # for rank 0, whose trackers may wait for the network
     return unigram
 
 
