@@ -140,7 +140,7 @@ def _set_num_threads():
 
 @contextmanager
 def signals_received():
-    """Collect SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) in the list that this yields; restore handlers afterwards.
+    """Collect SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and Windows' SIGBREAK in the list that this yields.
 
     A second Ctrl-C stops at once. A second SIGTERM does not: the launcher and whoever stops the launcher may each send
     one. Outside the main thread Python cannot handle signals, and the list stays empty.
@@ -153,7 +153,7 @@ def signals_received():
             signal.signal(signum, signal.default_int_handler)
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK"):
             if hasattr(signal, name):
                 handlers[getattr(signal, name)] = signal.signal(getattr(signal, name), receive)
     try:
@@ -417,6 +417,8 @@ def peak_memory(accelerator):
     """Return the peak memory of this process in bytes: of its GPU, else of the host; None if unknown."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device)
+    if accelerator.device.type == "mps":  # which keeps no peak, but seldom returns memory
+        return torch.mps.driver_allocated_memory()
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

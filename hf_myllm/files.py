@@ -253,9 +253,11 @@ def read_yaml(text):
     except RepeatedKeyError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or first_line(error)
+        if "escape" in problem:
+            problem += "; write a path with backslashes without double quotes"
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
+        raise ValueError(f"{line}not valid YAML: {problem}") from None
 
 
 def _expanded_size(node, sizes):

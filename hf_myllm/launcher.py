@@ -2,13 +2,13 @@
 
 import ctypes
 import os
-import shlex
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import InputError
+from .terminal import join_command
 
 
 def train_command(num_processes):
@@ -16,7 +16,7 @@ def train_command(num_processes):
     words, program = _launcher_command(), Path(sys.argv[0])
     ends = [i for i, word in enumerate(words) if word.endswith(("hf_myllm.train", "hf_myllm/train.py"))]
     if num_processes > 1:
-        return shlex.join(words[: ends[0] + 1]) if ends else "accelerate launch -m hf_myllm.train"
+        return join_command(words[: ends[0] + 1]) if ends else "accelerate launch -m hf_myllm.train"
     module = f"{program.parent.name}.{program.stem}"
     if module in ("hf_myllm.train", "hf_myllm.cli"):
         return f"python -m {module}{' train' * module.endswith('cli')}"

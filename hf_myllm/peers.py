@@ -21,7 +21,7 @@ from .errors import PeerFailure, RankError, first_line, printable
 
 BEAT_SECONDS = 5.0
 MAX_MISSED = 9  # rounds in which a rank may be silent: as long as it may hold Python's lock or be stopped
-GRACE_SECONDS = 10.0  # for the main thread to meet the failure by itself, before the process is ended
+GRACE_SECONDS = 5.0  # for the main thread to meet the failure by itself, before the process is ended
 _GONE, _MAX_POLL = b"gone", 0.5  # seconds
 _numbers = itertools.count()  # of the runs of this process, which share a store
 

@@ -21,7 +21,7 @@ from .models.export import is_large
 from .precision import restore_from_fp8
 from .reporting import html, plots
 from .reporting.metrics_log import amend_run
-from .terminal import plural
+from .terminal import join_command, plural
 
 _LOGS = (".log", ".out", ".err")  # a shell or a scheduler opens them before the run starts
 _RECIPE_HEADER = "# to repeat this run:"  # the first line of the recipe.yaml that a run writes
@@ -179,8 +179,10 @@ def write_recipe(run):
                 recipe, path = copy.deepcopy(run.recipe), run_dir / "recipe.yaml"
                 recipe.run.resume = recipe.run.allow_changed = False
                 recipe.evaluation.trust_metric_code = False  # who gets this recipe decides anew
-                command = f"{train_command(run.accelerator.num_processes)} {path} --save_model ANOTHER_FOLDER"
-                write_text_atomically(path, f"{_RECIPE_HEADER} {command}\n{recipe.to_yaml()}")
+                command = f"{train_command(run.accelerator.num_processes)} {join_command([str(path)])}"
+                write_text_atomically(
+                    path, f"{_RECIPE_HEADER} {command} --save_model ANOTHER_FOLDER\n{recipe.to_yaml()}"
+                )
         except OSError as error:
             raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None
     wait_for_ranks(run.accelerator)
@@ -340,5 +342,3 @@ def finish_uploads(run, state):
     run.reporter.info(f"push        to {run.uploads.repo} ... (Ctrl-C cancels)")
     line, is_pushed = run.uploads.finish(lambda: bool(run.signals))
     (run.reporter.info if is_pushed else run.reporter.error)(line)
-
-

@@ -1,7 +1,9 @@
 """What is printed outside of a run's own lines: warnings, and a line that says what goes on."""
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 
@@ -32,6 +34,16 @@ def first_of(names, limit=3):
     return ", ".join(map(str, names[:limit])) + f" and {len(names) - limit} more" * (len(names) > limit)
 
 
+def join_command(words):
+    """Return a command line of some words, quoted as the shell of this system reads them."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _clear_line():
+    """Return what clears a line of the terminal: on Windows by spaces, because its older consoles show the sequence."""
+    return f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r" if os.name == "nt" else "\r\033[K"
+
+
 class Status:
     """One line on a terminal, which the next one replaces; without a terminal, a line every few seconds.
 
@@ -50,7 +62,7 @@ class Status:
         text = encodable(printable(text), sys.stderr)
         if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
+            print(f"{_clear_line()}{text[:width]}", end="", file=sys.stderr, flush=True)
             self.has_line = True
         elif (phase := text.split(" ")[0]) != self.phase and not is_slow:
             self.phase, self.shown_at = phase, time.monotonic()
@@ -62,7 +74,7 @@ class Status:
         """Remove the line from the terminal."""
         self.phase = None
         if self.has_line:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print(_clear_line(), end="", file=sys.stderr, flush=True)
             self.has_line = False
 
     def __enter__(self):

@@ -7,7 +7,6 @@ the model in stock transformers with our class: once per run, and again if anyth
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from .. import checkpoint
 from ..errors import HUB_TOKEN, HubError, first_line, hide_secrets
 from ..files import link_or_copy, regular_files
 from ..launcher import exit_with_parent
+from ..terminal import join_command
 from .card import is_edited, make_card, step_of
 from .stock_check import check, layout, single_process_environment
 
@@ -216,7 +216,8 @@ class BackgroundUploads:
         """Cancel the push that runs. Returns a line for the user, or None if none was running."""
         is_running = self.process is not None and self.process.poll() is None
         if is_running:
-            self.process.send_signal(signal.SIGINT)  # lets it remove its temporary files
+            # lets it remove its temporary files; Windows has a signal for a group of processes only
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
             try:
                 self.process.wait(3)
             except subprocess.TimeoutExpired:
@@ -226,7 +227,7 @@ class BackgroundUploads:
 
     def _advice(self):
         command = ["hf-myllm", "push", str(self.run_dir), self.repo, *self.options]
-        return f"push later with {shlex.join(command)}"
+        return f"push later with {join_command(command)}"
 
     def _start(self, folder):
         self.layout = layout(folder)
@@ -239,6 +240,7 @@ class BackgroundUploads:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
 
     def _collect(self):
@@ -259,5 +261,7 @@ def end_with_run():
     Raises:
         HubError: the run has already ended.
     """
+    if os.environ.get(_PARENT) and hasattr(signal, "SIGBREAK"):  # how a run on Windows cancels it
+        signal.signal(signal.SIGBREAK, signal.default_int_handler)
     if (parent := os.environ.get(_PARENT)) and not exit_with_parent(int(parent)):
         raise HubError("the run has ended")

@@ -49,9 +49,17 @@ def one_or_many(item, schema):
 
 
 Texts = one_or_many(str, {"type": "string"})
+
+
+def _path(text):
+    if re.search(r"[\0-\x1f]", text):
+        raise PydanticCustomError("control", "holds a control character")
+    return os.path.expanduser(text)
+
+
 # A file or folder, or what may name one. A shell expands ~ in a flag, but nothing does in a recipe. Recipes that are
 # written or shown (mode json) have no credentials of URLs.
-PathText = Annotated[str, AfterValidator(os.path.expanduser), PlainSerializer(hide_secrets, when_used="json")]
+PathText = Annotated[str, AfterValidator(_path), PlainSerializer(hide_secrets, when_used="json")]
 
 
 class TrainedTokenizer(TypedDict):

@@ -122,6 +122,8 @@ def _requirement(path, code, value, hint, details):
         return f"is a section and must hold keys, not {show(value)}"
     if code == "not_text":
         return "is not text that UTF-8 can hold; correct it"
+    if code == "control":  # "C:\new"
+        return f"is {show(value)}, with a control character; in YAML give a path with backslashes without double quotes"
     if code == "empty":
         return "is empty; give a value, or remove it"
     if value is None:

@@ -4,7 +4,6 @@ For large data that is not tokenized yet it samples the beginning and reports es
 """
 
 import re
-import shlex
 from collections import Counter
 
 import torch
@@ -16,7 +15,7 @@ from ..launcher import train_command
 from ..models import loading, lora
 from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
-from ..terminal import plural
+from ..terminal import join_command, plural
 from .flops import num_decoder_layers
 from .summary import data_warnings, mixture_lines
 
@@ -42,7 +41,7 @@ def show(run, arguments):
     if run.tokenizer is not None:
         _show_first_batch(run)
     command = train_command(run.accelerator.num_processes)
-    print(hide_secrets(f"\nnext        {command} {shlex.join(_without_dry_run(arguments))}"))
+    print(hide_secrets(f"\nnext        {command} {join_command(_without_dry_run(arguments))}"))
 
 
 def _without_dry_run(arguments):

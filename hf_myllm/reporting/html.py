@@ -4,7 +4,6 @@ It is rendered from report.html.jinja with what the run's folder holds: run.json
 """
 
 import base64
-import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from ..errors import printable
 from ..files import render_template, write_text_atomically
 from ..launcher import train_command
+from ..terminal import join_command
 from . import plots
 from .metrics_log import last_evaluation, metric_label, read_metrics, read_run, validation_metrics
 
@@ -46,7 +46,7 @@ def write_report(run_dir):
         format_time=lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
         count_names=list(dict.fromkeys(name for counts in run.get("data", {}).values() for name in counts)),
         recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True) if run.get("recipe") else "",
-        run_dir=shlex.quote(str(run_dir)),
+        run_dir=join_command([str(run_dir)]),
         train_command=train_command((run.get("launches") or [{}])[-1].get("processes", 1)),
     )
     write_text_atomically(run_dir / "report.html", text)

@@ -1,6 +1,5 @@
 """What a run prints before its first step and after its last."""
 
-import shlex
 import textwrap
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from ..evaluation import describe_sets, unigram_loss
 from ..launcher import train_command
 from ..models import lora
 from ..precision import describe_fp8, describe_precision
-from ..terminal import plural
+from ..terminal import join_command, plural
 from .console import COLUMNS, describe_loss, format_loss, indent
 
 _INDENT = " " * 12  # lines have a label of 12 columns; continuation lines have none
@@ -169,7 +168,7 @@ def resume_command(run):
     recipe = f"{run.recipe.run.save_model}/recipe.yaml"
     if run.sources.in_memory:
         return f"train(Recipe.load({recipe!r}, resume=True), train_data=...)"
-    return f"{train_command(run.accelerator.num_processes)} {shlex.quote(recipe)} --resume"
+    return f"{train_command(run.accelerator.num_processes)} {join_command([recipe])} --resume"
 
 
 def print_result(run, reporter, step, metrics, unigram):
@@ -195,9 +194,9 @@ def print_result(run, reporter, step, metrics, unigram):
             reporter.info(line)
     if (Path(run_dir) / "report.html").is_file():
         reporter.info(f"report      {run_dir}/report.html")
-    name, prompt = shlex.quote(str(run_dir)), recipe.evaluation.start_context
+    name, prompt = join_command([str(run_dir)]), recipe.evaluation.start_context
     if run.tokenizer is not None:
-        label, command = run.task.usage(name, shlex.quote(prompt) if prompt else None)
+        label, command = run.task.usage(name, join_command([prompt]) if prompt else None)
         reporter.info(f"{label:<12}{command}")
     longer = f"--max_steps {2 * run.total_steps} --allow_changed"
     if step < run.total_steps:
