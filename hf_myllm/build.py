@@ -32,7 +32,6 @@ from .distributed import (
     is_rank_zero,
     process_settings,
     shard_model,
-    wait_for_ranks,
 )
 from .errors import InputError, RecipeError
 from .evaluation import load_metrics
@@ -218,7 +217,6 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         raise RecipeError("metric_for_best: there are no validation rows; give --val_file FILE, or a val_fraction")
     if tokenizer is not None and task.has_bits_per_byte:
         run.token_bytes = tokenizers.token_bytes(tokenizer, config.vocab_size)
-    wait_for_ranks(accelerator)  # the data of one machine may take hours longer
     if not eval_only:
         plan_steps(run)
         run.branched_from = find_branch_point(run)

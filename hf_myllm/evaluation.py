@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .data.sampler import derive_seed, evenly_spaced, micro_batches
-from .distributed import StopQuestion, gather, shard_model, sum_over_ranks, to_device
+from .distributed import StopQuestion, gather, shard_model, sum_over_ranks, to_device, wait_for_ranks
 from .errors import InputError, RecipeError, first_line
 from .tasks.base import language_metrics
 from .terminal import Status
@@ -250,6 +250,7 @@ def evaluate_all(run):
     """Return the metrics of all validation rows of a run that is opened for evaluation only."""
     if not run.val_sets:
         raise InputError("val_file: there is nothing to evaluate on; give --val_file FILE, or a val_fraction above 0")
+    wait_for_ranks(run.accelerator)  # the data of one machine may take longer
     if run.accelerator.is_fsdp2:
         shard_model(run.accelerator, run.model, run.recipe.training.compile)
         model = run.model

@@ -110,7 +110,10 @@ def start_average(run):
 
 
 def check_same_data(run):
-    """Raise InputError on all ranks if they did not prepare the same tokens. A collective."""
+    """Raise InputError on all ranks if they did not prepare the same tokens.
+
+    A collective, before which the ranks wait for each other: the data of one machine may take hours longer.
+    """
     digest = sampler.derive_seed(*sorted(run.data_fingerprints().items()), len(run.tokenizer or ()))
     if len(set(gather(run.accelerator, digest))) > 1:
         raise InputError("train_file: the ranks do not have the same tokens; give all machines the same files")
