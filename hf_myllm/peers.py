@@ -38,6 +38,7 @@ class Peers:
         self.rank, self.world_size, self.phase = rank, world_size, phase
         self.watched, self.beats, self.missed, self.waits, self.seen = (rank + 1) % world_size, 0, 0, 0, None
         self.problem, self.is_reporter, self.has_failed = None, False, False
+        self.before_exit = lambda: None  # called when the thread ends the process
         self.lock, self.stopped, self.thread = threading.Lock(), threading.Event(), None
         if world_size == 1:
             return
@@ -198,6 +199,7 @@ class Peers:
             return
         if not isinstance(error := self.error(), PeerFailure):
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        self.before_exit()
         os._exit(2)
 
 

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
-from accelerate.utils import gather_object
 
 from . import checkpoint
 from .data import tokenizer as tokenizers
-from .distributed import any_rank
+from .distributed import any_rank, gather
 from .errors import CheckpointError, InputError
 from .models import export
 from .optim import all_finite, optimizer_tensors, to_full, to_local
@@ -105,8 +104,7 @@ class Saver:
             if error is not None and not isinstance(error, CheckpointError):
                 raise error
             problem, self._in_flight = error and str(error), None
-        if self.accelerator.num_processes > 1:
-            problem = next(filter(None, gather_object([problem])), None)
+        problem = next(filter(None, gather(self.accelerator, problem)), None)
         return CheckpointError(problem) if problem else None
 
     def mailbox(self):
@@ -118,16 +116,21 @@ class Saver:
         return self._must_stop or time.monotonic() > self._peer_deadline
 
     def __enter__(self):
+        if self.accelerator.num_processes > 1:
+            self.accelerator.peers.before_exit = self._complete
         return self
 
     def __exit__(self, error_type, *_):
         if error_type is not None:
             self._must_stop = not issubclass(error_type, Exception)
-            self._peer_deadline = time.monotonic() + _PEER_SECONDS
+        self._complete(math.inf if error_type is None else _PEER_SECONDS)
+        self._executor.shutdown()
+
+    def _complete(self, seconds=_PEER_SECONDS):
+        self._peer_deadline = time.monotonic() + seconds
         if self._in_flight is not None:
             with suppress(Exception):  # the first error is reported
                 self._in_flight.result()
-        self._executor.shutdown()
 
 
 class Mailbox:
