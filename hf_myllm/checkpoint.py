@@ -416,7 +416,7 @@ def publish_new(write_model, run_dir):
     try:
         with tempfile.TemporaryDirectory(PARTIAL, "checkpoint-", run_dir) as folder:
             write_model(Path(folder))
-            _share_mode(Path(folder), Path(folder) / "config.json")
+            _share_mode(Path(folder), next(Path(folder).glob("*config.json")))  # or adapter_config.json
             publish(folder, run_dir)
     except (OSError, SafetensorError) as error:
         raise _publish_error(run_dir, error) from None

@@ -7,8 +7,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from .optim import AVERAGE, local_rows, to_local
 
-_MAX_ELEMENTS = 1 << 26  # limits the memory of an update
-
 
 class WeightAverage:
     """The exponential moving average of a model's trained weights, in fp32; of sharded weights, this rank's rows.
@@ -40,22 +38,9 @@ class WeightAverage:
         """
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         factor = (is_finite * share).to(self.averages[0].device)
-        for averages, weights in self._chunks():
-            changes = torch._foreach_sub(weights, averages)  # fp32, also of weights in bf16
-            torch._foreach_mul_(changes, factor)
-            torch._foreach_add_(averages, changes)
-
-    def _chunks(self):
-        """Yield (averages, weights) of some parameters each, whose differences do not need much memory."""
-        chunk, size = ([], []), 0
+        # One pass over the memory; torch's foreach operations take no factor from the device in a single one.
         for average, weight in zip(self.averages, self._weights(), strict=True):
-            if chunk[0] and size + average.numel() > _MAX_ELEMENTS:
-                yield chunk
-                chunk, size = ([], []), 0
-            chunk[0].append(average)
-            chunk[1].append(weight)
-            size += average.numel()
-        yield chunk
+            average.lerp_(weight.float(), factor)
 
     @contextmanager
     def applied(self):

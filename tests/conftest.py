@@ -212,6 +212,18 @@ def entities_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def kept_run(tmp_path_factory, stories):
+    """Return the folder of a run of 8 steps that kept all checkpoints and an average of the weights, and its keys."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    keys = Flags(train_file=stories, tokenizer="{train: bpe, vocab_size: 300}", n_layer=1, n_head=2, n_embd=32)
+    keys |= {"max_len": 32, "batch_size": 4, "total_batch_size": 8, "max_steps": 8, "save_freq": 1, "eval_iter": 2}
+    keys |= {"save_total_limit": "null", "learning_rate": 3e-3, "warmup_steps": 2, "eval_freq": 4}
+    keys |= {"weight_averaging": "{ema: 0.5}", "final_model": "ema", "save_model": folder}
+    assert train(*keys(warmup_steps=2)) == 0
+    return folder, keys
+
+
+@pytest.fixture(scope="session")
 def gpt(tmp_path_factory):
     """A small GPT that is trained a little, to start from."""
     import small_runs as runs

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 from conftest import run_cli
 
@@ -29,6 +30,15 @@ def read_lines(path):
 
 def evaluations(run_dir):
     return [line for line in read_lines(run_dir / "metrics.jsonl") if "val_loss" in line]
+
+
+def copy_until(run, step, target):
+    """Copy a run as it was after a step."""
+    shutil.copytree(run, target)
+    for path in target.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    (target / "model.safetensors").unlink()
 
 
 def predict(*arguments):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Flags, run_cli, train
+from conftest import run_cli, train
 from safetensors.torch import load_file, save_file
 from small_runs import flags as as_flags
 from transformers import AutoModelForCausalLM
@@ -15,14 +15,9 @@ import hf_myllm
 from hf_myllm.errors import CheckpointError
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, stories):
-    """Return the folder of a run of 4 steps with all its checkpoints."""
-    folder = tmp_path_factory.mktemp("average") / "run"
-    flags = Flags(train_file=stories, tokenizer="{train: bpe, vocab_size: 300}", n_layer=1, n_head=2, n_embd=32)
-    flags |= {"max_len": 32, "batch_size": 4, "max_steps": 4, "save_freq": 1, "learning_rate": 3e-2}
-    assert train(*as_flags(**flags, save_total_limit="null", save_model=folder)) == 0
-    return folder
+@pytest.fixture
+def run(kept_run):
+    return kept_run[0]
 
 
 def weights(folder, name="model.safetensors"):
@@ -33,17 +28,17 @@ def test_the_last_checkpoints_are_averaged_and_evaluated(run, tmp_path, capsys):
     output = tmp_path / "average"
     assert run_cli("average", str(run), "--last", "3", "--output", str(output)) == 0
     out = capsys.readouterr().out
-    parts = [weights(run / f"checkpoint-{step}") for step in (2, 3, 4)]
+    parts = [weights(run / f"checkpoint-{step}") for step in (6, 7, 8)]
     average = weights(output)
     assert average.keys() == parts[0].keys()
     assert all(torch.equal(value, (parts[0][n] + parts[1][n] + parts[2][n]) / 3) for n, value in average.items())
     # a stock folder, of which the evaluation is that of the command
     assert type(AutoModelForCausalLM.from_pretrained(output)).__name__ == "GPT2LMHeadModel"
-    of_average, of_last = hf_myllm.evaluate(output), hf_myllm.evaluate(run)
+    of_average, of_last = hf_myllm.evaluate(output), hf_myllm.evaluate(run / "checkpoint-8")
     assert f"loss{of_average['loss']:>32.4f}{of_last['loss']:>12.4f}  of the last" in out
     assert of_average["loss"] != of_last["loss"]
     card = (output / "README.md").read_text()
-    assert "the average of `checkpoint-2`, `checkpoint-3`, `checkpoint-4` of the run" in card
+    assert "the average of `checkpoint-6`, `checkpoint-7`, `checkpoint-8` of the run" in card
     assert f"| loss | {of_average['loss']:.4f} | {of_last['loss']:.4f} |" in card
     assert {path.name for path in output.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
@@ -72,6 +67,7 @@ def copy_of(folder, path, **config):
     return path
 
 
+@pytest.mark.chaos
 def test_bfloat16_is_summed_in_fp32_and_shards_keep_their_files(run, tmp_path):
     folders = [copy_of(run / f"checkpoint-{step}", tmp_path / str(step)) for step in (1, 2, 3)]
     for folder in folders:
@@ -89,6 +85,7 @@ def test_bfloat16_is_summed_in_fp32_and_shards_keep_their_files(run, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "average")
 
 
+@pytest.mark.chaos
 def test_adapters_are_averaged(gpt, tmp_path):
     (tmp_path / "text.txt").write_text("Anna sees the cat. A king finds my friend. " * 60)
     flags = {
@@ -129,7 +126,7 @@ def test_what_cannot_be_averaged_is_one_line_and_nothing_is_written(run, tmp_pat
         ([first, damaged], {}, "it is damaged: model.safetensors has 4 bytes"),
         ([first], {}, "it needs at least two checkpoints"),
         (run, {"last": 1}, "it needs at least two checkpoints"),
-        (run, {"last": 5}, "it has 4 checkpoints; give --last 4 or less"),
+        (run, {"last": 9}, "it has 8 checkpoints; give --last 8 or less"),
         ([first, second], {"last": 2}, "last: it chooses among the checkpoints of one run"),
         ([first, second], {"ema": 1.0}, "ema: 1.0 must be above 0 and below 1"),
         ([first, tmp_path], {}, "it holds no model in safetensors"),

@@ -5,33 +5,24 @@ import os
 import shutil
 
 import pytest
-from conftest import Flags, assert_same_run, read_metrics, train
+from conftest import assert_same_run, read_metrics, train
+from small_runs import copy_until
 from small_runs import flags as as_flags
 
 from hf_myllm import checkpoint
+from hf_myllm.tasks.causal_lm import CausalLM
 
 BYTES = ("model.safetensors", "config.json", "trainer_state/optimizer.safetensors")
 
 
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory, stories):
-    """Return the folder of a run of 8 steps with a checkpoint every 4, and its recipe as flags."""
-    folder = tmp_path_factory.mktemp("parent") / "run"
-    recipe = Flags(train_file=stories, tokenizer="{train: bpe, vocab_size: 300}", n_layer=1, n_head=2, n_embd=32)
-    recipe |= {"max_len": 32, "batch_size": 4, "total_batch_size": 8, "max_steps": 8, "save_freq": 4}
-    recipe |= {"learning_rate": 3e-3, "warmup_steps": 2, "eval_freq": 4, "eval_iter": 1, "save_model": folder}
-    assert train(*recipe(warmup_steps=2)) == 0
-    return folder, recipe
-
-
 @pytest.fixture
-def branch(parent, tmp_path):
-    """Return a function that trains a branch of the parent's step 4, with other keys; it returns the exit code."""
+def branch(kept_run, tmp_path):
+    """Return a function that trains a branch of the run's step 4, with other keys; it returns the exit code."""
 
     def run(**changes):
-        folder, recipe = parent
+        folder, keys = kept_run
         start = {"init_from": folder / "checkpoint-4", "with_optimizer": True, "save_model": tmp_path / "branch"}
-        return train(*as_flags(**recipe | start | changes))
+        return train(*as_flags(**keys | start | changes))
 
     return run
 
@@ -40,8 +31,8 @@ def read_run(folder):
     return json.loads((folder / "run.json").read_text())
 
 
-def test_a_branch_with_the_same_recipe_ends_with_the_bytes_of_the_run(parent, branch, tmp_path, capsys):
-    folder, run = parent[0], tmp_path / "branch"
+def test_a_branch_with_the_same_recipe_ends_with_the_bytes_of_the_run(kept_run, branch, tmp_path, capsys):
+    folder, run = kept_run[0], tmp_path / "branch"
     assert branch() == 0
     for name in BYTES:
         assert (run / "checkpoint-8" / name).read_bytes() == (folder / "checkpoint-8" / name).read_bytes(), name
@@ -58,22 +49,18 @@ def test_a_branch_with_the_same_recipe_ends_with_the_bytes_of_the_run(parent, br
     assert "4 steps of at most" in (run / "README.md").read_text()
 
 
-def test_a_branch_of_another_recipe_is_what_resuming_with_it_trains(parent, branch, tmp_path):
+def test_a_branch_of_another_recipe_is_what_resuming_with_it_trains(kept_run, branch, tmp_path):
     """Rows, learning rates and seeds of the new recipe at step 4; then it resumes without the folder it came from."""
-    folder, (run, other, resumed) = parent[0], (tmp_path / name for name in ("branch", "other", "resumed"))
+    folder, (run, other, resumed) = kept_run[0], (tmp_path / name for name in ("branch", "other", "resumed"))
     changes = {"learning_rate": 1e-3, "total_batch_size": 6, "max_steps": 10, "save_freq": 2, "seed": 7}
     assert branch(**changes) == 0
     assert "learning_rate was 0.003 and is 0.001" in read_run(run)["branched_from"]["changed"]
-    shutil.copytree(folder, resumed)
-    shutil.rmtree(resumed / "checkpoint-8")
-    (resumed / "model.safetensors").unlink()
+    copy_until(folder, 4, resumed)
     assert branch(**changes, save_model=resumed, init_from="resume", with_optimizer=None, allow_changed=True) == 0
     for name in BYTES:
         assert (run / "checkpoint-10" / name).read_bytes() == (resumed / "checkpoint-10" / name).read_bytes(), name
     # a resumed branch ends with the same bytes, and needs the folder that it came from no more
-    shutil.copytree(run, other)
-    shutil.rmtree(other / "checkpoint-10")
-    (other / "model.safetensors").unlink()
+    copy_until(run, 8, other)
     away = folder.rename(folder.with_name("away"))
     try:
         assert train(other / "recipe.yaml", "--save_model", other, "--resume") == 0
@@ -86,6 +73,7 @@ def test_a_branch_of_another_recipe_is_what_resuming_with_it_trains(parent, bran
     assert_same_run(other, run)
 
 
+@pytest.mark.chaos
 def test_a_branch_has_other_data_and_an_evaluation_at_its_start(branch, tmp_path, capsys):
     (tmp_path / "other.txt").write_text("The old house finds a king. " * 400)
     changes = {"train_file": tmp_path / "other.txt", "metric_for_best": "loss", "save_freq": 100}
@@ -95,19 +83,20 @@ def test_a_branch_has_other_data_and_an_evaluation_at_its_start(branch, tmp_path
     assert {path.name for path in (tmp_path / "branch").glob("checkpoint-*")} == {"checkpoint-8"}  # 4 is not the best
 
 
-def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_again(parent, branch, tmp_path):
-    run, recipe = tmp_path / "branch", parent[1]
+@pytest.mark.chaos
+def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_again(kept_run, branch, tmp_path):
+    run, keys = tmp_path / "branch", kept_run[1]
     assert branch(save_freq=100) == 0
     expected = (run / "model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoint-8")
     (run / "model.safetensors").unlink()
-    assert train(*as_flags(**recipe | {"save_model": run, "init_from": "resume"})) == 0  # the flags are forgotten
+    assert train(*as_flags(**keys | {"save_model": run, "init_from": "resume"})) == 0  # the flags are forgotten
     assert (run / "model.safetensors").read_bytes() == expected
     assert read_run(run)["branched_from"]["step"] == 4
 
 
-def test_what_a_branch_may_not_change_is_one_line(parent, branch, tmp_path, capsys):
-    folder = parent[0]
+def test_what_a_branch_may_not_change_is_one_line(kept_run, branch, tmp_path, capsys):
+    folder = kept_run[0]
     for changes, message in (
         ({"optimizer": "muon"}, "checkpoint-4: optimizer was 'adamw' and is 'muon'; give optimizer adamw"),
         ({"implementation": "stock"}, "implementation was 'ours' and is 'stock'"),
@@ -129,3 +118,36 @@ def test_what_a_branch_may_not_change_is_one_line(parent, branch, tmp_path, caps
     os.truncate(tmp_path / "checkpoint-4" / "model.safetensors", 100)
     assert branch(init_from=tmp_path / "checkpoint-4") == 2
     assert "checkpoint-4: model.safetensors has 100 bytes instead of" in capsys.readouterr().err
+
+
+@pytest.mark.chaos
+def test_a_stream_goes_on_in_a_branch_and_other_text_is_read_from_its_start(tiny, tmp_path):
+    (tmp_path / "val.txt").write_text("Anna sees the cat. A king finds my friend. " * 9)
+    (tmp_path / "other.txt").write_text("".join(f"The cat {n} forgets a king. " for n in range(3000)))
+    keys = {"streaming": "true", "streaming_window": 800, "val_file": tmp_path / "val.txt", "eval_freq": None}
+    flags, run = tiny(max_steps=16, save_freq=8, **keys), tmp_path / "run"
+    assert train(*flags) == 0
+    start = ["--init_from", run / "checkpoint-8", "--with_optimizer", "--save_model"]
+    assert train(*flags, *start, tmp_path / "same") == 0
+    for name in BYTES:
+        assert (tmp_path / "same" / "checkpoint-16" / name).read_bytes() == (run / "checkpoint-16" / name).read_bytes()
+    # other text: the tokens of step 8 of a run that reads it from the beginning
+    read, batches = [], []
+    original = CausalLM.batch
+
+    def batch(task, rows, indices, step=None, size=None):
+        result = original(task, rows, indices, step, size)
+        if step is not None:
+            read.append((step, result["input_ids"].tolist()))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalLM, "batch", batch)
+        for more in (["--tokenizer", run], start[:-1]):
+            folder = tmp_path / f"other-{len(more)}"  # with the same tokenizer, that of the run
+            others = tiny(max_steps=16, save_freq=8, **keys, train_file=tmp_path / "other.txt", save_model=folder)
+            assert train(*others, *more) == 0
+            batches.append([pair for pair in read if pair[0] >= 8])
+            read.clear()
+    assert batches[0] == batches[1]
+    assert len(batches[0]) == 16

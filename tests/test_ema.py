@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import Flags, assert_same_run, read_metrics, read_weights, train
+from conftest import assert_same_run, read_metrics, read_weights, train
 from distributed.test_ranks import run_sharded
 from launching import run_ranks
 from safetensors.torch import load_file
+from small_runs import copy_until
 from small_runs import flags as as_flags
 
 import hf_myllm
@@ -18,22 +19,16 @@ from hf_myllm.models.gpt import GPTForCausalLM
 from hf_myllm.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def recipe(stories):
-    """Return the recipe of a small run of 8 steps that keeps the checkpoint of each step, as flags."""
-    flags = Flags(train_file=stories, tokenizer="{train: bpe, vocab_size: 300}", n_layer=1, n_head=2, n_embd=32)
-    flags |= {"max_len": 32, "batch_size": 4, "total_batch_size": 8, "max_steps": 8, "save_freq": 1}
-    flags |= {"save_total_limit": "null", "learning_rate": 3e-3, "warmup_steps": 2, "eval_freq": 4, "eval_iter": 2}
-    return flags
+@pytest.fixture
+def averaged(kept_run):
+    return kept_run[0]
 
 
-@pytest.fixture(scope="module")
-def averaged(recipe, tmp_path_factory):
-    """Return the folder of such a run that publishes an average."""
-    folder = tmp_path_factory.mktemp("averaged") / "run"
-    average = {"weight_averaging": "{ema: 0.5}", "final_model": "ema"}
-    assert train(*as_flags(**recipe | average, save_model=folder)) == 0
-    return folder
+@pytest.fixture
+def recipe(kept_run):
+    """Return the keys of the run without its average and its folder."""
+    left_out = ("weight_averaging", "final_model", "save_model")
+    return {name: value for name, value in kept_run[1].items() if name not in left_out}
 
 
 def read_average(run, step):
@@ -67,7 +62,7 @@ def test_the_average_is_in_fp32_and_leaves_out_skipped_steps_and_frozen_weights(
         factor = torch.tensor(1 - min(0.25, (1 + step) / (10 + step)))
         if is_finite:
             weights = [p.detach().float() for p in average.parameters.values()]
-            expected = [e + (w - e) * factor for e, w in zip(expected, weights, strict=True)]
+            expected = [e.lerp(w, factor) for e, w in zip(expected, weights, strict=True)]
         assert all(torch.equal(*pair) for pair in zip(average.averages, expected, strict=True))
     own = [p.detach().clone() for p in model.parameters()]
     with average.applied():
@@ -75,21 +70,9 @@ def test_the_average_is_in_fp32_and_leaves_out_skipped_steps_and_frozen_weights(
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), own, strict=True))
 
 
-def test_large_weights_are_averaged_in_parts(monkeypatch):
-    averages = []
-    for limit in (1 << 26, 13, 1):
-        monkeypatch.setattr("hf_myllm.ema._MAX_ELEMENTS", limit)
-        model = small_model()
-        average = WeightAverage(model, 0.9)
-        model[0].weight.data += 1
-        average.update(0, torch.tensor(True))
-        averages.append(average.averages)
-    assert all(torch.equal(a, b) for other in averages[1:] for a, b in zip(averages[0], other, strict=True))
-
-
 def test_a_run_averages_the_weights_of_its_steps_and_publishes_that(recipe, averaged, tmp_path, capsys):
     """The training is that of a run without an average; the average is the recursion over its checkpoints."""
-    assert train(*as_flags(**recipe | {"seed": 1337}, save_model=tmp_path / "plain")) == 0
+    assert train(*as_flags(**recipe, save_model=tmp_path / "plain")) == 0
     for step in (4, 8):
         weights = [run / f"checkpoint-{step}" / "model.safetensors" for run in (averaged, tmp_path / "plain")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -98,7 +81,7 @@ def test_a_run_averages_the_weights_of_its_steps_and_publishes_that(recipe, aver
         now, weights = read_average(averaged, step), weights_of(averaged / f"checkpoint-{step}")
         factor = torch.tensor(1 - min(0.5, step / (9 + step)))
         for name, value in now.items():
-            assert torch.equal(value, before[name] + (weights[name].detach() - before[name]) * factor), (step, name)
+            assert torch.equal(value, before[name].lerp(weights[name].detach(), factor)), (step, name)
         before = now
     published = weights_of(averaged)
     assert published.keys() == before.keys()
@@ -118,24 +101,17 @@ def test_a_run_averages_the_weights_of_its_steps_and_publishes_that(recipe, aver
 
 def test_the_average_resumes_bit_for_bit(recipe, averaged, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(averaged, run)
-    for step in range(5, 9):
-        shutil.rmtree(run / f"checkpoint-{step}")
-    (run / "model.safetensors").unlink()
+    copy_until(averaged, 4, run)
     assert train(run / "recipe.yaml", "--save_model", run, "--resume") == 0
     for name in ("model.safetensors", "checkpoint-8/trainer_state/optimizer.safetensors"):
         assert (run / name).read_bytes() == (averaged / name).read_bytes()
     assert read_metrics(run, "val_ema_loss") == read_metrics(averaged, "val_ema_loss")
-    # the model to publish may change without training
-    assert train(run / "recipe.yaml", "--save_model", run, "--resume", "--final_model", "last") == 0
-    assert read_weights(run) == read_weights(run / "checkpoint-8")
-    assert train(run / "recipe.yaml", "--save_model", run, "--resume") == 0
-    assert read_weights(run) == read_weights(averaged)
     # another decay is another run
     assert train(run / "recipe.yaml", "--save_model", run, "--resume", "--weight_averaging", "{ema: 0.9}") == 2
     assert "weight_averaging was {'ema': 0.5} and is {'ema': 0.9}" in capsys.readouterr().err
 
 
+@pytest.mark.chaos
 def test_the_best_by_the_average_is_the_average_of_that_step(recipe, tmp_path):
     average = {"weight_averaging": "{ema: 0.5}", "metric_for_best": "ema_loss", "eval_freq": 2}
     more = {"greater_is_better": True, "save_model": tmp_path / "run"}  # the first is the best
@@ -153,14 +129,14 @@ def test_the_best_by_the_average_is_the_average_of_that_step(recipe, tmp_path):
     assert hf_myllm.evaluate(tmp_path / "run")["loss"] == losses[best]
 
 
+@pytest.mark.chaos
 def test_an_average_may_begin_in_a_branch(recipe, averaged, tmp_path, capsys):
     start = {"init_from": averaged / "checkpoint-7", "with_optimizer": True, "weight_averaging": "{ema: 0.75}"}
     assert train(*as_flags(**recipe | start, save_model=tmp_path / "on")) == 0
     before, weights = read_average(averaged, 7), weights_of(averaged / "checkpoint-8")
     factor = torch.tensor(1 - min(0.75, 8 / 17))
     for name, value in read_average(tmp_path / "on", 8).items():
-        assert torch.equal(value, before[name] + (weights[name].detach() - before[name]) * factor)
-    shutil.copytree(tmp_path / "on", tmp_path / "off")
+        assert torch.equal(value, before[name].lerp(weights[name].detach(), factor))
     del start["weight_averaging"]
     assert train(*as_flags(**recipe | start, save_model=tmp_path / "none")) == 0
     assert not read_average(tmp_path / "none", 8)
@@ -194,6 +170,16 @@ def test_what_cannot_be_averaged_is_one_line(recipe, tmp_path, capsys, flags, me
 
 
 @pytest.mark.chaos
+def test_the_model_to_publish_may_change_without_training(averaged, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(averaged, run)
+    assert train(run / "recipe.yaml", "--save_model", run, "--resume", "--final_model", "last") == 0
+    assert read_weights(run) == read_weights(run / "checkpoint-8")
+    assert train(run / "recipe.yaml", "--save_model", run, "--resume") == 0
+    assert read_weights(run) == read_weights(averaged)
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize("more", [{}, {"optimizer": "muon"}, {"dtype": "bfloat16"}], ids=str)
 def test_the_average_of_several_ranks_is_that_of_one(recipe, tmp_path, more):
     """DDP and FSDP2 with accumulation: the same average but for rounding; resumed, the same bytes; and what one number
@@ -210,12 +196,9 @@ def test_the_average_of_several_ranks_is_that_of_one(recipe, tmp_path, more):
         expected = pytest.approx(read_metrics(tmp_path / "one", "val_ema_loss"), abs=tolerance)
         assert read_metrics(run, "val_ema_loss") == expected
         assert load_file(run / "model.safetensors").keys() == load_file(tmp_path / "one" / "model.safetensors").keys()
-        shutil.copytree(run, resumed)
-        for step in range(5, 9):
-            shutil.rmtree(resumed / f"checkpoint-{step}")
-        (resumed / "model.safetensors").unlink()
         again = tmp_path / f"{name}-again"
-        shutil.copytree(resumed, again)
+        copy_until(run, 4, resumed)
+        copy_until(run, 4, again)
         assert launch(2, *as_flags(**flags, save_model=resumed, init_from="resume")).returncode == 0
         assert read_weights(resumed) == read_weights(run)
         files = checkpoint.OptimizerFiles(run / "checkpoint-8")
