@@ -31,7 +31,6 @@ from .distributed import (
     explain_failures,
     is_rank_zero,
     process_settings,
-    shard_model,
 )
 from .errors import InputError, RecipeError
 from .evaluation import load_metrics
@@ -44,6 +43,7 @@ from .precision import cast_to_bf16, convert_to_fp8
 from .recipe import Recipe
 from .resume import check_resumable, check_same_data, check_same_recipe, find_branch_point, is_branch, start_average
 from .saver import Saver
+from .sharding import shard_model
 from .tasks import TASKS
 from .terminal import plural
 

@@ -1,4 +1,4 @@
-"""Ranks, devices, sharding, signals and failures; the only module that configures `Accelerator`."""
+"""Ranks, devices, signals and failures; the only module that configures `Accelerator`."""
 
 import gc
 import importlib.util
@@ -30,7 +30,6 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .errors import InputError, PeerFailure, RankError, first_line, os_problem
 from .peers import Peers
@@ -39,7 +38,6 @@ from .precision import (
     choose_precision,
     deterministic_algorithms,
     explain_nondeterminism,
-    layers,
     preserved_tf32,
 )
 
@@ -360,29 +358,6 @@ def _is_peer_failure(error):
     """Return whether an error means that another rank cannot be reached."""
     pattern = r"closed by peer|connection reset|broken pipe|read error|remote worker|nccl .*(error|abort)|recvvalue"
     return isinstance(error, torch.distributed.DistError) or bool(re.search(pattern, str(error), re.IGNORECASE))
-
-
-# ---- sharding
-
-
-def shard_model(accelerator, model, compile_model):
-    """Shard a model's parameters over the ranks with FSDP2: each layer is gathered when it runs.
-
-    Calls torch's fully_shard with accelerate's settings. accelerate's own path shards embeddings and head separately,
-    which fails where they share more than one parameter (BERT), and reduces gradients in bfloat16. Embeddings and head
-    are gathered with the root module.
-    """
-    plugin = accelerator.state.fsdp_plugin
-    param_dtype = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
-    for layer in layers(model):
-        if compile_model:
-            layer.compile()
-        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
-    if compile_model and hasattr(model, "compute_loss"):  # uncompiled, it stores logits and their gradient in fp32
-        model.compute_loss = torch.compile(model.compute_loss)
-    fully_shard(model, **options)
 
 
 # ---- the device

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from .data.sampler import derive_seed, evenly_spaced, micro_batches
-from .distributed import StopQuestion, gather, shard_model, sum_over_ranks, to_device, wait_for_ranks
+from .distributed import StopQuestion, gather, sum_over_ranks, to_device, wait_for_ranks
 from .errors import InputError, RecipeError, first_line
+from .sharding import shard_model
 from .tasks.base import language_metrics
 from .terminal import Status
 

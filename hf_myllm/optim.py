@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from .errors import InputError
 from .precision import layers
+from .sharding import local_rows, to_full, to_local, to_sharded
 
 AVERAGE = "ema"  # name in a checkpoint of what ema.py keeps of a parameter, beside its optimizer state
 
@@ -152,7 +153,7 @@ class Muon(torch.optim.Muon):
         found_inf = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
         updates = self._update_momenta(gradients, buffers, group["momentum"], found_inf)
         if isinstance(parameters[0], DTensor):  # orthogonalization needs the rows of all ranks
-            updates = torch.stack([to_full(_to_sharded(*pair)) for pair in zip(updates, parameters, strict=True)])
+            updates = torch.stack([to_full(to_sharded(*pair)) for pair in zip(updates, parameters, strict=True)])
         count, dim = group.get("projections", (1, 0))
         updates = updates.unflatten(dim + 1, (count, -1)).movedim(dim + 1, 1)  # (matrices, projections, rows, columns)
         shape = updates.shape
@@ -264,7 +265,7 @@ def load_optimizer_tensors(model, optimizer, tensors):
         if value.dim() and value.shape != local.shape:
             raise ValueError(f"{key} has the shape {tuple(value.shape)}, its parameter {tuple(local.shape)}")
         if value.dim() and isinstance(parameter, DTensor):
-            value = _to_sharded(value.to(local.device), parameter)
+            value = to_sharded(value.to(local.device), parameter)
         state.setdefault(indices[name], {})[state_name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -273,29 +274,3 @@ def all_finite(tensors):
     """Return whether no number in tensors is NaN or infinite; the host waits for the device once."""
     extremes = [torch.stack(torch.aminmax(tensor.detach())).float() for tensor in tensors if tensor.numel()]
     return not extremes or bool(torch.stack(extremes).isfinite().all())
-
-
-def to_local(tensor):
-    """Return this rank's rows of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def to_full(tensor):
-    """Return all rows of a tensor that may be sharded. A collective: all ranks must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_rows(parameter):
-    """Return (start, stop) of this rank's rows of a parameter; fully_shard divides rows as torch.chunk does."""
-    if not isinstance(parameter, DTensor):
-        return 0, None
-    mesh, num_rows = parameter.device_mesh, len(parameter)
-    rows_per_rank = math.ceil(num_rows / mesh.size())
-    start = min(num_rows, mesh.get_local_rank() * rows_per_rank)
-    return start, min(num_rows, start + rows_per_rank)
-
-
-def _to_sharded(rows, parameter):
-    """Return this rank's rows as part of a DTensor sharded like the parameter."""
-    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
-    return DTensor.from_local(rows, mesh, parameter.placements, shape=shape, stride=stride, run_check=False)

@@ -132,7 +132,7 @@ def explain_nondeterminism(error):
 
 
 def cast_to_bf16(model):
-    """Pass bfloat16 hidden states from layer to layer under autocast, as [`~hf_myllm.distributed.shard_model`] does.
+    """Pass bfloat16 hidden states from layer to layer under autocast, as [`~hf_myllm.sharding.shard_model`] does.
 
     Autocast alone keeps the residual stream in fp32, which doubles its memory traffic.
     """

@@ -12,6 +12,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
     {"files", "seeds", "terminal"},
     {"recipe"},
     {"precision", "launcher", "peers"},
+    {"sharding"},
     {"models", "optim", "distributed"},
     {"data", "checkpoint", "ema"},
     {"generate"},
@@ -30,6 +31,7 @@ LAYERS = (  # a module or subpackage imports from the layers above its own line 
 SHARED_BY_FAMILIES = ("stock", "loss", "decoder", "encoder_decoder")
 PLAIN_ARGUMENTS = {
     "precision",
+    "sharding",
     "models",
     "optim",
     "distributed",

@@ -1,0 +1,55 @@
+"""Parameters sharded over the ranks (FSDP2), and a rank's rows of them."""
+
+import math
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .precision import layers
+
+
+def shard_model(accelerator, model, compile_model):
+    """Shard a model's parameters over the ranks with FSDP2: each layer is gathered when it runs.
+
+    Calls torch's fully_shard with accelerate's settings. accelerate's own path shards embeddings and head separately,
+    which fails where they share more than one parameter (BERT), and reduces gradients in bfloat16. Embeddings and head
+    are gathered with the root module.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    param_dtype = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
+    for layer in layers(model):
+        if compile_model:
+            layer.compile()
+        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
+    if compile_model and hasattr(model, "compute_loss"):  # uncompiled, it stores logits and their gradient in fp32
+        model.compute_loss = torch.compile(model.compute_loss)
+    fully_shard(model, **options)
+
+
+def to_local(tensor):
+    """Return this rank's rows of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def to_full(tensor):
+    """Return all rows of a tensor that may be sharded. A collective: all ranks must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(parameter):
+    """Return (start, stop) of this rank's rows of a parameter; fully_shard divides rows as torch.chunk does."""
+    if not isinstance(parameter, DTensor):
+        return 0, None
+    mesh, num_rows = parameter.device_mesh, len(parameter)
+    rows_per_rank = math.ceil(num_rows / mesh.size())
+    start = min(num_rows, mesh.get_local_rank() * rows_per_rank)
+    return start, min(num_rows, start + rows_per_rank)
+
+
+def to_sharded(rows, parameter):
+    """Return this rank's rows as part of a DTensor sharded like the parameter."""
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(rows, mesh, parameter.placements, shape=shape, stride=stride, run_check=False)
