@@ -192,7 +192,8 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     training, validation, stats = load_data(
         recipe, data_sources, tokenizer, task, trainer_state, config.vocab_size, cleanup, show_progress
     )
-    model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task)
+    on_meta = accelerator.is_fsdp2
+    model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task, on_meta)
     check_class(model, recipe.task, recipe.data.packing, task.isolates_documents, task.pads_rows)
     adapt_model(recipe, accelerator, model, task)
     train_rows, val_sets = make_rows(recipe, data_sources, task, training, validation)
@@ -266,7 +267,7 @@ def build_config(recipe, tokenizer, pretrained, task):
     )
 
 
-def build_model(recipe, config, pretrained, stored_config, is_trained, task):
+def build_model(recipe, config, pretrained, stored_config, is_trained, task, on_meta=False):
     """Return the model and the names of its newly initialized weights; see [`loading.build_model`]."""
     section, lora_settings = recipe.lora, None
     if section.r and not recipe.evaluation.eval_only:
@@ -285,6 +286,7 @@ def build_model(recipe, config, pretrained, stored_config, is_trained, task):
         seed=sampler.derive_seed(recipe.run.seed, "initial weights"),
         dtype=getattr(torch, recipe.training.dtype),
         lora_settings=lora_settings,
+        on_meta=on_meta,
     )
 
 

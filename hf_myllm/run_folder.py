@@ -275,7 +275,9 @@ def _choose_checkpoint(run, state):
 
 
 def load_published(run):
-    """Return the model at the folder's root, which a finished run published before."""
+    """Return the model at the folder's root, which a finished run published before; None if it is sharded (FSDP2)."""
+    if run.accelerator.is_fsdp2:
+        return None
     model = run.accelerator.unwrap_model(run.model).eval()
     load_weights(model, run.recipe.run.save_model)
     return model

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .precision import layers
@@ -15,6 +15,9 @@ def shard_model(accelerator, model, compile_model):
     Calls torch's fully_shard with accelerate's settings. accelerate's own path shards embeddings and head separately,
     which fails where they share more than one parameter (BERT), and reduces gradients in bfloat16. Embeddings and head
     are gathered with the root module.
+
+    Of a model on the meta device, each rank then makes its own rows only, as the model's `read_rows` returns them; see
+    [`~hf_myllm.models.loading.build_model`].
     """
     plugin = accelerator.state.fsdp_plugin
     param_dtype = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
@@ -27,6 +30,24 @@ def shard_model(accelerator, model, compile_model):
     if compile_model and hasattr(model, "compute_loss"):  # uncompiled, it stores logits and their gradient in fp32
         model.compute_loss = torch.compile(model.compute_loss)
     fully_shard(model, **options)
+    if "read_rows" in vars(model):
+        device = torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device
+        _fill(model, vars(model).pop("read_rows"), device)
+
+
+def _fill(model, read_rows, device):
+    """Give the parameters of a model on the meta device this rank's rows.
+
+    Args:
+        read_rows: called with a parameter's name, the first row and the end.
+    """
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        rows = read_rows(name, *local_rows(parameter)).to(device)
+        parameters[parameter] = torch.nn.Parameter(to_sharded(rows, parameter), parameter.requires_grad)
+    named = model.named_parameters(remove_duplicate=False)
+    # A hook of FSDP2 takes the new parameters over.
+    model.load_state_dict({name: parameters[parameter] for name, parameter in named}, strict=False, assign=True)
 
 
 def to_local(tensor):
@@ -44,8 +65,9 @@ def local_rows(parameter):
     if not isinstance(parameter, DTensor):
         return 0, None
     mesh, num_rows = parameter.device_mesh, len(parameter)
-    rows_per_rank = math.ceil(num_rows / mesh.size())
-    start = min(num_rows, mesh.get_local_rank() * rows_per_rank)
+    dim = next(index for index, placement in enumerate(parameter.placements) if placement.is_shard())
+    rows_per_rank = math.ceil(num_rows / mesh.size(dim))
+    start = min(num_rows, mesh.get_local_rank(dim) * rows_per_rank)
     return start, min(num_rows, start + rows_per_rank)
 
 

@@ -60,6 +60,9 @@ class InitialWeights:
             for name in buffers:
                 module, _, last = name.rpartition(".")
                 model.get_submodule(module)._buffers[last] = whole.get_buffer(name)
+        # Of the buffers those that are saved, as when loaded. Others, as rotary frequencies, stay exact.
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor.data = tensor.data if tensor.is_meta else tensor.data.to(dtype)
 
     def update(self, other):
         """Give the parameters that another class has under the same names the values that it gives them."""
@@ -116,9 +119,6 @@ class InitialWeights:
     def materialize(self):
         """Return the model with all its parameters."""
         materialize(self.model, {name: self.rows(name) for name, _ in self.model.named_parameters()})
-        # Of the buffers those that are saved, as when loaded. Others, as rotary frequencies, stay exact.
-        for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor.data = tensor.data.to(self.dtype)
         return self.model
 
     @torch.no_grad()

@@ -197,6 +197,7 @@ def build_model(
     seed=0,
     dtype=torch.float32,
     lora_settings=None,
+    on_meta=False,
 ):
     """Return the model that a run trains or evaluates, and the names of its newly initialized weights.
 
@@ -212,6 +213,7 @@ def build_model(
         use_config_ids: set the special tokens of generation from the configuration.
         seed: seed of the newly initialized weights.
         lora_settings: arguments of [`lora.add`], to train an adapter; None: train all weights.
+        on_meta: leave the parameters on the meta device. The model's `read_rows(name, start, stop)` returns their rows.
     Raises:
         ModelError: the model cannot be loaded, does not fit the configuration, or lacks weights of the task.
     """
@@ -220,7 +222,7 @@ def build_model(
         _check_lora(pretrained, base, is_trained)
     torch.manual_seed(seed)  # of LoRA's matrices
     if not pretrained:
-        return _initialize(family, task, config, seed, dtype), []
+        return _initialize(family, task, config, seed, dtype, on_meta), []
     try:  # what a base model lacks, its adapter has
         must_be_whole = is_trained and not base
         model, new = _load_whole_model(family, task, config, base or pretrained, must_be_whole, replaces_head, dtype)
@@ -336,8 +338,8 @@ def _explain(error, pretrained, base):
     return ModelError(f"{error}; {where}")
 
 
-def _initialize(family, task, config, seed, dtype):
-    """Return a new model, which has the same weights with `implementation: stock` as without."""
+def _initialize(family, task, config, seed, dtype, on_meta):
+    """Return a new model, which has the same weights with `implementation: stock` as without; see [`build_model`]."""
     model_class, own = FAMILIES[family].tasks[task], dict.get(FAMILIES, family.removeprefix("stock:"))
     try:
         model = make_on_meta(model_class, config)
@@ -347,7 +349,9 @@ def _initialize(family, task, config, seed, dtype):
             f"{first_line(error)}); correct it"
         ) from None
     size, memory = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize, physical_memory()
-    if memory and size > memory:  # otherwise it would be made layer by layer until the machine has no memory left
+    if (
+        memory and size > memory and not on_meta
+    ):  # otherwise it would be made layer by layer until the machine has no memory left
         raise ModelError(
             f"a {family} of this config cannot be made: its weights take {size / 1e9:,.1f} GB, and this machine has "
             f"{memory / 1e9:,.1f} GB of memory; reduce its sizes"
@@ -357,7 +361,10 @@ def _initialize(family, task, config, seed, dtype):
         if family.startswith("stock:") and own and task in own.tasks:
             own_model = make_on_meta(own.tasks[task], own.config.from_dict(config.to_dict()))
             weights.update(InitialWeights(own_model, seed, dtype))
-        return weights.materialize()
+        if not on_meta:
+            return weights.materialize()
+        model.read_rows = weights.rows
+        return model
     except (RuntimeError, MemoryError) as error:
         raise ModelError(f"a {family} of this config cannot be made; reduce its sizes: {first_line(error)}") from None
 

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ModelError, first_line
 from .auto import StockTraining, num_positions
+from .initialization import InitialWeights, make_on_meta
 from .loss import IGNORE_INDEX
 
 _LENGTH, _TAIL = 16, 4  # tokens of a row, and how many of them are changed or padded
@@ -30,17 +31,43 @@ def check_class(model, task, packing, isolates_documents=False, pads_rows=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(model, StockTraining):
         return
-    name, was_training = type(model).__name__, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            problem = _find_problem(model, task, packing, isolates_documents, pads_rows)
-    except Exception as error:  # of a class that does not check its configuration
-        problem = f"it fails on a row of tokens ({type(error).__name__}: {first_line(error)[:200]}); change config"
-    finally:
-        model.train(was_training)
+    settings = task, packing, isolates_documents, pads_rows
+    if next(model.parameters()).is_meta:  # what a few layers do not show is asked of all
+        problem = _find_error(_few_layers, model, *settings) and _find_error(_all_layers, model, *settings)
+    else:
+        problem = _find_error(lambda model: model, model, *settings)
     if problem:
-        raise ModelError(f"model {model.config.model_type}, {name}: {problem}")
+        raise ModelError(f"model {model.config.model_type}, {type(model).__name__}: {problem}")
+
+
+def _find_error(make, model, *settings):
+    """Return why the model that `make` returns for a model cannot be trained, or None."""
+    try:
+        model = make(model)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return _find_problem(model, *settings)
+        finally:
+            model.train(was_training)
+    except Exception as error:  # of a class that does not check its configuration
+        return f"it fails on a row of tokens ({type(error).__name__}: {first_line(error)[:200]}); change config"
+
+
+def _all_layers(model):
+    """Return a new model with its weights in memory, of a model on the meta device."""
+    return InitialWeights(make_on_meta(type(model), model.config), 0).materialize()
+
+
+def _few_layers(model):
+    """Return a new model with as few layers as show all their types, of a model on the meta device."""
+    config = copy.deepcopy(model.config)
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    config.num_hidden_layers = min(len(types), max(2, 1 + max(types.index(kind) for kind in types)))
+    if getattr(config, "layer_types", None):
+        config.layer_types = types[: config.num_hidden_layers]
+    return InitialWeights(make_on_meta(type(model), config), 0).materialize()
 
 
 def _find_problem(model, task, packing, isolates_documents, pads_rows):
@@ -62,6 +89,16 @@ def _find_problem(model, task, packing, isolates_documents, pads_rows):
         remedy = "use packing stream" if task == "mlm" else f"train another model for task {task}"
         return f"its outputs depend on the padding of a row; {remedy}"
     return None
+
+
+def _few_layers(model):
+    """Return a new model with as few layers as show all their types, of a model on the meta device."""
+    config = copy.deepcopy(model.config)
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    config.num_hidden_layers = max(2, 1 + max(types.index(kind) for kind in types))
+    if getattr(config, "layer_types", None):
+        config.layer_types = types[: config.num_hidden_layers]
+    return InitialWeights(make_on_meta(type(model), config), 0).materialize()
 
 
 class _Probe:

@@ -76,6 +76,7 @@ def test_peft_loads_the_adapter_and_a_merged_model_agrees(tmp_path, gpt, capsys)
         "learning_rate": 5e-3,
         "save_freq": 20,
         "r": 8,
+        "seed": 1,
         "eval_freq": 100,
         "target_modules": "all-linear",
     }
