@@ -89,9 +89,9 @@ def _find_sources(recipe, train_data, eval_data):
     entries, names = data.datasets or [data.model_dump()], ()
     if data.datasets and data.datasets[0].get("name") and not validation:
         names = tuple(entry["name"] for entry in entries)
-        own = [find_source({**entry, "train_file": entry.get("val_file"), "dataset": None}, data) for entry in entries
-               if entry.get("val_file")]  # fmt: skip
-        validation = dict(zip([entry["name"] for entry in entries if entry.get("val_file")], own, strict=True))
+        own = {entry["name"]: entry | {"train_file": entry["val_file"], "dataset": None} for entry in entries
+               if entry.get("val_file")}  # fmt: skip
+        validation = {name: find_source(entry, data) for name, entry in own.items()}
     if recipe.evaluation.eval_only and validation and set(names) <= set(validation):
         return Sources([], validation)
     if train_data is not None:

@@ -13,7 +13,7 @@ CONTROL = re.compile(r"\x1b(?!\[K)|[\0-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u
 
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _URL_USER = re.compile(r"://[^\s/]+@")  # with a password, as endpoints and proxies may have
-_URL_QUERY = re.compile(r"(://[^\s?'\"]*\?)\S+?(?=[.,:;)\]}'\"]*(?:\s|$))")  # which may sign a request
+_URL_QUERY = re.compile(r"(://[^\s?'\"]{0,4096}\?)[^\s'\"]*[^\s'\".,:;)\]}]")  # which may sign a request
 
 
 def hide_secrets(text):
@@ -29,7 +29,7 @@ class InputError(Exception):
     """
 
     def __init__(self, message=""):
-        text = hide_secrets(" ".join(str(message).splitlines()))
+        text = hide_secrets(" ".join(str(message)[: 8 * _MAX_MESSAGE].splitlines()))
         super().__init__(text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ...")
 
 

@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from conftest import read_metrics, read_weights, train
-from launching import has_reached, run_command, start
+from conftest import assert_same_run, read_metrics, read_weights, train
+from launching import has_reached, run_command, run_ranks, start
 
 from hf_myllm.errors import RecipeError
 from hf_myllm.recipe import Recipe
@@ -84,6 +84,20 @@ def test_a_mixture_of_streams_that_is_killed_and_resumed_ends_with_the_same_byte
     assert read_metrics(run, "loss") == read_metrics(tmp_path / "reference", "loss")
 
 
+@pytest.mark.chaos
+def test_a_mixture_of_streams_continues_on_two_ranks(mixed_stream, tmp_path):
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    assert train(*mixed_stream(save_model=reference, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)) == 0
+    shutil.copytree(reference, run)
+    for name in ("checkpoint-8", "checkpoint-12"):
+        shutil.rmtree(run / name)
+    (run / "model.safetensors").unlink()
+    result = run_ranks(2, run / "recipe.yaml", "--save_model", run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "4 to 12" in result.stdout
+    assert_same_run(run, reference)
+
+
 def test_each_source_has_a_validation_set_and_may_be_used_up(tiny, sources, stories, tmp_path, capsys):
     """The letters, read at most twice, are used up; the stories have a file of their own for validation."""
     numbers, letters = sources
@@ -100,8 +114,6 @@ def test_each_source_has_a_validation_set_and_may_be_used_up(tiny, sources, stor
     assert len(re.findall(r"after step \d+: 100.0% from ", out)) == 2, out
     last = next(line for line in reversed(read_metrics(tmp_path / "run")) if "val_loss" in line)
     assert last["val_loss"] == pytest.approx((last["val_stories_loss"] + last["val_letters_loss"]) / 2)
-    assert train(*flags, "--save_model", tmp_path / "best", "--metric_for_best", "val_letters_loss") == 0
-
     short = f"[{{train_file: {letters}, max_epochs: 0.5}}, {{train_file: {numbers}, max_epochs: 0.1}}]"
     assert train(*flags, "--datasets", short, "--save_model", tmp_path / "short") == 0
     assert "the run ends when max_epochs leaves no source, after step" in capsys.readouterr().out

@@ -1,2 +1,3 @@
 """From text to the rows of a step: sources and readers (files and data sets to documents), tokenizer, corpus and
-streaming (documents to tokens), packing (tokens to rows), sampler (step to rows); cache and pickled."""
+streaming (documents to tokens), packing (tokens to rows), sampler and mixture (step to rows); cache, remote and
+pickled."""

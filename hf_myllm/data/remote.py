@@ -112,7 +112,7 @@ def open_file(path):
 
 
 def open_parquet(path):
-    """Open a Parquet file, of which only the columns that are read are transferred."""
+    """Open a Parquet file; a remote one is read by ranges."""
     path = _copies.get(path, path)
     return parquet.ParquetFile(open_file(path) if is_remote(path) else path)
 

@@ -80,7 +80,8 @@ class TokenWindows:
     def recent_positions(self):
         """Return what a checkpoint keeps: where the windows from the one before the current one on begin."""
         first = min(self.opened, default=0) - 1
-        return {window: position for window, position in self.positions.items() if window >= first}
+        # a copy: the next window may be made meanwhile
+        return {window: position for window, position in self.positions.copy().items() if window >= first}
 
     def _remove(self, window):
         shutil.rmtree(cached_path([*self.key, window]), ignore_errors=True)

@@ -1,8 +1,10 @@
 """Streaming reads the same tokens as the whole corpus, from any position, with few windows on the disk."""
 
 import json
+from dataclasses import replace
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 
@@ -17,7 +19,11 @@ def bpe(stories):
 
 @pytest.fixture
 def source(stories, tmp_path, request):
-    """The stories as files, in memory, as lines of two files, or as a streamed data set of two shards."""
+    """The stories as files, by URL, in memory, as lines of two files, or as a streamed data set of two shards."""
+    if request.param == "urls":
+        remote_files = fsspec.filesystem("memory")
+        remote_files.put(str(stories), "/stories", recursive=True)
+        return replace(sources.file_source("memory://stories"), is_streamed=True)
     texts = [path.read_text() for path in sorted(stories.glob("*.txt"))]
     if request.param == "files":
         return sources.file_source(str(stories))
@@ -44,7 +50,7 @@ def whole(stories, bpe):
     return corpus.load_tokens(sources.file_source(str(stories)), bpe)[0]
 
 
-@pytest.mark.parametrize("source", ["files", "memory", "lines", "hub"], indirect=True)
+@pytest.mark.parametrize("source", ["files", "urls", "memory", "lines", "hub"], indirect=True)
 def test_windows_equal_the_stream_and_resume_from_saved_positions(stories, bpe, source, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(readers, "_PIECE_CHARS", 200)  # splits documents into pieces
     monkeypatch.setattr(tokenization, "_BATCH_CHARS", 1000)
