@@ -1,12 +1,14 @@
 """Time a checkpoint and a restart: `python benchmarks/checkpoint.py` (GPT-2's 124M parameters by default).
 
-Compares our checkpoints with accelerate's save_state followed by save_pretrained, in one process, on the same model,
-optimizer and disk. Ours also flushes to the disk and reads every byte again for its digest; `sync` is the cost of
-flushing for the other. Loading memory-maps the files, so bytes are read on use. The restart runs real commands, from
-the launch to the end of the first step.
+Compares our checkpoints with accelerate's save_state followed by save_pretrained, in turns in one process, on the same
+model, optimizer and disk. `pause` is the time until training goes on, `total` until the checkpoint is complete. Ours
+also flushes to the disk and computes digests; `sync` is the cost of flushing for the other. The steps of a training
+(forward and backward of a matrix product) are timed alone and while a checkpoint is written. The restart runs real
+commands, from the launch to the end of the first step.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -21,7 +23,8 @@ from accelerate import Accelerator
 from hf_myllm import checkpoint
 from hf_myllm.distributed import silence_libraries
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
-from hf_myllm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from hf_myllm.optim import all_finite, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from hf_myllm.saver import Saver
 
 
 def timed(work):
@@ -43,32 +46,65 @@ def time_saves(config, folder, repeats):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    steps = iter(range(1, 1000))
+    prepared, _ = accelerator.prepare(model, optimizer)
+    saver, steps, small = Saver(accelerator), itertools.count(1), {"config.json": b"{}", checkpoint.STATE: b"{}"}
 
-    def save():
-        tensors = optimizer_tensors(model, optimizer)
-        path = checkpoint.save(folder / "ours", next(steps), model.save_pretrained, tensors, {"step": 1})
-        checkpoint.remove_old(folder / "ours", 2)
-        return path
+    def begin():
+        saver.wait()
+        assert all_finite(model.parameters())
+        files, step = saver.copy_state(model, optimizer_tensors(model, optimizer)) | small, next(steps)
 
-    rows = {}
-    rows["checkpoint.save"], path = median(save, repeats)
-    rows["checkpoint.find, with digests"], _ = median(lambda: checkpoint.find_latest(folder / "ours"), repeats)
+        def write():
+            checkpoint.save(folder / "ours", step, files)
+            checkpoint.remove_old(folder / "ours", 2)
+
+        saver.begin(write)
+
+    timed(begin)  # allocates the memory for the copies
+    saver.wait()
+    saves = {"pause": [], "total": [], "save_state": [], "save_pretrained after it": [], "sync": []}
+    for _ in range(repeats):
+        pause, _ = timed(begin)
+        rest, problem = timed(saver.wait)
+        if problem is not None:
+            raise problem
+        saves["pause"].append(pause)
+        saves["total"].append(pause + rest)
+        saves["save_state"].append(timed(lambda: accelerator.save_state(folder / "state"))[0])
+        saves["save_pretrained after it"].append(
+            timed(lambda: accelerator.unwrap_model(prepared).save_pretrained(folder / "state" / "model"))[0]
+        )
+        saves["sync"].append(timed(os.sync)[0])
+    rows = {name: sorted(seconds)[repeats // 2] for name, seconds in saves.items()}
+    path = checkpoint.find_latest(folder / "ours")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    rows["checkpoint.find_latest, with digests"], _ = median(lambda: checkpoint.find_latest(folder / "ours"), repeats)
     rows["load the optimizer"], _ = median(
         lambda: load_optimizer_tensors(model, optimizer, checkpoint.OptimizerFiles(path)), repeats
     )
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-
-    def save_state():
-        accelerator.save_state(folder / "state")
-        accelerator.unwrap_model(prepared).save_pretrained(folder / "state" / "model")
-
-    rows["accelerate's save_state and save_pretrained"], _ = median(save_state, repeats)
-    rows["sync"], _ = timed(os.sync)
     rows["accelerate's load_state"], _ = median(lambda: accelerator.load_state(folder / "state"), repeats)
+    rows |= time_steps_beside(begin, saver)
+    saver.__exit__(None)
     return rows, size
+
+
+def time_steps_beside(begin, saver, seconds=5):
+    """Return the time of a step alone and while checkpoints are written."""
+    weights = torch.randn(512, 512, requires_grad=True)
+
+    def step():
+        for _ in range(8):
+            (torch.randn(512, 512) @ weights).sum().backward()
+
+    times = {"a step alone": [], "a step beside a checkpoint": []}
+    end = time.perf_counter() + 2 * seconds
+    while time.perf_counter() < end:
+        saver.wait()
+        times["a step alone"].append(timed(step)[0])
+        begin()
+        while saver.is_writing():
+            times["a step beside a checkpoint"].append(timed(step)[0])
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
 def time_restarts(sizes, folder):
@@ -101,13 +137,19 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         rows, size = time_saves(GPTConfig(**sizes), Path(folder), arguments.repeats)
         rows |= time_restarts(sizes, Path(folder))
-    ratio = rows["checkpoint.save"] / (rows["accelerate's save_state and save_pretrained"] + rows["sync"])
+    peer = rows["save_state"] + rows["save_pretrained after it"]
+    ratios = {
+        "pause / (save_state + save_pretrained)": rows["pause"] / peer,
+        "total / (save_state + save_pretrained + sync)": rows["total"] / (peer + rows["sync"]),
+        "a step beside a checkpoint / alone": rows["a step beside a checkpoint"] / rows["a step alone"],
+    }
     print(f"{size / 1e9:.2f} GB per checkpoint, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, seconds in rows.items():
         print(f"{name:<50}{seconds:8.2f} s")
-    print(f"{'checkpoint.save / (save_state + save_pretrained + sync)':<58}{ratio:.2f}")
+    for name, ratio in ratios.items():
+        print(f"{name:<50}{ratio:8.2f}")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"bytes": size, "seconds": rows, "ratio": ratio}, indent=1))
+        Path(arguments.json).write_text(json.dumps({"bytes": size, "seconds": rows, "ratios": ratios}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Save beside the training: copy tensors to host memory, and write them in a thread while the next steps run.
 
-One checkpoint is in flight at a time. Hashing and writing let the training go on, in Python's terms they release the
-interpreter's lock, so a thread is enough and the copy need not be passed to another process.
+One checkpoint is in flight at a time. Hashing and writing release the interpreter's lock, so a thread is enough: the
+copy need not be passed to another process.
 """
 
 import itertools
@@ -75,22 +75,42 @@ class Saver:
         accelerator: of the run.
 
     Attributes:
-        weights, optimizer_state: [`HostMemory`] for the copies.
-        small_files: the files of the model beside its weights, as bytes by name, once they are known.
+        model_files: the files of the model and the tokenizer but the weights, as bytes by name, once they are known.
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.weights, self.optimizer_state = accelerator, HostMemory(), HostMemory()
-        self.small_files, self._in_flight = None, None
+        self.accelerator, self.model_files, self._in_flight = accelerator, None, None
+        self._weights, self._optimizer_state = HostMemory(), HostMemory()
         self._executor = ThreadPoolExecutor(1, "hf_myllm.saver")
         self._must_stop, self._peer_deadline = False, math.inf
 
     def must_stop(self):
         return self._must_stop
 
+    def copy_state(self, model, tensors, mailbox=None):
+        """Return copies of the weights and of the optimizer's state as files of a checkpoint; see [`checkpoint.save`].
+
+        Args:
+            tensors: of the optimizer's state, the rows of this rank.
+            mailbox: if each rank writes a part, so that all call this.
+        """
+        weights, part, name, suffix = export.weights_to_save(model), None, export.weights_file(model), ""
+        if mailbox is not None:
+            parts = export.partition(weights, mailbox.world_size)
+            part = parts[mailbox.rank] if mailbox.rank < len(parts) else []
+            if len(parts) > 1:
+                name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"
+            suffix = f"-{mailbox.rank + 1:05}-of-{mailbox.world_size:05}" if mailbox.world_size > 1 else ""
+        weights = self._weights.copy(weights, part)
+        files = {name: lambda: export.as_stored(model, weights)} if weights else {}
+        return files | {f"trainer_state/optimizer{suffix}.safetensors": self._optimizer_state.copy(tensors)}
+
     def begin(self, write):
         """Call `write` in the thread. Call [`wait`] before."""
         self._in_flight = self._executor.submit(write)
+
+    def is_writing(self):
+        return self._in_flight is not None and not self._in_flight.done()
 
     def wait(self):
         """Wait for the checkpoint in flight. A collective.
@@ -184,7 +204,12 @@ def save_checkpoint(run, optimizer, state):
         )
     if accelerator.is_main_process or accelerator.is_fsdp2:
         section, mailbox = run.recipe.run, run.saver.mailbox() if accelerator.is_fsdp2 else None
-        files = _checkpoint_files(run, optimizer, state, mailbox)
+        tensors = optimizer_tensors(model, optimizer.optimizer)
+        if run.weight_average is not None:
+            tensors |= run.weight_average.tensors()
+        files = run.saver.copy_state(model, tensors, mailbox)
+        if accelerator.is_main_process:
+            files |= _other_files(run, state)
         is_main, uploads = accelerator.is_main_process, None if state.must_stop else run.uploads
         best_step = state.best_step() if is_main else None
 
@@ -212,41 +237,17 @@ def finish_save(run):
         raise problem
 
 
-def _checkpoint_files(run, optimizer, state, mailbox):
-    """Return the files of a checkpoint that this rank writes, see [`checkpoint.save`], with copies of all tensors.
+def _other_files(run, state):
+    """Return the files of a checkpoint that hold no tensors, as bytes by name."""
 
-    Args:
-        mailbox: None unless each rank writes a part.
-    """
-    saver, model, name = run.saver, run.model, export.weights_file(run.model)
-    weights, part, suffix = export.weights_to_save(model), None, ""
-    if mailbox is not None:
-        parts = export.partition(weights, mailbox.world_size)
-        part = parts[mailbox.rank] if mailbox.rank < len(parts) else []
-        if len(parts) > 1:
-            name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"
-        suffix = f"-{mailbox.rank + 1:05}-of-{mailbox.world_size:05}" if mailbox.world_size > 1 else ""
-    weights = saver.weights.copy(weights, part)
-    tensors = optimizer_tensors(model, optimizer.optimizer)
-    if run.weight_average is not None:
-        tensors |= run.weight_average.tensors()
-    tensors = saver.optimizer_state.copy(tensors)
-    files = {name: lambda: export.as_stored(model, weights)} if weights else {}
-    files[f"trainer_state/optimizer{suffix}.safetensors"] = tensors
-    if run.accelerator.is_main_process:
-        if saver.small_files is None:
-            saver.small_files = export.read_small_files(
-                lambda folder: _write_small_files(run, folder), run.recipe.run.save_model
-            )
-        files |= saver.small_files
-        files[checkpoint.STATE] = json.dumps(_trainer_state(run, state), indent=1).encode()
-    return files
+    def write(folder):
+        export.save_without_weights(run.model, folder)
+        if run.tokenizer is not None:
+            tokenizers.save(run.tokenizer, folder)
 
-
-def _write_small_files(run, folder):
-    export.save_without_weights(run.model, folder)
-    if run.tokenizer is not None:
-        tokenizers.save(run.tokenizer, folder)
+    if run.saver.model_files is None:  # they are the same in each checkpoint
+        run.saver.model_files = export.read_small_files(write, run.recipe.run.save_model)
+    return run.saver.model_files | {checkpoint.STATE: json.dumps(_trainer_state(run, state), indent=1).encode()}
 
 
 def _trainer_state(run, state):

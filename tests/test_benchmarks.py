@@ -28,7 +28,7 @@ def test_checkpoint(tmp_path):
     result = run("checkpoint", *small, "--json", tmp_path / "results.json")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["seconds"]) == 8
+    assert len(results["seconds"]) == 12
     assert all(seconds >= 0 for seconds in results["seconds"].values())
     assert all(name in result.stdout for name in results["seconds"])
 
