@@ -120,3 +120,34 @@ def block_in_collectives():
         setattr(Accelerator, name, blocking(getattr(Accelerator, name)))
     if os.environ.get("HF_MYLLM_TEST_SEES") == "0":
         Peers._has_exited = lambda self, rank: False
+
+
+def slow_disk():
+    """Let each flush of a file or a folder take 30 ms, so that a save takes longer than a step."""
+    fsync = os.fsync
+
+    def flush(handle):
+        time.sleep(0.03)
+        fsync(handle)
+
+    os.fsync = flush
+
+
+def shard_on_slow_disks():
+    shard_on_cpu()
+    slow_disk()
+
+
+def shard_on_a_disk_that_fills():
+    """Shard; the disk of rank 1 is full while checkpoint-8 is written."""
+    shard_on_cpu()
+    from hf_myllm import checkpoint
+
+    write = checkpoint.write_safetensors
+
+    def write_until_full(path, *arguments):
+        if os.environ["RANK"] == "1" and "checkpoint-8." in str(path):
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments)
+
+    checkpoint.write_safetensors = write_until_full
