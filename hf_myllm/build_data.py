@@ -13,6 +13,7 @@ from .data import tokenizer as tokenizers
 from .data.columns import check_template
 from .data.discovery import TOKEN_ID_FORMATS
 from .data.mixture import Mixture
+from .data.packing import first_rows
 from .data.remote import is_remote
 from .errors import DataError, InputError, ModelError, RecipeError, printable
 from .models import FAMILIES
@@ -70,10 +71,33 @@ def find_sources(recipe, train_data=None, eval_data=None):
         if token_ids := [source.name for source in found.training if source.format in TOKEN_ID_FORMATS]:
             raise DataError(f"deduplicate: {token_ids[0]} holds token ids, not documents; remove deduplicate")
         found.training = [replace(source, deduplicate=True) for source in found.training]
+    _limit_rows(recipe, found)
     if is_text:
         found.training = [sources.with_template(source, template) for source in found.training]
         found.validation = {name: sources.with_template(source, template) for name, source in found.validation.items()}
     return found
+
+
+def _limit_rows(recipe, found):
+    """Set `max_rows` of the sources by `max_train_rows` and `max_eval_rows`; see [`sources.Source`].
+
+    Of labelled data it counts the rows of the file with those that are held out. With it, data of the Hub are read over
+    the network as far as needed, and so is a stream, which is then kept on the disk.
+    """
+    data, is_labelled = recipe.data, tasks.TASKS[recipe.task].is_labelled
+    if limit := data.max_eval_rows:
+        found.validation = {name: replace(source, max_rows=limit) for name, source in found.validation.items()}
+    if not data.max_train_rows or not found.training:
+        return
+    weights = [source.get("weight", 1.0) for source in data.datasets or [{}]]
+    data.streaming, total = False, sum(weights)
+    for index, (source, weight) in enumerate(zip(found.training, weights, strict=True)):
+        count = max(1, math.ceil(data.max_train_rows * weight / total))
+        if is_labelled and not found.validation and data.val_fraction:
+            held_out = data.max_eval_rows or max(1, round(count * data.val_fraction / (1 - data.val_fraction)))
+            count += held_out
+        source = replace(source, max_rows=count, max_chars=0)
+        found.training[index] = replace(source, is_streamed=True) if source.format == "hub" else source
 
 
 def _find_sources(recipe, train_data, eval_data):
@@ -102,7 +126,8 @@ def _find_sources(recipe, train_data, eval_data):
         training = [replace(source, is_streamed=any(map(is_remote, source.files))) for source in training]
     for source in validation.values():
         sources.check_disjoint(training, source)
-    if recipe.run.dry_run and train_data is None and not data.streaming and not tasks.TASKS[recipe.task].is_labelled:
+    is_sampled = recipe.run.dry_run and train_data is None and not (data.streaming or data.max_train_rows)
+    if is_sampled and not tasks.TASKS[recipe.task].is_labelled:
         training = [first_part(source) for source in training]
         validation = {name: first_part(source) for name, source in validation.items()}
     return Sources(training, validation, names)
@@ -212,11 +237,15 @@ def _load_named(task, data_sources, show_progress):
 
 def make_rows(recipe, data_sources, task, training, validation):
     """Return the training rows (None without), and a dict of the validation rows, of what [`load_data`] returned."""
-    train_rows = None
+    train_rows, limits = None, (recipe.data.max_train_rows, recipe.data.max_eval_rows)
     if training is not None:
         train_rows = task.make_rows(training, data_sources.name, recipe.data.stride)
     # without overlap: each token counts once
-    return train_rows, {name: task.make_rows(part, data_sources.val_name(name)) for name, part in validation.items()}
+    val_sets = {name: task.make_rows(part, data_sources.val_name(name)) for name, part in validation.items()}
+    if not task.is_labelled:
+        train_rows = first_rows(train_rows, limits[0]) if limits[0] and train_rows is not None else train_rows
+        val_sets = {name: first_rows(rows, limits[1]) if limits[1] else rows for name, rows in val_sets.items()}
+    return train_rows, val_sets
 
 
 def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
@@ -382,6 +411,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
 def _train_tokenizer(recipe, texts_from):
     """Train a tokenizer on the text of some sources, or load it from the cache."""
     data, algorithm, vocab_size = recipe.data, recipe.data.tokenizer["train"], recipe.data.tokenizer.get("vocab_size")
+    texts_from = [replace(source, max_rows=0) for source in texts_from]  # a trial has the tokenizer of the whole run
     new_tokens = tasks.TASKS[recipe.task].new_tokens
     texts, task_key = readers.SourceTexts(texts_from), [new_tokens] if new_tokens else []
     if tasks.TASKS[recipe.task].is_labelled:

@@ -145,7 +145,8 @@ def merge_stats(stats):
     shares = [source.get("share", 1.0) for source in stats]
     tokens = [source["train"]["tokens"] for source in stats]
     estimated_total = sum(count / max(1e-9, share) for count, share in zip(tokens, shares, strict=True))
-    merged = {"shares": shares, "share": sum(tokens) / max(1, estimated_total)}
+    merged = {"is_limited": True} if any("is_limited" in source for source in stats) else {}
+    merged |= {"shares": shares, "share": sum(tokens) / max(1, estimated_total)}
     for part in ("train", "validation"):
         counts = [source[part] for source in stats if part in source]
         keys = {key for count in counts for key in count} - {"max_id", "fingerprint"}
@@ -154,7 +155,9 @@ def merge_stats(stats):
     return merged
 
 
-def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False, by_position=False):
+def load_tokens(
+    source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_progress=False, by_position=False, first=()
+):
     """Return a source as token streams, tokenized now or loaded from the cache.
 
     Every rank may call this: a lock lets one rank of each machine do the work while the others wait.
@@ -165,12 +168,17 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
             the tokens is held out, at the end.
         bin_dtype: the integer type of a `.bin`, or "auto".
         by_position: see [`HoldOut`].
+        first: numbers of tokens: only these are used, from the beginning, for training and, if there is a second
+            number, for validation. Of a source that has no more tokens all are used, as without it.
     Returns:
         The training and the validation [`TokenStream`] (None if val_fraction is 0), and the statistics: for each part
         the counts of documents, tokens, bytes of text and unknown tokens, and the share of the source that was read.
     Raises:
         DataError: the source cannot be read, or has no tokens.
     """
+    source, options = replace(source, max_rows=0), (bin_dtype, show_progress)
+    if first and (parts := _load_first(source, tokenizer, first, *options)):
+        return parts
     if source.format in ("bin", "pkl"):
         training, stats = _load_token_ids(source, tokenizer, bin_dtype)
         validation = None
@@ -183,6 +191,27 @@ def load_tokens(source, tokenizer, val_fraction=0.0, bin_dtype="auto", show_prog
             raise _nothing_left(source.name, val_fraction)
         stats["held_out"] = f"the last {val_fraction:.0%} of the tokens"
     return training, validation, stats
+
+
+def _load_first(source, tokenizer, counts, *options):
+    """Return what [`load_tokens`] does of the first tokens of a source, or None if it has no more than these.
+
+    Text is read up to some number of characters, and further if its tokens are longer than that.
+    """
+    total, before, max_chars = sum(counts), None, 8 * sum(counts)
+    while True:
+        tokens, _, stats = load_tokens(replace(source, max_chars=max_chars), tokenizer, 0.0, *options)
+        if len(tokens) > total:
+            break
+        if source.format in ("shards", "bin", "pkl") or before == len(tokens):
+            return None
+        before, max_chars = len(tokens), 4 * max_chars
+    stats |= {"share": 1.0, "is_limited": True}
+    training, rest = tokens.split(counts[0])
+    if len(counts) < 2:
+        return training, None, stats
+    stats["held_out"] = f"the {counts[1]:,} tokens after them"
+    return training, rest.split(counts[1])[0], stats
 
 
 def _nothing_left(name, val_fraction):

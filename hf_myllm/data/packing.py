@@ -118,14 +118,18 @@ class SentencePassages:
         separators: the token ids that stand between documents.
         length: tokens per passage, at most.
         name: how messages refer to the data.
+        documents, max_rows: use the first of these documents, with at most so many passages.
     Raises:
         DataError: there are fewer than two documents.
     """
 
     lengths = None
 
-    def __init__(self, tokens, separators, length, name):
-        documents = find_documents(tokens, separators)
+    def __init__(self, tokens, separators, length, name, documents=None, max_rows=None):
+        documents = find_documents(tokens, separators) if documents is None else documents
+        if max_rows:
+            counts = -(-(documents[:, 1] - documents[:, 0]) // length)
+            documents = documents[: max(2, np.searchsorted(np.cumsum(counts), max_rows, side="right"))]
         if len(documents) < 2:
             raise DataError(
                 f"{name} is one document, and pairs of sentences need a second to take some from: give more files, "
@@ -152,6 +156,24 @@ class SentencePassages:
         start, stop = map(int, self.documents[document])
         low, high = (start + (stop - start) * part // num_parts for part in (row - first, row - first + 1))
         return self.tokens.read(low, high - low).astype(np.int64)
+
+
+def first_rows(rows, count):
+    """Return the first rows of some rows, at most `count`. Those of several sources, of which each has its share of the
+    tokens, are more where documents are shorter than a row."""
+    if len(rows) <= count:
+        return rows
+    if len(rows.source_starts) > 1:
+        rows.num_rows = min(count, len(rows))  # of StridedRows
+        return rows
+    if isinstance(rows, StridedRows):
+        tokens, _ = rows.tokens.split((count - 1) * rows.stride + rows.length + rows.ahead)
+        return StridedRows(tokens, rows.length, rows.stride, rows.name, rows.ahead)
+    if isinstance(rows, DocumentRows):
+        first = rows.first[: count + 1]
+        spans = rows.spans[: int(first[-1])]
+        return DocumentRows(rows.tokens, spans, first, rows.num_special, rows.name, (0,), rows.loss_mask)
+    return SentencePassages(rows.tokens, None, rows.length, rows.name, rows.documents, count)
 
 
 def find_documents(tokens, separators):

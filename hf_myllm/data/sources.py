@@ -40,6 +40,7 @@ class Source:
         fingerprint: a digest of the data in memory, or of the index.
         template: makes the text of several columns in place of text_column; see columns.py.
         deduplicate: whether documents that were read before are left out.
+        max_rows: how many rows to use, from the beginning; 0: all.
     """
 
     format: str
@@ -57,11 +58,12 @@ class Source:
     fingerprint: str = ""
     template: str = ""
     deduplicate: bool = False
+    max_rows: int = 0
 
     def open_files(self):
         """Return the files, of which remote ones are downloaded, unless the source is streamed or only sampled."""
         for file in self.files:
-            if not (self.is_streamed or self.max_chars):
+            if not (self.is_streamed or self.max_chars or self.max_rows):
                 remote.local_path(file)
             yield file
 
@@ -218,13 +220,13 @@ def source_key(source):
         DataError: a file no longer exists.
     """
     key = asdict(replace(source, files=(), data=None))
-    for name in ("template", "deduplicate"):  # which keys of version 0.1 do not have
+    for name in ("template", "deduplicate", "max_rows"):  # which keys of version 0.1 do not have
         if not key[name]:
             del key[name]
     if source.format == "hub":  # an unpinned revision may have changed
         return key if source.is_streamed else key | {"fingerprint": load_hub(source)._fingerprint}
     key |= {"name": "", "num_duplicates": 0}
-    if source.is_streamed or source.max_chars:
+    if source.is_streamed or source.max_chars or source.max_rows:
         return key | {"files": file_states(source)}
     paths = [hide_secrets(file) if remote.is_remote(file) else os.path.abspath(file) for file in source.files]
     return key | {"files": list(zip(paths, _digests(source), strict=True))}

@@ -120,6 +120,16 @@ class Data(Section):
     deduplicate: bool = changeable(
         False, "Read each text of the training data once: leave out documents that are equal.", tasks=TEXT_TASKS
     )
+    max_train_rows: int | None = fixed(
+        None,
+        "For a quick trial: train on the first rows only (of max_len tokens; of labelled data, those of the file), and "
+        "read no more than they and the rows that are held out need.",
+        ge=1,
+        le=1 << 40,
+    )
+    max_eval_rows: int | None = changeable(
+        None, "The same for validation: its first rows, of each set.", ge=1, le=1 << 40
+    )
     val_fraction: float = fixed(
         0.05,
         "Fraction of the documents, or of the rows of each label, held out for validation when there is no val_file.",

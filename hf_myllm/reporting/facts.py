@@ -85,7 +85,9 @@ def _data_facts(run):
         counts = stats.get(f"validation {name}", stats.get("validation", {}) if name not in sources.names else {})
         parts[f"validation {name}".rstrip()] = rows, counts, sources.val_sources(name)
     # Token ids that were split have counts of the whole.
-    unknown_counts = {"max_id", "documents", "bytes", "unknown"} if "held_out" in stats else {"max_id"}
+    unknown_counts = (
+        {"max_id", "documents", "bytes", "unknown"} if {"held_out", "is_limited"} & set(stats) else {"max_id"}
+    )
     for part, (rows, counts, part_sources) in parts.items():
         if rows is None:
             continue

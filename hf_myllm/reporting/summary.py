@@ -93,8 +93,11 @@ def _print_training_data(run, reporter):
 
 
 def data_warnings(run):
-    """Yield a line for each thing that is wrong with the data and does not stop the run."""
-    rows, stats = run.train_rows, run.data_stats.get("train", {})
+    """Yield a line for each thing that is missing from the data, or wrong with it, and does not stop the run."""
+    rows, stats, data = run.train_rows, run.data_stats.get("train", {}), run.recipe.data
+    limits = {"max_train_rows": data.max_train_rows, "max_eval_rows": data.max_eval_rows}
+    if limited := [f"{name} {count:,}" for name, count in limits.items() if count]:
+        yield f"{', '.join(limited)}: a trial, of the first rows only"
     unknown = stats.get("unknown", 0) / max(1, stats.get("tokens", 0))
     if unknown > 0.001:
         yield f"{unknown:.1%} of the tokens are {run.tokenizer.unk_token}: the tokenizer does not cover the text"

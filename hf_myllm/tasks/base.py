@@ -41,6 +41,7 @@ class Settings:
     mean_span_length: float = 3.0
     whole_word_masking: bool = False
     val_fraction: float = 0.0
+    max_eval_rows: int | None = None
     splits_by_position: bool = False  # no key of a recipe: for runs that began with version 0.1
     bin_dtype: str = "auto"
     text_column: str | None = None
@@ -158,9 +159,16 @@ class Task:
         Returns:
             training data, validation data (each None if there is none), and a dict of statistics of the data.
         """
-        fraction = 0.0 if validation else self.settings.val_fraction
+        fraction, limit = 0.0 if validation else self.settings.val_fraction, self.settings.max_eval_rows
         options = self.settings.bin_dtype, show_progress, self.settings.splits_by_position
-        loaded = [corpus.load_tokens(source, self.tokenizer, fraction, *options) for source in training]
+        loaded = []
+        for source in training:
+            counts = ()
+            if source.max_rows:
+                held_out = limit or max(1, round(source.max_rows * fraction / (1 - fraction)))
+                counts = self.tokens_of_rows(source.max_rows, self.settings.stride), self.tokens_of_rows(held_out)
+                counts = counts if fraction else counts[:1]
+            loaded.append(corpus.load_tokens(source, self.tokenizer, fraction, *options, first=counts))
         train_tokens, val_tokens, stats = None, None, {}
         if loaded:
             train_tokens = corpus.concatenate([tokens for tokens, _, _ in loaded])
@@ -172,8 +180,14 @@ class Task:
             if held_out := [tokens for _, tokens, _ in loaded if tokens is not None]:
                 val_tokens = corpus.concatenate(held_out)
         if validation:
-            val_tokens, _, _ = corpus.load_tokens(validation, self.tokenizer, 0.0, *options)
+            counts = [self.tokens_of_rows(limit)] if limit else ()
+            val_tokens, _, _ = corpus.load_tokens(validation, self.tokenizer, 0.0, *options, first=counts)
         return train_tokens, val_tokens, stats
+
+    def tokens_of_rows(self, count, stride=None):
+        """Return in how many tokens of text there are `count` rows, or more: documents may be shorter than a row."""
+        length = getattr(self, "text_length", self.max_len)
+        return (count - 1) * (stride or length) + length + (2 * count if self.pads_rows else 1)
 
     def make_rows(self, data, name, stride=None):
         """Return the rows of some data, which have a length and are read by index.

@@ -5,6 +5,7 @@ the task chooses. A *row* is one training sequence; a long example may become se
 """
 
 from dataclasses import replace
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -56,7 +57,11 @@ class LabelledTask(Task):
     def load(self, training, validation=None, show_progress=False):
         train_rows, val_rows, stats = None, None, {"train": {}}
         if training:
-            train_rows, val_rows = load_rows(training[0], self, 0.0 if validation else self.settings.val_fraction)
+            fraction, limit = 0.0 if validation else self.settings.val_fraction, self.settings.max_eval_rows
+            if fraction and limit and training[0].max_rows:
+                fraction = limit / training[0].max_rows
+            train_rows, val_rows = load_rows(training[0], self, fraction)
+            val_rows = val_rows.first_examples(limit) if val_rows and limit else val_rows
             stats["train"] = train_rows.stats
         if validation:
             val_rows, _ = load_rows(validation, self)
@@ -80,6 +85,10 @@ class LabelledTask(Task):
     def read(self, source):
         """Yield (where, record) of each record of a source, a dict of columns."""
         return read_rows(source, columns=self.used_columns())
+
+    def read_first(self, source):
+        """Yield what `read` does, up to the source's `max_rows`."""
+        return islice(self.read(source), source.max_rows or None)
 
     def used_columns(self):
         """Return the names of the columns that the task reads."""
@@ -368,7 +377,7 @@ class LabelNames:
     def labels_of(self, source, problem_type=None):
         """Return the labels of training data."""
         collector = LabelCollector(problem_type)
-        for where, record in self.read(source):
+        for where, record in self.read_first(source):
             try:
                 self.texts(record, where)
                 collector.add(self.label_values(record, where))
@@ -378,7 +387,7 @@ class LabelNames:
         if unknown := [name for name in collector.names if self.settings.labels and name not in self.settings.labels]:
             raise InputError(f"labels: {source.name} has {first_of(unknown, 8)} too; add what is missing")
         collector.names |= dict.fromkeys(self.settings.labels or ())
-        return collector.labels(source.name)
+        return collector.labels(f"the beginning of {source.name}" if source.max_rows else source.name)
 
     def summary_lines(self, train_rows, val_rows, stats):
         """Return the share of each label in the training and the validation rows, and what the examples became."""
@@ -392,6 +401,9 @@ class LabelNames:
             order = np.argsort(-shares, kind="stable")
             listed = [f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order]
             lines.append(f"{name} labels: {first_of(listed, 8)}")
+            if missing := [printable(self.labels.names[index]) for index in order if not counts[index]]:
+                effect = "" if rows is train_rows else "; f1_macro leaves out a class that is not predicted either"
+                lines.append(f"no {name} row has the label {first_of(missing, 8)}{effect}")
         if self.class_weights is not None:
             pairs = zip(self.labels.names, self.class_weights.tolist(), strict=True)
             lines.append(f"class weights: {first_of([f'{printable(name)} {weight:.3g}' for name, weight in pairs], 8)}")

@@ -40,7 +40,7 @@ class LabelledRows:
     source_starts = (0,)
 
     def __init__(self, dataset, records, stats, name, documents=None):
-        self.records, self.stats, self.name = records, stats, name
+        self.dataset, self.records, self.stats, self.name = dataset, records, stats, name
         column = dataset.data.column
         self._lengths = pc.list_value_length(column("input_ids")).to_numpy().astype(np.int64)
         self.starts = np.cumsum([0, *self._lengths])
@@ -103,6 +103,13 @@ class LabelledRows:
         """The first row of each example: (examples,) int64."""
         return np.flatnonzero(np.diff(self.example, prepend=-1))
 
+    def first_examples(self, count):
+        """Return the rows of the first examples, at most `count`."""
+        num_rows = int(np.searchsorted(self.example, count))
+        stats = self.stats | {"fingerprint": f"{self.stats['fingerprint']}[:{num_rows}]"}
+        documents = None if self.tokens.documents is None else self.tokens.documents[:num_rows]
+        return LabelledRows(self.dataset.select(range(num_rows)), self.records, stats, self.name, documents)
+
     def rows_of_examples(self, examples):
         """Return the rows of some examples, one example after another."""
         return np.flatnonzero(np.isin(self.example, examples))
@@ -129,7 +136,7 @@ def load_rows(source, task, val_fraction=0.0):
     Raises:
         BadRowError: an example cannot be used, and skip_bad_rows is off.
     """
-    key = ["labelled", 7, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
+    key = ["labelled", 8, source_key(source), task.cache_key(), val_fraction, task.settings.splits_by_position]
     folder = cached_folder(key, lambda partial: _write_rows(source, task, val_fraction, partial))
     held_out = _open_rows(folder / "validation", f"the validation part of {source.name}") if val_fraction else None
     return _open_rows(folder / "train", source.name), held_out
@@ -148,7 +155,7 @@ def rows_in_memory(examples, task, name, skipped):
 
 def read_examples(source, task, skipped):
     """Yield the examples of a source, checked; `skipped` receives the message of each one that is left out."""
-    for where, record in task.read(source):
+    for where, record in task.read_first(source):
         try:
             example = task.parse(record, where)
         except BadRowError as problem:

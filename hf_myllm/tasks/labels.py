@@ -78,7 +78,10 @@ class Labels:
             name = f"LABEL_{name}"
         if name not in self.names:
             known = ", ".join(self.names[:10]) + (" ..." if len(self.names) > 10 else "")
-            raise BadRowError(f"{where}: the label {name!r} is not in the training data, which has {known}")
+            raise BadRowError(
+                f"{where}: the label {name!r} is not in the training data, which has {known}; name it in "
+                "labels, or leave out such rows, with skip_bad_rows"
+            )
         return self.names.index(name)
 
     def encode(self, value, where):

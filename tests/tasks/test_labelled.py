@@ -815,3 +815,22 @@ def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputError, match="a.txt has no columns"):
         find_labels(Classification(wordpiece, max_len=20), sources.file_source(str(tmp_path / "a.txt")))
+
+
+def test_a_class_that_only_one_part_has_is_named(tmp_path, wordpiece):
+    rows = [{"text": f"text {n}", "label": "abc"[n % 3]} for n in range(12)]
+    source = write_source(tmp_path, rows)
+    val = write_source(tmp_path, [row for row in rows if row["label"] != "c"], "val.jsonl")
+    task = Classification(wordpiece, max_len=20, labels=["c", "b", "a", "unseen"])
+    find_labels(task, source)
+    train_rows, val_rows, stats = task.load([source], val)
+    lines = task.summary_lines(train_rows, val_rows, stats["train"])
+    assert "no training row has the label unseen" in lines
+    assert any(line.startswith("no validation row has the label c, unseen; f1_macro leaves out") for line in lines)
+    metrics = task.compute_metrics([2, 1, 1, 1], [2, 2, 1, 1])  # c is neither predicted nor expected
+    assert metrics["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    extra = write_source(tmp_path, [*rows, {"text": "text", "label": "d"}], "extra.jsonl")
+    with pytest.raises(
+        InputError, match="extra.jsonl line 13: the label 'd' is not in the training data.*; name it in"
+    ):
+        task.load([source], extra)

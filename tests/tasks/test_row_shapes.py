@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import train
+from launching import ROOT
 from tokenizers.processors import TemplateProcessing
 
 from hf_myllm.data import tokenizer
@@ -188,6 +189,26 @@ def test_chats_are_as_the_template_means(llama, name):
     learned = [token for token, is_learned in zip(row["input_ids"], row["labels"], strict=True) if is_learned]
     space = " " if end.startswith(" ") or name in ("mistral", "vicuna") else ""
     assert llama.decode(learned) == f"{space}4{end}{space}6{end}" + ("</s>" if name == "phi" else "")
+
+
+def test_the_rows_in_the_docs_are_trained_as_shown(tmp_path):
+    """docs/tasks.md has a row of each shape, and below it what `--dry_run` shows."""
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    lines = page.split("as `--dry_run` shows it")[1].split("```")[1].strip().splitlines()
+    call = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    template = form(
+        f"<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}{call}<|im_end|>\n", "", "<|im_start|>assistant\n"
+    )
+    bpe = tokenizer.train_bpe([page], 400)
+    bpe.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert len(lines) == 14
+    for number, (row, shown) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
+        bpe.chat_template = template if number < 5 else None
+        (tmp_path / f"{number}.jsonl").write_text(row)
+        task = Instruction(bpe, max_len=200, packing="pad")
+        rows, _ = load_rows(file_source(str(tmp_path / f"{number}.jsonl")), task)
+        batch = task.batch(task.make_rows(rows, "a"), [0])
+        assert task.describe_target(batch, 0) == shown.strip()
 
 
 # ---- columns and templates
