@@ -354,7 +354,7 @@ def plan_steps(run):
         total_rows,
         mixture,
         run.recipe.data.streaming,
-        run.train_rows.lengths,
+        run.task.length_keys(run.train_rows),
         run.task.length_group_steps,
     )
     if run.resume_state is not None:

@@ -51,10 +51,10 @@ def evaluate_rows(
     """
     was_training = model.training
     model.eval()
-    losses, sums, predictions = [], Counter(tokens=0, bytes=0), []
+    by_length, losses, sums, predictions = task.sort_by_length(rows, indices), [], Counter(tokens=0, bytes=0), []
     rounds = math.ceil(len(indices) / (batch_size * accelerator.num_processes))
     # every rank takes part in every round, with an empty batch once its rows have run out
-    shares = micro_batches(indices, batch_size, accelerator.process_index, accelerator.num_processes, rounds)
+    shares = micro_batches(by_length, batch_size, accelerator.process_index, accelerator.num_processes, rounds)
     for done, (_, share) in enumerate(shares):
         if should_stop(done, rounds):
             model.train(was_training)

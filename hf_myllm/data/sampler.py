@@ -6,7 +6,7 @@ and end in the next.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -71,7 +71,8 @@ class Sampler:
         mixture: the [`Mixture`] of several sources, each of which is shuffled on its own; None for a single one.
         is_streamed: whether each epoch has new rows with new numbers, as the windows of a stream have. Row k of source
             i of n sources then has the number k * n + i.
-        lengths: a function from row numbers to row lengths, to batch rows of similar length; None if all are equal.
+        lengths: a function from row numbers to their lengths, or to other keys that sort rows of similar length
+            together, to batch them; None if all are equally long.
         group_steps: the number of steps over which rows are sorted by length.
     """
 
@@ -83,6 +84,7 @@ class Sampler:
     is_streamed: bool = False
     lengths: Callable | None = None
     group_steps: int = 32
+    _last_group: dict = field(default_factory=dict, compare=False, repr=False)  # its sorted rows, for its other steps
 
     def rows_of_step(self, step):
         """Return the rows that all ranks together read at a step, counted from 0.
@@ -94,9 +96,12 @@ class Sampler:
             return self._rows_at(step * self.total_batch_size, (step + 1) * self.total_batch_size)
         # sort the rows of a group of steps by length, split them into batches, and give each step a random batch
         group, index = divmod(step, self.group_steps)
-        group_size = self.group_steps * self.total_batch_size
-        rows = self._rows_at(group * group_size, (group + 1) * group_size)
-        rows = rows[np.argsort(self.lengths(rows), kind="stable")]
+        if group not in self._last_group:
+            self._last_group.clear()
+            group_size = self.group_steps * self.total_batch_size
+            rows = self._rows_at(group * group_size, (group + 1) * group_size)
+            self._last_group[group] = rows[np.argsort(self.lengths(rows), kind="stable")]
+        rows = self._last_group[group]
         num_batches = -(-len(rows) // self.total_batch_size)
         batch = int(shuffle(np.array([index]), num_batches, self.seed, f"group {group}")[0])
         return rows[batch * self.total_batch_size : (batch + 1) * self.total_batch_size]

@@ -249,6 +249,21 @@ class Task:
         """Return the metrics, such as the loss, that need all rows of an example together; see `has_windows`."""
         return {}
 
+    def length_keys(self, rows):
+        """Return a function from row numbers to keys, by which rows of similar length sort together; None if all are
+        equally long."""
+        return rows.lengths
+
+    def sort_by_length(self, rows, indices):
+        """Return row numbers with those of similar length together, the longest first."""
+        keys = self.length_keys(rows)
+        return indices if keys is None else indices[np.argsort(-keys(indices), kind="stable")]
+
+    @classmethod
+    def default_packing(cls, takes_positions):
+        """Return the packing of a recipe that leaves it open; without positions, documents cannot share a row."""
+        return next(name for name in cls.packings if takes_positions or name in ("stream", "pad"))
+
     def choose_rows(self, rows, count):
         """Return the indices of `count` rows to evaluate, evenly spaced; all if `count` is None or too large."""
         return evenly_spaced(count, len(rows))

@@ -41,6 +41,7 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     generates_predictions = True
     record_features = datasets.Features({"target": datasets.Value("string")})
     target_name = "target tokens"
+    length_group_steps = EncoderDecoder.length_group_steps
 
     @property
     def num_target_positions(self):
@@ -187,9 +188,13 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids and attention_mask (rows, longest source), and labels (rows, longest target)."""
         texts = [rows.read(int(index)) for index in indices]
+    def length_keys(self, rows):
+        """Sort by the source's length, then by the target's: sources of one length need neither padding nor mask."""
+        return lambda indices: rows.second_text[indices] * (1 << 32) + rows.lengths(indices)
+
         sources, targets = [ids[:start] for ids, start in texts], [ids[start:] for ids, start in texts]
-        inputs, labels = _pad(sources, self.max_len, self.pad), _pad(targets, self.max_target_len, IGNORE_INDEX)
-        mask = _pad([np.ones_like(ids) for ids in sources], self.max_len, 0)
+        inputs, mask = _pad(sources, self.max_len, self.pad)
+        labels, _ = _pad(targets, self.max_target_len, IGNORE_INDEX)
         return to_tensors({"input_ids": inputs, "attention_mask": mask, "labels": labels}, size)
 
     @property
@@ -336,8 +341,14 @@ def edit_distance(first, second):
 
 
 def _pad(rows, limit, value):
-    """Return token ids of different lengths as an array (rows, longest, rounded up)."""
-    padded = np.full((len(rows), padded_width([len(ids) for ids in rows], limit)), value, dtype=np.int64)
-    for row, ids in zip(padded, rows, strict=True):
-        row[: len(ids)] = ids
-    return padded
+    """Return token ids of different lengths as an array (rows, longest), and where it is no padding.
+
+    A longest row of more than 32 tokens is rounded up.
+    """
+    lengths = np.array([len(ids) for ids in rows], dtype=np.int64)
+    longest = lengths.max(initial=1)
+    width = longest if longest <= 32 else padded_width([longest], limit)  # of words, rounding would be half of a row
+    padded, mask = np.full((len(rows), width), value, dtype=np.int64), np.arange(width) < lengths[:, None]
+    if mask.any():
+        padded[mask] = np.concatenate(rows)
+    return padded, mask

@@ -93,6 +93,27 @@ def test_real_tokenizers_give_the_rows_of_stock_fine_tuning(tmp_path, assets):
             assert ids[start:].tolist() == target
 
 
+def test_rows_of_a_step_have_similar_sources_and_targets(tmp_path, bpe):
+    task = make_task(bpe)
+    rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+    indices, lengths = np.arange(len(rows)), rows.lengths(np.arange(len(rows)))
+    order = np.argsort(task.length_keys(rows)(indices))
+    pairs = list(zip(rows.second_text[order], (lengths - rows.second_text)[order], strict=True))
+    assert pairs == sorted(pairs)
+    batch = task.batch(rows, order[:3])
+    assert batch["input_ids"].shape[1] == pairs[2][0]  # no more padding than the rows need
+    assert batch["labels"].shape[1] == max(target for _, target in pairs[:3])
+
+
+def test_a_lowered_max_target_len_is_reported(tmp_path, bpe):
+    task = make_task(bpe, max_target_len=40)
+    rows, _ = load_rows(write_source(tmp_path, ROWS), task)
+    task.max_target_len = 30
+    assert task.summary_lines(rows, None, rows.stats)[0] == (
+        "max_target_len 40 is lowered to 30, the model's positions"
+    )
+
+
 def test_too_long_texts_are_cut_and_counted(tmp_path, bpe):
     task = make_task(bpe, max_len=6, max_target_len=4)
     rows, _ = load_rows(write_source(tmp_path, ROWS), task)
