@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from . import checkpoint, run_folder, tasks
 from .build_data import (
     check_tokenizer,
+    default_max_len,
     find_sources,
     find_tokenizer,
     keeps_old_split,
@@ -134,7 +135,7 @@ def open_run(recipe, train_data=None, eval_data=None):
     """
     recipe.check_sources(train_data is not None, eval_data is not None)
     recipe, run = recipe.copy_checked(FAMILIES, train_data is not None, eval_data is not None), None
-    recipe.check_task(TASKS[recipe.task])
+    recipe.check_task(TASKS[recipe.task], FAMILIES[recipe.family].takes_positions(recipe.task))
     with process_settings(recipe.run.log_level, recipe.training.deterministic) as owns_process_group:
         snapshot = checkpoint.snapshot(recipe.run.save_model)
         if is_rank_zero() and not (recipe.run.dry_run or recipe.evaluation.eval_only):
@@ -294,7 +295,7 @@ def resolve_sizes(recipe, config, task, accelerator, trainer_state):
     """Fill in the sizes that follow from others."""
     data, training = recipe.data, recipe.training
     positions = num_positions(config)
-    data.max_len = data.max_len or default_max_len(positions)
+    data.max_len = data.max_len or default_max_len(config, task.tokenizer)
     if positions and data.max_len > positions:
         raise RecipeError(f"max_len {data.max_len} is more than the {positions} positions of the model")
     task.configure(config, data.max_len)
@@ -311,13 +312,6 @@ def resolve_sizes(recipe, config, task, accelerator, trainer_state):
     recipe.check_batch()
     if training.epochs is None and training.max_steps is None:
         training.epochs = 1.0
-
-
-def default_max_len(positions):
-    """Return the positions of a model as the tokens per row."""
-    if positions is None:
-        raise RecipeError("max_len: this model has no number of positions to take it from; give --max_len N")
-    return positions
 
 
 def plan_steps(run):

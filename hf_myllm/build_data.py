@@ -21,6 +21,7 @@ from .models.auto import num_positions
 from .reporting.metrics_log import read_run
 
 _COLUMN_KEYS = ("text_column", "text_pair_column", "label_column", "target_column", "columns", "template")
+_LONGEST_DEFAULT = 1 << 20  # a tokenizer without a limit has 10^30
 DRY_RUN_CHARS = 4_000_000  # characters that a dry run reads of a large source
 
 
@@ -330,6 +331,16 @@ def keeps_old_split(recipe):
     """
     facts = read_run(find_run_dir(recipe.run.save_model if recipe.run.resume else recipe.run.init_from))
     return bool(facts) and facts.get("held_out_by") != "hash"
+
+
+def default_max_len(config, tokenizer):
+    """Return the tokens per row of a recipe that leaves them open: the model's positions. Of a model without a limit,
+    the length it was trained with, by its configuration (T5's n_positions) or its tokenizer."""
+    own = getattr(config, "n_positions", None), getattr(tokenizer, "model_max_length", None)
+    length = num_positions(config) or next((size for size in own if size and size <= _LONGEST_DEFAULT), None)
+    if length is None:
+        raise RecipeError("max_len: this model has no number of positions to take it from; give --max_len N")
+    return length
 
 
 # ---- the tokenizer

@@ -10,8 +10,8 @@ import tempfile
 
 import datasets
 
-from .build import build_config, build_task, default_max_len
-from .build_data import find_sources, find_tokenizer, load_sets
+from .build import build_config, build_task
+from .build_data import default_max_len, find_sources, find_tokenizer, load_sets
 from .data import shards, tokenization
 from .data import tokenizer as tokenizers
 from .data.cache import key_digest
@@ -19,7 +19,6 @@ from .data.sources import source_key
 from .distributed import silence_libraries
 from .errors import DataError
 from .models import FAMILIES, loading
-from .models.auto import num_positions
 from .tasks import TASKS
 from .terminal import plural
 
@@ -31,7 +30,8 @@ def prepare_data(recipe, to=None, part=(1, 1)):
         to: folder or URL to write token shards to, instead of the cache.
         part: (number from 1, count) of the shards to write.
     """
-    recipe.check_family(FAMILIES).check_task(TASKS[recipe.task])
+    recipe.check_family(FAMILIES)
+    recipe.check_task(TASKS[recipe.task], FAMILIES[recipe.family].takes_positions(recipe.task))
     silence_libraries()
     data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
     data_sources = find_sources(recipe)
@@ -43,7 +43,7 @@ def prepare_data(recipe, to=None, part=(1, 1)):
             raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
         return write_all(data_sources, tokenizer, data.val_fraction, to, part)
     config = build_config(recipe, tokenizer, pretrained, task)
-    data.max_len = data.max_len or default_max_len(num_positions(config))
+    data.max_len = data.max_len or default_max_len(config, tokenizer)
     task.configure(config, data.max_len)
     if data.streaming:
         data_sources.training = []  # a stream is tokenized while it is read

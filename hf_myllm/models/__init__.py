@@ -33,6 +33,10 @@ class Family(NamedTuple):
     def is_decoder(self):
         return "causal" in self.tasks
 
+    def takes_positions(self, task):
+        """Return whether the class of a task takes positions, without which documents of a row cannot be kept apart."""
+        return self.is_ours or "position_ids" in self.tasks[task].input_names
+
     def stock_name(self, class_name):
         """Return the name of the stock class for one of the family's classes."""
         return self.config.stock_name(class_name) if self.is_ours else class_name

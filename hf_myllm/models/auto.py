@@ -221,6 +221,9 @@ def check_sizes(config_class, values):
 def check_architecture(config):
     """Raise ValueError if a size of a stock configuration is below 1, or a dropout or the like is out of range."""
     check_sizes(type(config), {name: getattr(config, name) for name in type(config).__dataclass_fields__})
+    heads, key_heads = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads:
+        raise ValueError(f"num_key_value_heads ({key_heads}) must divide num_attention_heads ({heads}); set it")
     if (getattr(config, "num_hidden_layers", None) or 0) > MAX_LAYERS:  # each takes a millisecond to make
         raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; it must be at most {MAX_LAYERS}")
     StockConfigMixin._check_ranges(config)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, first_line
-from ..terminal import first_of
+from ..terminal import first_of, plural
 from . import FAMILIES, auto, lora, weights
 from .initialization import InitialWeights, make_on_meta, reinitialize
 
@@ -316,7 +316,7 @@ def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, 
     if vocab_size > config.vocab_size:
         # New rows are drawn close to the mean of the old ones (Hewitt 2021), so that no token starts out likely.
         model.resize_token_embeddings(vocab_size)
-        new.append(f"{vocab_size - config.vocab_size} rows of the vocabulary")
+        new.append(f"{plural(vocab_size - config.vocab_size, 'row')} of the vocabulary")
         config.vocab_size = vocab_size
     return model, new
 

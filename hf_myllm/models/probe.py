@@ -84,7 +84,8 @@ def _find_problem(model, task, packing, isolates_documents, pads_rows):
         own, ours = losses
         return f"its loss of a row is {own:.6g}, and the cross-entropy of its logits {ours:.6g}; train another model"
     if isolates_documents and not probe.isolates_documents(is_decoder):
-        return f"it does not keep the documents of a row apart, as packing {packing} needs it; use stream or pad"
+        others = "pad" if task == "instruction" else "stream or pad"
+        return f"it does not keep the documents of a row apart, as packing {packing} needs it; use {others}"
     if pads_rows and not is_decoder and probe.sees_padding():
         remedy = "use packing stream" if task == "mlm" else f"train another model for task {task}"
         return f"its outputs depend on the padding of a row; {remedy}"

@@ -150,13 +150,14 @@ class Recipe(BaseModel):
             setattr(recipe.data, name, None)
         return recipe
 
-    def check_task(self, task):
+    def check_task(self, task, takes_positions=True):
         """Refuse keys that have no effect, and fill in the packing if it was left open.
 
         A key of the file may stay when a flag or Python code switches off the key that it needs.
 
         Args:
             task: the task's class, with its `packings`, the default first.
+            takes_positions: whether the model's class does; otherwise a default packing keeps no documents apart.
         """
         data, overrides = self.data, self._overrides or ()
         self._check_columns(task)
@@ -168,7 +169,7 @@ class Recipe(BaseModel):
                 raise RecipeError(f"{name} has no effect with task {self.task}; remove it")
             if missing and (name in overrides or missing not in overrides):
                 raise RecipeError(f"{name} has no effect without {missing}; set it too, or remove {name}")
-        data.packing = data.packing or task.packings[0]
+        data.packing = data.packing or task.default_packing(takes_positions)
         if data.packing not in task.packings:
             choices = " or ".join(task.packings)
             raise RecipeError(f"packing {data.packing} cannot be used with task {self.task}; use {choices}")

@@ -148,7 +148,12 @@ class Data(Section):
     add_tokens: Texts | None = fixed(
         None, "Tokens to add to the tokenizer; the model of init_from gets an embedding for each."
     )
-    max_len: int | None = fixed(None, "Tokens per row. Default: the model's number of positions.", ge=1, le=MANY)
+    max_len: int | None = fixed(
+        None,
+        "Tokens per row. Default: the model's number of positions; of T5, those that it was trained with (512).",
+        ge=1,
+        le=MANY,
+    )
     stride: int | None = fixed(
         None,
         "Tokens from the start of one training row to the start of the next. Default: a row's length. Of the windows "

@@ -59,6 +59,14 @@ _FOREIGN_NAMES = {
     "warmup_steps": "warmup_iters",
 }
 FOREIGN_NAMES = {foreign: name for name, names in _FOREIGN_NAMES.items() for foreign in names.split()}
+# The same size in the configurations of different families.
+_SIZES = (
+    ("n_layer", "num_hidden_layers", "num_layers", "encoder_layers"),
+    ("n_head", "num_attention_heads", "num_heads", "encoder_attention_heads"),
+    ("n_embd", "hidden_size", "d_model"),
+    ("n_inner", "intermediate_size", "d_ff", "encoder_ffn_dim"),
+    ("n_positions", "n_ctx", "max_position_embeddings"),
+)
 
 
 def unknown_key(name, where, section=None, more=()):
@@ -73,6 +81,9 @@ def unknown_key(name, where, section=None, more=()):
         shown = shown.replace(show(name), f"--{name}")
     if name in FOREIGN_NAMES:
         return RecipeError(f"{where}: {shown}; it is called '{FOREIGN_NAMES[name]}' here")
+    for sizes in _SIZES:
+        if name in sizes and (own := [other for other in sizes if other in more]):
+            return RecipeError(f"{where}: {shown}; it is called '{own[0]}' here")
     known = {*FIELDS, *ALIASES, *TOP_LEVEL, *more} - {name}
     nearest = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
     return RecipeError(

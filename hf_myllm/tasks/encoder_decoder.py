@@ -43,6 +43,11 @@ class CorruptedText(EncoderDecoder):
     packings = ("stream",)
     has_stride = False
 
+    @property
+    def blank(self):
+        """The token, as text, that stands for a gap in a source."""
+        return self.tokenizer.mask_token
+
     def configure(self, model_config, max_len):
         super().configure(model_config, max_len)
         self.prefix, self.suffix = special_affixes(self.tokenizer)
@@ -72,6 +77,9 @@ class CorruptedText(EncoderDecoder):
         decoder_inputs = np.concatenate([np.full((len(targets), 1), self.decoder_start), targets[:, :-1]], axis=1)
         labels = np.where(is_repeated, IGNORE_INDEX, targets)
         return to_tensors({**inputs, "decoder_input_ids": decoder_inputs, "labels": labels}, size)
+
+    def usage(self, run_dir, prompt=None):
+        return super().usage(run_dir, prompt or f"'Once upon a {self.blank}'")
 
     @property
     def row_tokens(self):

@@ -259,6 +259,8 @@ class Instruction(LabelledTask, CausalLM):
                 f"{plural(stats['unlearned'], 'turn')} of the assistant read and not learned: the chat template "
                 "renders them differently when other turns follow"
             )
+        if self.packing == "pad":
+            lines.append("packing pad: a row for each conversation")
         return lines
 
     def describe_target(self, batch, index):

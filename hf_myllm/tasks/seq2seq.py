@@ -146,6 +146,9 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
             for name, text, key, limit in cut
             if stats.get(name)
         ]
+        if self.max_target_len < self.settings.max_target_len:
+            lowered = f"max_target_len {self.settings.max_target_len} is lowered to {self.max_target_len}"
+            lines.insert(0, f"{lowered}, the model's positions")
         if val_rows is not None and not _HAS_LIBRARIES:
             lines.append('ROUGE, BLEU and chrF need: pip install "hf-myllm[text-metrics]"')
         return lines
@@ -185,13 +188,13 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     def make_rows(self, data, name, stride=None):
         return data
 
-    def batch(self, rows, indices, step=None, size=None):
-        """Return input_ids and attention_mask (rows, longest source), and labels (rows, longest target)."""
-        texts = [rows.read(int(index)) for index in indices]
     def length_keys(self, rows):
         """Sort by the source's length, then by the target's: sources of one length need neither padding nor mask."""
         return lambda indices: rows.second_text[indices] * (1 << 32) + rows.lengths(indices)
 
+    def batch(self, rows, indices, step=None, size=None):
+        """Return input_ids and attention_mask (rows, longest source), and labels (rows, longest target)."""
+        texts = [rows.read(int(index)) for index in indices]
         sources, targets = [ids[:start] for ids, start in texts], [ids[start:] for ids, start in texts]
         inputs, mask = _pad(sources, self.max_len, self.pad)
         labels, _ = _pad(targets, self.max_target_len, IGNORE_INDEX)

@@ -65,12 +65,16 @@ class SpanCorruption(CorruptedText):
         self.logits_share = self.num_targets / max_len
         self.text_share = self.num_noise / self.num_targets
 
+    @property
+    def blank(self):
+        return self.tokenizer.convert_ids_to_tokens(int(self.sentinels[0]))
+
     def check_prompt(self, text, max_positions):
         super().check_prompt(text, max_positions)
-        sentinel = self.tokenizer.convert_ids_to_tokens(int(self.sentinels[0]))
-        if sentinel not in text:
+        if self.blank not in text:
+            example = f"'a {self.blank} house'"
             raise InputError(
-                f"start_context: the model fills in sentinels; put {sentinel} in the text, as in 'a {sentinel} house'"
+                f"start_context: the model fills in sentinels; put {self.blank} in the text, as in {example}"
             )
 
     def batch(self, rows, indices, step=None, size=None):

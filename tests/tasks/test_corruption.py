@@ -50,6 +50,11 @@ def case(request, text):
     return SimpleNamespace(name=request.param, task=task, tokenizer=tokenizer, rows=rows, ids=ids)
 
 
+def test_the_hint_how_to_generate_has_a_gap_to_fill(case):
+    gap = {"span_corruption": "<extra_id_0>", "denoising": "<mask>"}[case.name]
+    assert case.task.usage("RUN")[1] == f"hf-myllm generate RUN --prompt 'Once upon a {gap}'"
+
+
 def restore(task, inputs, targets):
     """Return the text of a row of span corruption."""
     spans, sentinels = {}, set(task.sentinels.tolist())
