@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ from conftest import train as run_train
 from families import CASES
 from launching import run_command, run_ranks, start, wait_for
 from models.stock_types import DECODERS, SIZES, stock_flags
+from patches import log_compilation
 
+from hf_myllm.build_data import default_max_len
 from hf_myllm.errors import InputError
 from hf_myllm.generate import generate, load_tokenizer
 from hf_myllm.models import FAMILIES
 from hf_myllm.models.auto import training_class
 from hf_myllm.models.probe import check_class
 from hf_myllm.recipe import Recipe
+from hf_myllm.tasks import TASKS
 from hf_myllm.train import train
 
 FEW = ("gemma3_text", "qwen3_moe", "mamba", "roberta", "deberta-v2")  # the most different ones
@@ -169,6 +173,24 @@ def test_encoders_keep_packed_documents_apart(name):
         torch.testing.assert_close(packed[:, document], model(ids[:, document]).logits, rtol=0, atol=1e-6)
 
 
+def test_what_keeps_no_documents_apart_gets_a_row_for_each_by_default():
+    for name, packing in (("mamba", "pad"), ("rwkv", "pad"), ("mistral", "best_fit"), ("gpt", "best_fit")):
+        recipe = Recipe(model=name, task="instruction").check_family(FAMILIES)
+        recipe.check_task(TASKS["instruction"], FAMILIES[name].takes_positions("instruction"))
+        assert recipe.data.packing == packing, name
+
+
+@pytest.mark.parametrize(
+    ("config", "limit", "expected"),
+    [({}, 48, 48), ({"n_positions": 512}, 10**30, 512), ({"max_position_embeddings": 64}, 48, 64)],
+)
+def test_the_default_length_of_a_row(config, limit, expected):
+    config, tokenizer = transformers.PreTrainedConfig(**config), SimpleNamespace(model_max_length=limit)
+    assert default_max_len(config, tokenizer) == expected
+    with pytest.raises(InputError, match="give --max_len N"):
+        default_max_len(transformers.PreTrainedConfig(), SimpleNamespace(model_max_length=10**30))
+
+
 @pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_our_class_and_the_stock_one_make_the_same_run(name, tmp_path, tiny_family):
     for implementation in ("ours", "stock"):
@@ -204,7 +226,14 @@ def test_a_run_keeps_its_tokenizer_where_the_library_replaces_it(tmp_path):
         ({"task": "mlm"}, "task 'mlm' is not a task of mistral; choose causal"),
         ({"config": {"n_embd": 32}}, "unknown key 'n_embd' in config of mistral"),
         ({"config": {"num_hidden_layers": 9999}}, "num_hidden_layers is 9999; it must be at most 1024"),
-        ({"config": {**SIZES["mistral"], "num_key_value_heads": 3}}, "it fails on a row of tokens"),
+        (
+            {"config": {**SIZES["mistral"], "num_key_value_heads": 3}},
+            r"heads \(3\) must divide num_attention_heads \(2\)",
+        ),
+        (
+            {"config": {"n_layer": 2}},
+            "unknown key 'n_layer' in config of mistral; it is called 'num_hidden_layers' here",
+        ),
         ({"config": {**SIZES["mistral"], "rope_parameters": {"rope_type": "x"}}}, "no MistralForCausalLM can be made"),
         (
             {"model": "mamba", "config": SIZES["mamba"], "max_len": None},
@@ -243,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_trained_is_one_line(changed, message, tmp_p
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("name", ["qwen3_moe", "mamba", "roberta"])
+@pytest.mark.parametrize("name", SIZES)
 def test_a_stock_class_killed_and_resumed_writes_the_same_bytes(name, tiny, tmp_path):
     reference, run = tmp_path / "reference", tmp_path / "killed"
     assert run_train(*stock_flags(tiny, name, save_freq=5, save_model=reference)) == 0
@@ -255,6 +284,22 @@ def test_a_stock_class_killed_and_resumed_writes_the_same_bytes(name, tiny, tmp_
     assert run_train(*stock_flags(tiny, name, save_freq=5, save_model=run), "--init_from", "resume") == 0
     assert (run / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     assert read_metrics(run, "loss") == read_metrics(reference, "loss")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", [name for name in SIZES if name != "rwkv"])  # which unrolls its loop over positions
+def test_a_compiled_stock_class_has_the_same_losses_without_graph_breaks(name, tiny, tmp_path):
+    config = FAMILIES[name].config(**SIZES[name]).to_dict()
+    dropout = {key: 0.0 for key, value in config.items() if key.endswith(("dropout", "drop", "dropout_prob")) and value}
+    flags = stock_flags(tiny, name, max_steps=4, eval_freq=None, save_freq=4, **dropout)
+    assert run_train(*flags, "--save_model", tmp_path / "eager") == 0
+    process = start(*flags, "--compile", "--save_model", tmp_path / "compiled", patch=log_compilation)
+    assert process.wait(500) == 0, process.output()
+    compiled, eager = (read_metrics(tmp_path / folder, "loss") for folder in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    compiled, eager = (read_metrics(tmp_path / folder, "val_loss") for folder in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    assert "Graph break" not in process.output()[1]
 
 
 @pytest.mark.chaos
