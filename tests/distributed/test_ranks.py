@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_run, read_metrics, read_weights, train
+from families import CASES
 from launching import GLOO, accelerate_launch, has_reached, ranks_of, run_ranks, start, start_ranks, wait_for
 from models.stock_types import DECODERS, stock_flags
 from patches import fail_in_step_4, fail_while_building, shard_on_cpu
@@ -389,3 +390,25 @@ def test_a_sharded_stock_class_is_the_same_run(tiny, tmp_path, name):
     assert weights[0].keys() == weights[1].keys()
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=1e-4, msg=key)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["t5", "bart", "gpt"])
+def test_sharded_evaluations_generate_the_same_texts(tiny_family, tmp_path, name):
+    """The ranks have different numbers of groups of sources of equal length, and texts that end at different tokens."""
+    flags = {"max_steps": 8, "eval_freq": 4, "save_freq": 8, "max_len": 16, **CASES[name].no_dropout}
+    if name != "gpt":
+        draw = random.Random(0)
+        words = ["".join(draw.choice("abcd") for _ in range(draw.randint(1, 3))) for _ in range(120)]
+        rows = [json.dumps({"source": f"{word} {draw.choice(words)}", "target": word}) for word in words]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        flags |= {"task": "seq2seq", "train_file": tmp_path / "rows.jsonl", "max_target_len": 8, "max_new_tokens": None}
+        flags |= {"start_context": "ab cd", "tokenizer": "{train: bpe, vocab_size: 300}", "learning_rate": 1e-2}
+    flags = tiny_family(name)(**flags)
+    assert train(*flags, "--save_model", tmp_path / "one") == 0
+    result = run_sharded("cpu", 2, *flags, "--save_model", tmp_path / "sharded")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "sharded", tmp_path / "one", 1e-5)
+    for key in ("sample", "val_token_error_rate", "val_exact_match"):
+        assert read_metrics(tmp_path / "sharded", key) == read_metrics(tmp_path / "one", key), key
+    assert len(read_metrics(tmp_path / "one", "sample")) >= 2
