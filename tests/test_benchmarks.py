@@ -45,6 +45,16 @@ def test_throughput(tmp_path):
 
 
 @pytest.mark.benchmark
+def test_finetune(tmp_path, assets):
+    small = ["g2p", "--seeds", 0, "--threads", 1, "--words", 300, "--flags", "--max_steps 3 --warmup_steps 1"]
+    result = run("finetune", *small, "--json", tmp_path / "results.json")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["g2p"]
+    assert set(results) == {"ours", "Trainer"}
+    assert all(values["CPU seconds"][0] > 0 and values["token errors, %"][0] > 0 for values in results.values())
+
+
+@pytest.mark.benchmark
 def test_startup(tmp_path, stories):
     flags = ["--train_file", stories, "--n_layer", 1, "--n_embd", 16, "--n_head", 1, "--repeats", 1]
     result = run("startup", *flags, "--json", tmp_path / "results.json")
