@@ -255,6 +255,8 @@ def make_on_meta(model_class, config):
 
 def reinitialize(model, names, seed):
     """Give some parameters of a model, such as those of a new head, the values that a new model has."""
+    if "read_rows" in vars(model):
+        return model.read_rows.forget(names)
     weights = InitialWeights(make_on_meta(type(model), model.config), seed) if names else None
     with torch.no_grad():
         for name in names:

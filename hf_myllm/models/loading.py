@@ -225,7 +225,10 @@ def build_model(
         return _initialize(family, task, config, seed, dtype, on_meta), []
     try:  # what a base model lacks, its adapter has
         must_be_whole = is_trained and not base
-        model, new = _load_whole_model(family, task, config, base or pretrained, must_be_whole, replaces_head, dtype)
+        rows_seed = seed if on_meta and not base else None
+        model, new = _load_whole_model(
+            family, task, config, base or pretrained, must_be_whole, replaces_head, dtype, rows_seed
+        )
         reinitialize(model, new, seed)
     except ModelError as error:
         raise _explain(error, pretrained, base) from None
@@ -302,7 +305,7 @@ def use_flex_attention(model, device_type):
         model.set_attn_implementation("flex_attention")
 
 
-def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, dtype):
+def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, dtype, rows_seed):
     """Return a model without an adapter and the names of its newly initialized weights; see [`build_model`]."""
     vocab_size = config.vocab_size
     try:
@@ -310,7 +313,9 @@ def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, 
     except Exception as error:
         raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
     config.vocab_size = stored_config.vocab_size
-    model, loading_info = weights.load(FAMILIES[family].tasks[task], path, config, dtype)
+    if vocab_size > config.vocab_size:
+        rows_seed = None  # the new rows of the vocabulary follow from all old ones
+    model, loading_info = weights.load(FAMILIES[family].tasks[task], path, config, dtype, rows_seed)
     new = _find_new_weights(family, task, model, path, loading_info, must_be_whole, replaces_head, stored_config)
     weights.warn_unused(path, loading_info["unused"])
     if vocab_size > config.vocab_size:

@@ -3,30 +3,43 @@
 import re
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from ..errors import ModelError, first_line
 from ..files import find_lfs_pointer
 from ..terminal import first_of, warn
+from . import stored_rows
 
 # Buffers in files of earlier versions of the stock classes: nothing in them was learned.
 _BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")
 _WRAPPERS = {r"^(?:(?:module|_orig_mod)\.)+": "", r"\._orig_mod\.": "."}  # names that DDP and torch.compile add
 
 
-def load(model_class, path, config, dtype):
+def load(model_class, path, config, dtype, seed=None):
     """Return the model of a folder or the Hub and the library's loading info.
 
+    Args:
+        seed: of what is not stored, to leave the parameters on the meta device, if that is possible; see
+            [`stored_rows`].
     Raises:
         ModelError: it cannot be loaded, holds weights that the model has no place for, or weights that are no numbers,
             or its head is not tied to the embeddings as its configuration says.
     """
+    if seed is not None:
+        try:
+            model, loading_info = stored_rows.open_model(model_class, path, config, dtype, seed)
+            if not _has_wrappers(loading_info):
+                return _checked(model, path, loading_info)
+            reason = "its weights have the names of wrapped modules"
+        except (stored_rows.Unsupported, SafetensorError, OSError, ValueError) as error:
+            reason = first_line(error)
+        warn(f"{path}: each rank reads the whole model, because {reason}")
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
     options |= {"output_loading_info": True, "trust_remote_code": False}
     try:
         model, loading_info = model_class.from_pretrained(str(path), **options)
-        if any(re.search(pattern, name) for name in loading_info["unexpected_keys"] for pattern in _WRAPPERS):
+        if _has_wrappers(loading_info):
             model, loading_info = model_class.from_pretrained(str(path), key_mapping=_WRAPPERS, **options)
             model._weight_conversions = None  # saving would apply the renaming backwards
     except Exception as error:
@@ -34,6 +47,14 @@ def load(model_class, path, config, dtype):
         if "Meta tensors" in reason:  # the library compares the weight of another size with that of the embeddings
             reason = "its head has another size than the embeddings that its config.json ties it to"
         raise ModelError(find_lfs_pointer(path) or f"the model {path} cannot be loaded: {reason}") from None
+    return _checked(model, path, loading_info)
+
+
+def _has_wrappers(loading_info):
+    return any(re.search(pattern, name) for name in loading_info["unexpected_keys"] for pattern in _WRAPPERS)
+
+
+def _checked(model, path, loading_info):
     _check_tied(model, path, loading_info["missing_keys"])
     loading_info["unused"] = _find_unused(model, path, loading_info["unexpected_keys"])
     _check_numbers(model, path)
@@ -94,5 +115,5 @@ def _check_numbers(model, path):
                 if dtype not in ("F16", "BF16", "F32", "F64") and not _BUFFERS.search(name):
                     raise ModelError(f"{file}: {name} holds {dtype} numbers; give a model that is not quantized")
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not (parameter.is_meta or parameter.isfinite().all()):  # StoredRows checks what it reads
             raise ModelError(f"the model {path}: {name} holds NaN or infinity; give a model without them")
