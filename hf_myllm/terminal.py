@@ -10,6 +10,7 @@ import time
 from .errors import hide_secrets, printable
 
 PIPE_INTERVAL = 10  # seconds between the lines of a [`Status`] if the output is not a terminal
+_IS_WINDOWS = os.name == "nt"
 
 
 def warn(text):
@@ -36,12 +37,12 @@ def first_of(names, limit=3):
 
 def join_command(words):
     """Return a command line of some words, quoted as the shell of this system reads them."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return subprocess.list2cmdline(words) if _IS_WINDOWS else shlex.join(words)
 
 
 def _clear_line():
     """Return what clears a line of the terminal: on Windows by spaces, because its older consoles show the sequence."""
-    return f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r" if os.name == "nt" else "\r\033[K"
+    return f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r" if _IS_WINDOWS else "\r\033[K"
 
 
 class Status:
