@@ -13,10 +13,9 @@ from ..data.sampler import micro_batches
 from ..errors import hide_secrets
 from ..launcher import train_command
 from ..models import loading, lora
-from ..optim import hidden_matrices
 from ..tasks.base import IGNORE_INDEX, show_tokens
 from ..terminal import join_command, plural
-from .flops import num_decoder_layers
+from .flops import memory_per_rank
 from .summary import data_warnings, mixture_lines
 
 
@@ -113,37 +112,26 @@ def _show_steps(run, about):
 
 
 def _estimate_memory(run):
-    """Return an estimate of the memory of a rank, in words.
-
-    It counts parameters, gradients and moments (two of AdamW, one of Muon); activations after Korthikanti et al. 2022,
-    "Reducing Activation Recomputation" (34 bytes per token, layer and hidden unit in 16 bits, without the attention
-    scores, which the attention kernels do not store); and the logits with their gradient.
-    """
-    config, section, accelerator = run.model.config, run.recipe.training, run.accelerator
-    is_16_bit = accelerator.mixed_precision in ("fp16", "bf16") or section.dtype == "bfloat16"
-    bytes_per_weight = 2 if section.dtype == "bfloat16" else 4
-    trained = run.model.num_parameters(only_trainable=True)
-    moments = 2 * trained
-    if section.optimizer == "muon":
-        moments -= sum(matrix.numel() for matrix in hidden_matrices(run.model) if matrix.requires_grad)
-    state = (run.model.num_parameters() + trained + moments) * bytes_per_weight
-    state += 4 * trained * (run.recipe.evaluation.weight_averaging is not None)
-    if accelerator.is_fsdp2:
-        state /= accelerator.num_processes
-    tokens = section.batch_size * run.recipe.data.max_len
-    per_layer = (2 if section.gradient_checkpointing else 34) * config.hidden_size * (1 if is_16_bit else 2)
-    # A decoder's layer that attends to an encoder too stores about 1.4 times as much.
-    layers = config.num_hidden_layers + 1.4 * num_decoder_layers(config) * run.task.logits_share
-    activations = tokens * layers * per_layer
-    # Logits in fp32 with their gradient; the compiled loss does not store the fp32 copy.
-    per_logit = (4 if is_16_bit else 8) if section.compile else (10 if is_16_bit else 12)
-    logits = tokens * run.task.logits_share * config.vocab_size * per_logit
-    parts = f"weights and optimizer {_size(state)}, activations {_size(activations)}, logits {_size(logits)}"
+    """Return an estimate of the memory of a rank, in words; see [`memory_per_rank`]."""
+    section, accelerator = run.recipe.training, run.accelerator
+    parts = memory_per_rank(
+        run.model,
+        section.batch_size * run.recipe.data.max_len,
+        run.task.logits_share,
+        shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
+        is_16_bit=accelerator.mixed_precision in ("fp16", "bf16") or section.dtype == "bfloat16",
+        bytes_per_weight=2 if section.dtype == "bfloat16" else 4,
+        optimizer=section.optimizer,
+        has_average=run.recipe.evaluation.weight_averaging is not None,
+        checkpoints_layers=section.gradient_checkpointing,
+        compiles=section.compile,
+    )
+    shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     device, available = accelerator.device, loading.physical_memory()
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     has = f"; this {'GPU' if device.type == 'cuda' else 'machine'} has {_size(available)}" if available else ""
-    return f"about {_size(state + activations + logits)} per rank in {accelerator.precision}: {parts}{has}"
+    return f"about {_size(sum(parts.values()))} per rank in {accelerator.precision}: {shown}{has}"
 
 
 def _size(num_bytes):

@@ -1,4 +1,4 @@
-"""The FLOPs of a training step and the peak of a GPU, for the model FLOPs utilization (MFU)."""
+"""The FLOPs and the memory of a training step, and the peak of a GPU, for the model FLOPs utilization (MFU)."""
 
 import re
 
@@ -6,6 +6,7 @@ from torch import nn
 
 from ..models.decoder import get_layer_types
 from ..models.stock import LAYER_TYPES
+from ..optim import hidden_matrices
 from ..precision import layers
 
 # GPU, as a pattern for its whole name without the maker -> peak dense tensor-core TFLOP/s with fp32 accumulation, by
@@ -113,3 +114,61 @@ def num_decoder_layers(config):
     """Return the number of layers in the decoder of an encoder-decoder; 0 for other models."""
     names = ("decoder_layers", "num_decoder_layers") if config.is_encoder_decoder else ()
     return next((getattr(config, name) for name in names if hasattr(config, name)), 0)
+
+
+def memory_per_rank(
+    model,
+    tokens,
+    logits_share=1.0,
+    shards=1,
+    is_16_bit=False,
+    bytes_per_weight=4,
+    optimizer="adamw",
+    has_average=False,
+    checkpoints_layers=False,
+    compiles=False,
+):
+    """Return an estimate of the bytes of a rank: {what they hold: bytes}.
+
+    It counts parameters, gradients and moments (two of AdamW, one of Muon); what fully_shard holds unsharded;
+    activations after Korthikanti et al. 2022, "Reducing Activation Recomputation" (34 bytes per token, layer and hidden
+    unit in 16 bits, without the attention scores, which the attention kernels do not store); and the logits with their
+    gradient.
+
+    Args:
+        tokens: of a micro-batch.
+        logits_share: the share of the tokens that have logits.
+        shards: the ranks over which a parameter is sharded.
+        has_average: whether there is a moving average of the weights, in 4 bytes each.
+        checkpoints_layers: whether the layers' activations are computed again in the backward pass.
+        compiles: whether the model is compiled.
+    """
+    config, unit = model.config, 1 if is_16_bit else 2
+    trained, moments = model.num_parameters(only_trainable=True), 2 * model.num_parameters(only_trainable=True)
+    if optimizer == "muon":
+        moments -= sum(matrix.numel() for matrix in hidden_matrices(model) if matrix.requires_grad)
+    state = (model.num_parameters() + trained + moments) * bytes_per_weight + 4 * trained * has_average
+    gathered = 0
+    if shards > 1:
+        layer, root = unsharded_units(model)
+        weights, gradients = root + 2 * layer, max(root, layer)  # the next layer is gathered while one runs
+        gathered = 2 * unit * weights + (2 * unit + 4) * gradients  # gradients are summed in fp32
+    # A decoder's layer that attends to an encoder too stores about 1.4 times as much.
+    num_layers = config.num_hidden_layers + 1.4 * num_decoder_layers(config) * logits_share
+    per_unit = 34 + 2 * num_layers if checkpoints_layers else 34 * num_layers  # one layer at a time is computed again
+    # Logits in fp32 with their gradient; the compiled loss does not store the fp32 copy.
+    per_logit = (4 if is_16_bit else 8) if compiles else (10 if is_16_bit else 12)
+    return {
+        "weights and optimizer": state / shards,
+        "gathered weights": gathered,
+        "activations": tokens * config.hidden_size * unit * per_unit,
+        "logits": tokens * logits_share * config.vocab_size * per_logit,
+    }
+
+
+def unsharded_units(model):
+    """Return the numbers of parameters that fully_shard gathers together: of the largest layer, and of what is beside
+    the layers, the embeddings and the head."""
+    in_layers = [{parameter for parameter in layer.parameters()} for layer in layers(model)]
+    everything = sum(parameter.numel() for parameter in set().union(*in_layers))
+    return max(sum(p.numel() for p in layer) for layer in in_layers), model.num_parameters() - everything
