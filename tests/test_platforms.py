@@ -20,12 +20,13 @@ from conftest import assert_same_run, read_weights, train
 from launching import start
 from patches import import_on_windows
 
-from hf_myllm import Recipe, checkpoint, distributed, files, launcher, terminal
+from hf_myllm import checkpoint, distributed, files, launcher, terminal
 from hf_myllm.errors import RecipeError
 from hf_myllm.hub.push import BackgroundUploads
 from hf_myllm.models import loading
 from hf_myllm.optim import build_optimizer, step_if
 from hf_myllm.precision import choose_precision
+from hf_myllm.recipe import Recipe
 from hf_myllm.reporting.facts import public_value
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
