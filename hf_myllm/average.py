@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from . import checkpoint
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, first_line
 from .files import atomic_path, flush, write_text_atomically
 from .hub import write_card
 from .hub.push import SHARED
@@ -123,8 +123,14 @@ def _weight_files(folder):
 
 def _open_weights(folder):
     """Return {tensor name: open file} of a folder's model; the files are memory-mapped."""
-    files = [safe_open(path, framework="pt") for path in _weight_files(folder)]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
+    weights = {}
+    for path in _weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: it cannot be read: {first_line(error)}; leave {folder} out") from None
+        weights |= dict.fromkeys(file.keys(), file)
+    return weights
 
 
 def _check_tensors(folders, models):

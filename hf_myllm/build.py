@@ -155,7 +155,7 @@ def open_run(recipe, train_data=None, eval_data=None):
                     run.saver, run.snapshot = cleanup.enter_context(Saver(accelerator)), snapshot
                     yield run
                     if accelerator.is_fsdp2:
-                        run.model = None
+                        run.model = run.weight_average = None
                     end_training(accelerator, owns_process_group)
             except BaseException:
                 accelerator.peers.stop(failed=True)

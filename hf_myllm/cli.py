@@ -370,12 +370,14 @@ def _average(args):
     print(f"averaged    {plural(len(result['folders']), 'model')} {how}: {', '.join(map(str, result['folders']))}")
     if result["problem"]:
         print(f"not evaluated: {result['problem']}")
+    else:
+        print(f"{'validation':<24}{'average':>12}{'last':>12}")
     for name, value in result["average"].items():
         columns = [
             f"{v:,}" if isinstance(v, int) else "" if v is None else format_loss(v)
             for v in (value, result["last"][name])
         ]
-        print(f"{name.replace('_', ' '):<24}{columns[0]:>12}{columns[1]:>12}  of the last")
+        print(f"{name.replace('_', ' '):<24}{columns[0]:>12}{columns[1]:>12}")
     print(f"written     {args.output}")
 
 

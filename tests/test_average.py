@@ -35,7 +35,7 @@ def test_the_last_checkpoints_are_averaged_and_evaluated(run, tmp_path, capsys):
     # a stock folder, of which the evaluation is that of the command
     assert type(AutoModelForCausalLM.from_pretrained(output)).__name__ == "GPT2LMHeadModel"
     of_average, of_last = hf_myllm.evaluate(output), hf_myllm.evaluate(run / "checkpoint-8")
-    assert f"loss{of_average['loss']:>32.4f}{of_last['loss']:>12.4f}  of the last" in out
+    assert f"loss{of_average['loss']:>32.4f}{of_last['loss']:>12.4f}\n" in out
     assert of_average["loss"] != of_last["loss"]
     card = (output / "README.md").read_text()
     assert "the average of `checkpoint-6`, `checkpoint-7`, `checkpoint-8` of the run" in card
@@ -112,6 +112,8 @@ def test_what_cannot_be_averaged_is_one_line_and_nothing_is_written(run, tmp_pat
     tensors = weights(first)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name][:-1].clone()}, other_shape / "model.safetensors", {"format": "pt"})
+    torn = copy_of(first, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes(b"torn")
     other_words = copy_of(first, tmp_path / "words")
     (other_words / "tokenizer.json").write_text("{}")
     damaged = tmp_path / "checkpoint-9"
@@ -122,6 +124,7 @@ def test_what_cannot_be_averaged_is_one_line_and_nothing_is_written(run, tmp_pat
         ([first, copy_of(first, tmp_path / "family", model_type="llama")], {}, "model_type is 'gpt2', and 'llama' in"),
         ([first, copy_of(first, tmp_path / "head", n_head=4)], {}, "n_head is 2, and 4 in"),
         ([first, other_shape], {}, f"{name} is F32"),
+        ([first, torn], {}, "model.safetensors: it cannot be read: "),
         ([first, other_words], {}, "its tokenizer.json is not that of"),
         ([first, damaged], {}, "it is damaged: model.safetensors has 4 bytes"),
         ([first], {}, "it needs at least two checkpoints"),

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import assert_same_run, read_metrics, train
+from launching import run_ranks
 from small_runs import copy_until
 from small_runs import flags as as_flags
 
@@ -151,3 +152,18 @@ def test_a_stream_goes_on_in_a_branch_and_other_text_is_read_from_its_start(tiny
             read.clear()
     assert batches[0] == batches[1]
     assert len(batches[0]) == 16
+
+
+@pytest.mark.chaos
+def test_a_branch_on_two_ranks_is_that_of_one(kept_run, branch, tmp_path):
+    folder, keys = kept_run
+    start = {"init_from": folder / "checkpoint-4", "with_optimizer": True, "learning_rate": 1e-3, "batch_size": 2}
+    assert branch(**start, save_model=tmp_path / "one") == 0
+    result = run_ranks(2, *as_flags(**keys | start | {"save_model": tmp_path / "two"}))
+    assert result.returncode == 0, result.stderr
+    assert "branched    from step 4 of run" in result.stdout
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert read_run(tmp_path / "two")["branched_from"] == read_run(tmp_path / "one")["branched_from"]
+    result = run_ranks(2, *as_flags(**keys | start | {"init_from": folder, "save_model": tmp_path / "three"}))
+    assert result.returncode == 2
+    assert "is no checkpoint of a run" in result.stderr
