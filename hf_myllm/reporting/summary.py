@@ -101,9 +101,10 @@ def data_warnings(run):
     unknown = stats.get("unknown", 0) / max(1, stats.get("tokens", 0))
     if unknown > 0.001:
         yield f"{unknown:.1%} of the tokens are {run.tokenizer.unk_token}: the tokenizer does not cover the text"
-    if (length := getattr(rows, "length", None)) and rows.stride > length:
+    stride, length = getattr(rows, "stride", 0), getattr(rows, "length", 0)  # passages of sentences have no stride
+    if stride > length:
         between = len(rows.tokens) - rows.num_used_tokens()
-        yield f"stride {rows.stride} is above the {length} tokens of a row: {between:,} tokens between are left out"
+        yield f"stride {stride} is above the {length} tokens of a row: {between:,} tokens between are left out"
     for name, (count, total) in run.data_stats.get("shared", {}).items():
         if count:
             kind = "row" if run.task.is_labelled else "document"
