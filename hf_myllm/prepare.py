@@ -41,6 +41,8 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     if to:
         if task.is_labelled:
             raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
+        if data.max_train_rows or data.max_eval_rows:
+            raise DataError("--to: it writes shards of all the text; remove max_train_rows and max_eval_rows")
         return write_all(data_sources, tokenizer, data.val_fraction, to, part)
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or default_max_len(config, tokenizer)

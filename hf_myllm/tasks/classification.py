@@ -76,17 +76,12 @@ class Classification(LabelNames, PredictionTask):
     def parse(self, record, where):
         """Return the text, or the pair of texts, and the label."""
         texts = self.texts(record, where)
-        label = self.labels.encode(self._label(record, where), where) if self.reads_labels else 0
+        label = self.labels.encode(self.read_labels(record, where), where) if self.reads_labels else 0
         return (tuple(texts) if self.is_pair else texts[0]), label
 
     def label_values(self, record, where):
-        value = self._label(record, where)
+        value = self.read_labels(record, where)
         return [(name, where) for name in value] if isinstance(value, list) else (value, where)
-
-    def _label(self, record, where):
-        if isinstance(self.label_column, list):
-            return {name: self.read_cell(record, where, name, "label_column") for name in self.label_column}
-        return self.read_cell(record, where, self.label_column, "label_column")
 
     def split_key(self, example):
         return (example[1] if self.labels.problem_type == CLASSIFICATION else None), repr(example[0])
@@ -166,7 +161,7 @@ class Classification(LabelNames, PredictionTask):
             if self.has_one_class
             else self._losses(outputs.logits.float(), labels)
         )
-        return (losses.T * weights).sum()
+        return (losses * weights.view(-1, *[1] * (losses.ndim - 1))).sum()
 
     def predictions(self, outputs, rows, indices):
         """Return the logits of each row."""

@@ -47,8 +47,8 @@ class LabelledTask(Task):
         super().__init__(tokenizer, seed, **settings)
         self.text_column = self.settings.text_column or self.default_text_column
         self.label_column = self.settings.label_column or "label"
-        labels = self.label_column if isinstance(self.label_column, list) else [self.label_column]
-        if self.text_column in labels:
+        self.label_columns = self.label_column if isinstance(self.label_column, list) else [self.label_column]
+        if self.text_column in self.label_columns:
             raise InputError(f"label_column: {self.text_column!r} is the column of the text too; name two columns")
 
     def prepare_tokenizer(self, is_trained):
@@ -92,8 +92,7 @@ class LabelledTask(Task):
 
     def used_columns(self):
         """Return the names of the columns that the task reads."""
-        labels = self.label_column if isinstance(self.label_column, list) else [self.label_column]
-        return [self.text_column, self.settings.text_pair_column, *labels, *self.mapped_columns()]
+        return [self.text_column, self.settings.text_pair_column, *self.label_columns, *self.mapped_columns()]
 
     def mapped_columns(self):
         """Return the names of the columns that `columns` and `template` of the recipe read."""
@@ -344,13 +343,17 @@ class LabelNames:
     def load(self, training, validation=None, show_progress=False):
         train_rows, val_rows, stats = super().load(training, validation, show_progress)
         if self.settings.class_weights and train_rows is not None:
-            self.class_weights = self._weigh_classes(train_rows.example_labels)
+            self.class_weights = self._weigh_classes(train_rows)
         return train_rows, val_rows, stats
 
-    def _weigh_classes(self, labels):
-        """Return the weights of the classes, given the labels of the training data."""
-        given, names = self.settings.class_weights, self.labels.names
-        counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=len(names))
+    def _count_labels(self, rows):
+        """Return how many texts or words of some data have each label: (classes,)."""
+        labels = rows.example_labels
+        return np.bincount(labels[labels != IGNORE_INDEX], minlength=self.labels.num_labels)
+
+    def _weigh_classes(self, rows):
+        """Return the weights of the classes, given the training data."""
+        given, names, counts = self.settings.class_weights, self.labels.names, self._count_labels(rows)
         if given == "balanced":
             weights = 1 / np.maximum(counts, 1)
         else:
@@ -374,6 +377,11 @@ class LabelNames:
             logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction, **options
         )
 
+    def read_labels(self, record, where):
+        """Return what a record has in the column of the label or, with several columns, a dict of them by name."""
+        cells = {name: self.read_cell(record, where, name, "label_column") for name in self.label_columns}
+        return cells if isinstance(self.label_column, list) else cells[self.label_column]
+
     def labels_of(self, source, problem_type=None):
         """Return the labels of training data."""
         collector = LabelCollector(problem_type)
@@ -395,8 +403,7 @@ class LabelNames:
         for name, rows in (("training", train_rows), ("validation", val_rows)):
             if rows is None or self.labels.problem_type != CLASSIFICATION:
                 continue
-            labels = rows.example_labels
-            counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=self.labels.num_labels)
+            counts = self._count_labels(rows)
             shares = counts / counts.sum()
             order = np.argsort(-shares, kind="stable")
             listed = [f"{printable(self.labels.names[index])} {shares[index]:.1%}" for index in order]

@@ -59,7 +59,7 @@ class TokenClassification(LabelNames, PredictionTask):
         return [check_text(word, where, BadRowError) for word in words]
 
     def _word_labels(self, record, where, words):
-        labels = self.read_cell(record, where, self.label_column, "label_column")
+        labels = self.read_labels(record, where)
         if not isinstance(labels, list) or len(labels) != len(words):
             count = f"{len(labels)} labels" if isinstance(labels, list) else "no list of labels"
             raise BadRowError(f"{where} has {len(words)} words and {count}; give each word a label")
@@ -67,7 +67,7 @@ class TokenClassification(LabelNames, PredictionTask):
         return [self.labels.label_id(label, place) for label, place in zip(labels, places, strict=True)]
 
     def label_values(self, record, where):
-        labels = self.read_cell(record, where, self.label_column, "label_column")
+        labels = self.read_labels(record, where)
         labels = labels if isinstance(labels, list) else [labels]
         return [(label, f"{where}, word {index}") for index, label in enumerate(labels, start=1)]
 

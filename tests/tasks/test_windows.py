@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import assert_same_run, read_metrics, train
+from launching import run_ranks
 from small_runs import BERT, DROPOUT, evaluations, flags, predict, read_lines, write_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -62,7 +63,7 @@ def test_the_longer_text_of_a_pair_is_split(tmp_path, wordpiece):
 def test_each_text_counts_once_in_training(tmp_path, wordpiece, class_weights):
     task, rows = load(tmp_path, wordpiece, class_weights=class_weights)
     if class_weights:
-        task.class_weights = task._weigh_classes(rows.example_labels)
+        task.class_weights = task._weigh_classes(rows)
     batch = task.batch(rows, np.arange(len(rows)), 0, len(rows) + 2)
     logits = torch.randn(len(rows) + 2, 2, generator=torch.Generator().manual_seed(0))
     model = lambda **inputs: SimpleNamespace(logits=logits)  # noqa: E731
@@ -132,3 +133,16 @@ def test_keys_that_do_not_fit_are_one_line(tmp_path, capsys):
         captured = capsys.readouterr().err
         assert len(captured.splitlines()) == 1
         assert re.search(message, captured)
+
+
+@pytest.mark.chaos
+def test_two_ranks_train_and_evaluate_windows_as_one(tmp_path):
+    settings = {"model": "bert", "task": "classification", "long_texts": "windows", "text_column": "body", "epochs": 1}
+    settings |= {"train_file": write_long_texts(tmp_path / "train.jsonl", 40, 0), "max_len": 16, "eval_freq": 2}
+    settings |= {"val_file": write_long_texts(tmp_path / "val.jsonl", 23, 1), "batch_size": 4, "total_batch_size": 16}
+    settings |= {"tokenizer": "{train: wordpiece, vocab_size: 300}"} | BERT | DROPOUT
+    assert train(*flags(**settings, save_model=tmp_path / "one")) == 0
+    result = run_ranks(2, *flags(**settings, save_model=tmp_path / "two"))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5)
+    assert read_metrics(tmp_path / "two", "val_accuracy") == read_metrics(tmp_path / "one", "val_accuracy")
