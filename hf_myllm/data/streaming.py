@@ -74,7 +74,8 @@ class TokenWindows:
         self.is_closed.set()
         if self.prefetch is not None:
             self.prefetch.join()
-        for window in [*self.opened, max(self.opened, default=0) + 1] if self.is_maker else ():
+        last = max(self.opened, default=0)
+        for window in [*self.opened, last + 1, last + 2] if self.is_maker else ():  # of the last there is a position
             self._remove(window)
 
     def recent_positions(self):

@@ -67,7 +67,8 @@ def test_windows_equal_the_stream_and_resume_from_saved_positions(stories, bpe, 
     positions = json.loads(json.dumps(windows.recent_positions()))
     assert min(map(int, positions)) >= last - 3
     windows.close()
-    assert not any(cache.cached_path([*windows.key, window]).exists() for window in range(last + 2))
+    keys = [[*windows.key, window, *part] for window in range(last + 4) for part in ([], ["position"])]
+    assert not any(cache.cached_path(key).exists() for key in keys)
 
     # another machine resumes from a checkpoint's positions and tokenizes nothing before them
     resumed = streaming.TokenWindows(source, bpe, size, owner="elsewhere", positions=positions)
