@@ -138,7 +138,7 @@ CASES = {
     "a dry run of an evaluation": ({"eval_only": "true", "dry_run": "true"}, "dry_run shows what training would do"),
     "a weight of zero": (
         {"train_file": None, "datasets": "[{train_file: a.txt, weight: 0}]"},
-        "must be more than 0",
+        "datasets: all weights are 0",
     ),
     "pad and a stride": ({"packing": "pad", "stride": 8}, "stride has no effect with packing pad"),
     "an unknown packing": ({"packing": "bestfit"}, "'packing' must be one of stream, documents, pad, best_fit"),
