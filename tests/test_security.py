@@ -266,16 +266,15 @@ def test_a_project_stays_in_the_runs_folder(name):
 def test_escape_sequences_do_not_reach_the_terminal(tmp_path, noise, capsys):
     evil = "\x1b]0;title\x07\x9b2J\u202e"
     names = [f"a{evil}", f"b{evil}"]
-    folder = tmp_path / f"data{evil}"
-    folder.mkdir()
     rows = [{"text": f"anna {n} {evil}", "label": names[n % 2]} for n in range(40)]
-    data = write_lines(folder / "train.jsonl", rows)
+    data = write_lines(tmp_path / "train.jsonl", rows)
     settings = flags(**noise | {"train_file": data, "val_file": None, "val_fraction": 0.2}, max_steps=2)
     outputs = []
     for arguments, code in (
         ((*settings, "--dry_run"), 0),
         (settings, 0),
         ((*settings, "--task", "token_classification"), 2),
+        ((*settings, "--train_file", tmp_path / f"data{evil}"), 2),
     ):
         assert train(*arguments) == code
         outputs.append(capsys.readouterr())
