@@ -36,7 +36,7 @@ from .distributed import (
 from .errors import InputError, RecipeError
 from .evaluation import load_metrics
 from .hub import check_target
-from .models import FAMILIES, loading
+from .models import FAMILIES, loading, revisions
 from .models.auto import num_positions
 from .models.probe import check_class
 from .optim import build_optimizer, load_optimizer_tensors
@@ -175,7 +175,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
     metrics = load_metrics(recipe.evaluation.metrics or [], recipe.evaluation.trust_metric_code)
     data_sources = find_sources(recipe, train_data, eval_data)
-    pretrained = resume_from or (None if section.init_from == "scratch" else section.init_from)
+    pretrained = resume_from or (None if section.init_from == "scratch" else revisions.resolve(section.init_from))
     stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     is_trained = resume_from is not None or eval_only
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, is_trained)

@@ -38,6 +38,7 @@ from .files import (
     write_and_digest,
 )
 from .models.export import write_safetensors
+from .models.revisions import resolve
 
 _MARKER = "trainer_state/complete.json"
 STATE = "trainer_state/state.json"
@@ -242,12 +243,13 @@ def find_latest(run_dir, warn=lambda message: None):
 
 
 def find_model(run_dir):
-    """Return the folder of a run's model: the run's own or, while it is empty, its newest checkpoint.
+    """Return the folder of a run's model: the run's own or, while it is empty, its newest checkpoint; or that of
+    `id@revision`, a model of the Hub.
 
     Raises:
         CheckpointError: there is neither, or all checkpoints are damaged.
     """
-    folder = Path(run_dir)
+    folder = Path(resolve(run_dir))
     if not folder.is_dir():
         raise CheckpointError(f"{run_dir}: it is not a folder; give the folder of a run or of one of its checkpoints")
     if not has_model(folder):

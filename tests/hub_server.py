@@ -173,8 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return
-        branch = rest.split("/")[0] or "main"
-        if branch not in repo["branches"]:
+        revision = rest.split("/")[0] or "main"
+        branch = self._branch_of(repo, revision)
+        if branch is None:
             self.answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
             return
         files = repo["branches"][branch]
@@ -194,12 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
         made = sum(where == branch for where, _ in repo["commits"])
         return hashlib.sha1(f"{branch} {made}".encode()).hexdigest()
 
+    def _branch_of(self, repo, revision):
+        """Return a branch by its name or by the commit that it stands at; None if there is none."""
+        return next((name for name in repo["branches"] if revision in (name, self._commit_of(repo, name))), None)
+
     def do_download(self, path, body):
         match = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo = self.hub.repos.get(match[1])
         branches = {} if repo is None else repo["branches"]
-        # a branch, or the commit that it stands at
-        branch = next((name for name in branches if match[2] in (name, self._commit_of(repo, name))), None)
+        branch = self._branch_of(repo, match[2]) if repo else None
         if branch is None or match[3] not in branches[branch]:
             code = "EntryNotFound" if branch else "RevisionNotFound" if repo else "RepoNotFound"
             self.answer(404, {"error": "not found"}, X_Error_Code=code)

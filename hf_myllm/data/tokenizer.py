@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from ..errors import ModelError, first_line
 from ..files import find_lfs_pointer
+from ..models.revisions import resolve
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -32,13 +33,14 @@ _SENTENCE_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\n")  # also the ellipsis and
 
 
 def load(name, model_type=None):
-    """Load the tokenizer of a folder or of the Hugging Face Hub.
+    """Load the tokenizer of a folder or of the Hugging Face Hub, as `id` or `id@revision`.
 
     Args:
         model_type: the model type, such as "bert", to assume for a folder that does not state it.
     Raises:
         ModelError: there is no such tokenizer, or it is not a fast one.
     """
+    name = resolve(name, with_weights=False)
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -86,8 +86,9 @@ class Families(dict):
             ModelError: there is no model, or it is of no type that can be trained.
         """
         from .loading import read_model_type  # which imports this module
+        from .revisions import resolve
 
-        name = self.name_of(read_model_type(pretrained))
+        name = self.name_of(read_model_type(resolve(pretrained, with_weights=False)))
         if not isinstance(name, str):
             raise ModelError(f"{pretrained}: its config.json names no model_type; give --model")
         try:

@@ -7,6 +7,7 @@ transformers takes a folder with a config.json for a whole model.
 """
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, first_line
 from . import find_family
+from .revisions import resolve
 
 _TASK_TYPES = {  # end of the model's class name -> peft's task type, which selects the peft class
     "CausalLM": "CAUSAL_LM",
@@ -64,6 +66,7 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
         modules_to_save=heads or None,
         exclude_modules=sorted({*_PEFT_HEADS, *heads}),  # heads are trained as a whole
         task_type=_TASK_TYPES.get(head_type),
+        revision=getattr(model, "hub_commit", None),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # its weight is (in, out)
     )
     if (path := Path(model.name_or_path)).exists():
@@ -112,7 +115,9 @@ def base_of(folder):
     if folder is None or not (Path(folder) / _ADAPTER_CONFIG).is_file():
         return None
     try:
-        return json.loads((Path(folder) / _ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads((Path(folder) / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+        return resolve(f"{base}@{revision}") if revision and not os.path.exists(base) else base
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}/{_ADAPTER_CONFIG} cannot be read: {error!r:.200}") from None
 

@@ -10,6 +10,7 @@ from ..errors import ModelError, first_line
 from ..files import find_lfs_pointer
 from ..terminal import first_of, warn
 from . import stored_rows
+from .revisions import find_id
 
 # Buffers in files of earlier versions of the stock classes: nothing in them was learned.
 _BUFFERS = re.compile(r"attn\.(masked_)?bias$|position_ids$|\.inv_freq$")
@@ -55,6 +56,9 @@ def _has_wrappers(loading_info):
 
 
 def _checked(model, path, loading_info):
+    repo, commit = find_id(path)
+    if repo:  # an adapter names its base model so
+        model.name_or_path, model.hub_commit, model.config._commit_hash = repo, commit, commit
     _check_tied(model, path, loading_info["missing_keys"])
     loading_info["unused"] = _find_unused(model, path, loading_info["unexpected_keys"])
     _check_numbers(model, path)

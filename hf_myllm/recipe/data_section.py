@@ -141,9 +141,9 @@ class Data(Section):
     )
     tokenizer: PathText | TrainedTokenizer | None = fixed(
         None,
-        "A Hub id, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (bpe or unigram; "
-        "wordpiece for BERT; characters, without a vocab_size for all that occur). Default: the tokenizer of the model "
-        "in init_from.",
+        "A Hub id or id@revision, a folder, or {train: bpe, vocab_size: 8192} to train one on the training text (bpe, "
+        "unigram; wordpiece for BERT; characters, without a vocab_size for all that occur). Default: the tokenizer of "
+        "the model in init_from.",
     )
     add_tokens: Texts | None = fixed(
         None, "Tokens to add to the tokenizer; the model of init_from gets an embedding for each."

@@ -32,7 +32,7 @@ class Run(Section):
     init_from: PathText = changeable(
         "scratch",
         "scratch; resume: continue the run in save_model from its newest checkpoint, or start it if there is none; or "
-        "a folder or Hub id of a model of this family to start from.",
+        "a folder or Hub id of a model of this family to start from; id@revision is its branch, tag or commit.",
     )
     with_optimizer: bool = changeable(
         False,
