@@ -216,7 +216,7 @@ def find_shared(task, data_sources, training, validation):
         tokens = tokens_of(task, part)
         count, total = corpus.count_shared(train_tokens, tokens)
         is_same = tokens.fingerprint == train_tokens.fingerprint
-        is_part = count == total > 0 and not task.is_labelled and source.files
+        is_part = count == total > 0 and not task.is_labelled and (source.files or source.format == "shards")
         if is_same or is_part:
             raise DataError(
                 f"{data_sources.val_name(name)}: it holds the same tokens as {'' if is_same else 'a part of '}"
@@ -407,7 +407,7 @@ def _find_tokenizer(recipe, data_sources, pretrained, keep):
             if not any(source.format == "hub" for source in data_sources.training):
                 raise
             raise ModelError(f"{error}; without the Hub, give --train_file FILE in place of the dataset") from None
-    if indexed and not data.tokenizer:
+    if indexed and data.tokenizer in (None, indexed[0].data.content.get("tokenizer_recipe")):
         return tokenizers.load(str(indexed[0].data.tokenizer_folder()))
     if isinstance(data.tokenizer, dict):
         if indexed:

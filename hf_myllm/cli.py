@@ -191,7 +191,7 @@ def _prepare(argv):
         print(f"{argv[0]}: {plural(Index(argv[0]).verify(), 'shard')} checked, all whole")
         return
     if {"-h", "--help"} & set(argv):
-        print("--to FOLDER_OR_URL writes token shards to be read anywhere; --part 1/2 a part of them (docs/data.md)\n")
+        print("--to FOLDER_OR_URL writes token shards to read anywhere; --part 1/2 a part of them (docs/shards.md)\n")
     recipe = _parse(argv, prog="hf-myllm prepare")
     from .prepare import prepare_data
 
@@ -272,7 +272,7 @@ def _reference(args):
 
 
 def _generate_arguments(parser):
-    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, a checkpoint or any model")
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, a checkpoint or any model, or id@revision")
     parser.add_argument("--prompt", default="", help="text to continue, or to fill in (default: start from nothing)")
     parser.add_argument("--chat", action="store_true", help="apply the chat template to the prompt")
     parser.add_argument("--max_new_tokens", type=int, help="maximum number of tokens (default: 200)")
@@ -284,7 +284,7 @@ def _generate_arguments(parser):
 
 
 def _predict_arguments(parser):
-    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, a checkpoint or any such model")
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run or any such model, or id@revision")
     parser.add_argument("--input", required=True, help="file with the examples")
     parser.add_argument("--output", help="file to write (default: stdout)")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at once (default: 32)")

@@ -18,7 +18,7 @@ from .data.cache import key_digest
 from .data.sources import source_key
 from .distributed import silence_libraries
 from .errors import DataError
-from .models import FAMILIES, loading
+from .models import FAMILIES, loading, revisions
 from .tasks import TASKS
 from .terminal import plural
 
@@ -33,7 +33,8 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     recipe.check_family(FAMILIES)
     recipe.check_task(TASKS[recipe.task], FAMILIES[recipe.family].takes_positions(recipe.task))
     silence_libraries()
-    data, pretrained = recipe.data, None if recipe.run.init_from == "scratch" else recipe.run.init_from
+    data, init_from = recipe.data, recipe.run.init_from
+    pretrained = None if init_from == "scratch" else revisions.resolve(init_from, with_weights=False)
     data_sources = find_sources(recipe)
     stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, recipe.run.with_optimizer)
@@ -43,7 +44,8 @@ def prepare_data(recipe, to=None, part=(1, 1)):
             raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
         if data.max_train_rows or data.max_eval_rows:
             raise DataError("--to: it writes shards of all the text; remove max_train_rows and max_eval_rows")
-        return write_all(data_sources, tokenizer, data.val_fraction, to, part)
+        facts = {"tokenizer_recipe": data.tokenizer} if isinstance(data.tokenizer, dict) else {}
+        return write_all(data_sources, tokenizer, data.val_fraction, to, part, facts)
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or default_max_len(config, tokenizer)
     task.configure(config, data.max_len)
@@ -59,7 +61,7 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
 
 
-def write_all(data_sources, tokenizer, val_fraction, to, part):
+def write_all(data_sources, tokenizer, val_fraction, to, part, facts):
     """Write the shards of each source: of a single training source to the folder itself, of others below it."""
     training, validation = data_sources.training, data_sources.validation
     val_fraction = 0.0 if validation else val_fraction
@@ -71,18 +73,19 @@ def write_all(data_sources, tokenizer, val_fraction, to, part):
     for name, source in folders.items():
         if source.format in ("bin", "pkl", "shards"):
             raise DataError(f"--to: {source.name} holds token ids already; give the text")
-        write_source(source, tokenizer, fractions.get(name, 0.0), "/".join(filter(None, (to.rstrip("/"), name))), part)
+        path = "/".join(filter(None, (to.rstrip("/"), name)))
+        write_source(source, tokenizer, fractions.get(name, 0.0), path, part, facts)
 
 
-def write_source(source, tokenizer, val_fraction, path, part):
-    """Write the token shards of a source or a part of them, then their index, once all are there."""
+def write_source(source, tokenizer, val_fraction, path, part=(1, 1), facts=None):
+    """Write the token shards of a source or a part of them and, once all are there, the index, with some facts more."""
     folder, content = shards.Folder(path), source_key(source)
     if "files" in content:  # which have other paths on other machines
         content["files"] = [digest for _, digest in content["files"]]
     key = key_digest([content, *tokenization.text_key(tokenizer)])
     if folder.is_local:
         os.makedirs(path, exist_ok=True)
-    entries, facts = tokenization.write_shards(folder, source, tokenizer, True, key, part)
+    entries, found = tokenization.write_shards(folder, source, tokenizer, True, key, part)
     if missing := [number for number, entry in enumerate(entries) if entry is None]:
         others = ", ".join(sorted({f"{number % part[1] + 1}/{part[1]}" for number in missing}))
         print(f"{path}: {len(entries) - len(missing)} of {plural(len(entries), 'shard')} are there; missing: {others}")
@@ -93,7 +96,7 @@ def write_source(source, tokenizer, val_fraction, path, part):
         for name in names:
             with open(os.path.join(temporary, name), "rb") as file:
                 folder.write(f"{shards.TOKENIZER}/{name}", file.read())
-    facts |= {"key": key, "source": describe_source(source, content), "tokenizer_files": names}
+    facts = found | (facts or {}) | {"key": key, "source": describe_source(source, content), "tokenizer_files": names}
     index = tokenization.write_index(folder, tokenizer, entries, facts, val_fraction)
     print(f"{path}/{shards.INDEX}: {index['tokens']:,} tokens of {plural(index['documents'], 'document')} in "
           f"{plural(len(entries), 'shard')}; give it as train_file")  # fmt: skip

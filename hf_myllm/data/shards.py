@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,10 +128,11 @@ class Index:
     """
 
     def __init__(self, path, content=None):
-        self.path, self.folder = str(path), Folder(os.path.dirname(str(path)))
+        self.path, self.folder = str(path), Folder(os.path.dirname(str(path)) or ".")
         try:
             content = content or json.loads(self._read(os.path.basename(self.path)))
             is_index = (content["format"], content["version"]) == (FORMAT, VERSION)
+            is_index = is_index and content["dtype"] in ("uint16", "uint32") and all(map(_is_entry, content["shards"]))
         except (KeyError, TypeError, ValueError):
             is_index = False
         if not is_index:
@@ -138,7 +140,8 @@ class Index:
                 f"{self.path}: it is not an index of token shards of version {VERSION}; write one with hf-myllm "
                 "prepare RECIPE --to FOLDER"
             )
-        self.content, self.shards, self.dtype = content, content["shards"], np.dtype(content["dtype"])
+        self.content, self.shards = content, content["shards"]
+        self.dtype = np.dtype(content["dtype"]).newbyteorder("<")
         self.digest = digest_shards(self.dtype, [shard["digest"] for shard in self.shards])
         continued = np.cumsum([shard["continues"] for shard in self.shards])
         records = np.cumsum([0, *(shard["records"] for shard in self.shards)])
@@ -205,7 +208,7 @@ class Index:
         """Return the folder of the tokenizer, downloaded once if it is remote."""
 
         def download(folder):
-            for name in self.content["tokenizer_files"]:
+            for name in map(os.path.basename, self.content["tokenizer_files"]):
                 (folder / name).write_bytes(self._read(f"{TOKENIZER}/{name}"))
 
         if self.folder.is_local:
@@ -216,6 +219,14 @@ class Index:
 @functools.lru_cache(_OPEN_SHARDS)
 def _map_file(path, dtype):
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap take longer
+
+
+def _is_entry(shard):
+    """Return whether an index names a shard and its sizes; an index may come from somebody else."""
+    sizes = [shard[name] for name in (*COUNTS, "max_id", "records", "header")]
+    is_valid = all(type(size) is int and 0 <= size < 1 << 48 for size in sizes) and type(shard["continues"]) is bool
+    digests = shard["digest"] + shard["documents_digest"]
+    return is_valid and re.fullmatch("shard-[0-9]+", shard["name"]) and re.fullmatch("[0-9a-f]{128}", digests)
 
 
 def digest_shards(dtype, digests):

@@ -142,8 +142,11 @@ def test_damage_is_one_line_that_names_the_shard(stories, bpe, tmp_path, small, 
     records.write_bytes(records.read_bytes()[:-1] + b"\0")
     assert run_cli("prepare", index) == 2
     assert "shard-00004.documents is damaged" in capsys.readouterr().err
-    index.write_text(json.dumps({"format": shards.FORMAT, "version": 2}))
-    refused("not an index of token shards of version 1")
+    whole = json.loads(index.read_text())
+    first = whole["shards"][0]
+    for wrong in ({"version": 2}, {"dtype": "object"}, {"shards": [first | {"name": "../x"}]}, {"shards": [{}]}):
+        index.write_text(json.dumps(whole | wrong))
+        refused("not an index of token shards of version 1")
 
 
 def test_remote_shards_are_read_by_ranges(stories, bpe, small, monkeypatch):
@@ -193,9 +196,7 @@ def test_a_run_on_shards_is_the_run_on_the_text(tiny, stories, tmp_path, capsys,
     index = tmp_path / "tokens" / "index.json"
     assert train(*tiny(max_steps=4, save_freq=2, start_context=None)) == 0
     assert run_cli("prepare", *tiny(max_steps=4, save_freq=2, start_context=None), "--to", index.parent) == 0
-    on_shards = tiny(
-        max_steps=4, save_freq=2, start_context=None, train_file=index, tokenizer=None, save_model=tmp_path / "shards"
-    )
+    on_shards = tiny(max_steps=4, save_freq=2, start_context=None, train_file=index, save_model=tmp_path / "shards")
     assert train(*on_shards) == 0
     assert read_weights(tmp_path / "shards") == read_weights(tmp_path / "run")
     for key in ("loss", "val_loss", "rows"):
@@ -204,15 +205,8 @@ def test_a_run_on_shards_is_the_run_on_the_text(tiny, stories, tmp_path, capsys,
     assert train(*tiny(max_steps=4, save_freq=2, start_context=None, train_file=index), "--init_from", "resume") == 0
     assert read_weights(tmp_path / "run") == read_weights(tmp_path / "shards")
     capsys.readouterr()
-    assert train(*tiny(train_file=index, save_model=tmp_path / "other")) == 2
-    assert (
-        train(
-            *tiny(
-                max_steps=2, train_file=index, tokenizer=tmp_path / "run", add_tokens="<x>", save_model=tmp_path / "o"
-            )
-        )
-        == 2
-    )
+    for changed in ({"tokenizer": "{train: bpe, vocab_size: 301}"}, {"tokenizer": tmp_path / "run", "add_tokens": "x"}):
+        assert train(*tiny(train_file=index, save_model=tmp_path / "other", **changed)) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [error for error in errors if "index.json are of another one" in error] == errors
     assert len(errors) == 2
@@ -235,3 +229,30 @@ def test_a_run_from_before_there_were_shards_resumes(tiny, tmp_path, monkeypatch
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     assert train(*tiny(max_steps=4, save_freq=2, start_context=None), "--init_from", "resume") == 0
     assert read_weights(tmp_path / "run") == expected
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_and_a_validation_file_of_shards(tiny, stories, tmp_path, streaming):
+    for index, path in enumerate(sorted(stories.glob("*.txt"))):
+        folder = tmp_path / ("a" if index < 20 else "b" if index < 39 else "val")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder)
+    more = {"streaming": True, "streaming_window": 2000} if streaming else {}
+    flags = tiny | {"tokenizer": tmp_path / "tokenizer", "max_steps": 3, "epochs": None, "warmup_steps": 1} | more
+
+    def run(name, folder_a, folder_b, val_file):
+        entries = [{"train_file": str(folder_a), "weight": 2}, {"train_file": str(folder_b), "weight": 1}]
+        data = {"train_file": folder_a} if streaming else {"train_file": None, "datasets": json.dumps(entries)}
+        data |= {"tokenizer": None} if name == "shards" else {}
+        return type(tiny)(flags | data | {"val_file": val_file, "save_model": tmp_path / name})
+
+    tokenizer.save(tokenizer.train_bpe(texts_of(stories), 300), tmp_path / "tokenizer")
+    text = run("text", *(tmp_path / name for name in ("a", "b", "val")))
+    assert train(*text()) == 0
+    assert run_cli("prepare", *text(), "--to", tmp_path / "tokens") == 0
+    names = ("", "") if streaming else ("1", "2")
+    indexes = [tmp_path / "tokens" / name / "index.json" for name in (*names, "validation")]
+    assert train(*run("shards", *indexes)()) == 0
+    assert read_weights(tmp_path / "shards") == read_weights(tmp_path / "text")
+    assert read_metrics(tmp_path / "shards", "val_loss") == read_metrics(tmp_path / "text", "val_loss")
