@@ -6,7 +6,7 @@ import pytest
 from conftest import read_weights, run_cli, train
 from hub_server import TOKEN, serve
 
-from hf_myllm import load
+import hf_myllm
 from hf_myllm.errors import ModelError
 from hf_myllm.models import revisions
 
@@ -75,7 +75,7 @@ def test_a_revision_is_downloaded_once_and_recorded(run, hub, offline, stories, 
     commit = facts["init_from_commit"]
     assert train(*flags[:-2], "--init_from", f"{NAME}@{commit}", "--eval_only", "--val_file", stories / "00.txt") == 0
     assert run_cli("generate", f"{NAME}@first", "--prompt", "Anna", "--max_new_tokens", 2) == 0
-    model, tokenizer = load(f"{NAME}@first")
+    model, tokenizer = hf_myllm.load(f"{NAME}@first")
     assert len(tokenizer) == 300
     assert model.config.n_embd == 32
     assert len(hub.requests) == num_requests
