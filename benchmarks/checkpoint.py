@@ -22,6 +22,7 @@ from accelerate import Accelerator
 
 from hf_myllm import checkpoint
 from hf_myllm.distributed import silence_libraries
+from hf_myllm.models import export
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
 from hf_myllm.optim import all_finite, build_optimizer, load_optimizer_tensors, optimizer_tensors
 from hf_myllm.saver import Saver
@@ -52,7 +53,8 @@ def time_saves(config, folder, repeats):
     def begin():
         saver.wait()
         assert all_finite(model.parameters())
-        files, step = saver.copy_state(model, optimizer_tensors(model, optimizer)) | small, next(steps)
+        weights, tensors, step = export.weights_to_save(model), optimizer_tensors(model, optimizer), next(steps)
+        files = saver.copy_state(model, weights, tensors) | small
 
         def write():
             checkpoint.save(folder / "ours", step, files)

@@ -61,8 +61,11 @@ class HostMemory:
         self._buffer = torch.empty(size, dtype=torch.uint8)
         if device is not None:  # torch's pinned memory would be rounded up to a power of two
             runtime, address = torch.cuda.cudart(), self._buffer.data_ptr()
-            if int(runtime.cudaHostRegister(address, size, 0)) == 0:  # else copies are slower
+            if int(runtime.cudaHostRegister(address, size, 0)) == 0:
                 weakref.finalize(self._buffer, runtime.cudaHostUnregister, address)
+            else:  # copies are slower; the next launch of a kernel reports the error
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=device)
 
 
 class Saver:
@@ -87,22 +90,23 @@ class Saver:
     def must_stop(self):
         return self._must_stop
 
-    def copy_state(self, model, tensors, mailbox=None):
+    def copy_state(self, model, weights, tensors, mailbox=None):
         """Return copies of the weights and of the optimizer's state as files of a checkpoint; see [`checkpoint.save`].
 
         Args:
+            weights: of [`~hf_myllm.models.export.weights_to_save`].
             tensors: of the optimizer's state, the rows of this rank.
             mailbox: if each rank writes a part, so that all call this.
         """
-        weights, part, name, suffix = export.weights_to_save(model), None, export.weights_file(model), ""
+        part, name, suffix = None, export.weights_file(model), ""
         if mailbox is not None:
             parts = export.partition(weights, mailbox.world_size)
             part = parts[mailbox.rank] if mailbox.rank < len(parts) else []
             if len(parts) > 1:
                 name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"
             suffix = f"-{mailbox.rank + 1:05}-of-{mailbox.world_size:05}" if mailbox.world_size > 1 else ""
-        weights = self._weights.copy(weights, part)
-        files = {name: lambda: export.as_stored(model, weights)} if weights else {}
+        copies = self._weights.copy(weights, part)
+        files = {name: lambda: export.as_stored(model, copies)} if copies else {}
         return files | {f"trainer_state/optimizer{suffix}.safetensors": self._optimizer_state.copy(tensors)}
 
     def begin(self, write):
@@ -204,10 +208,11 @@ def save_checkpoint(run, optimizer, state):
         )
     if accelerator.is_main_process or accelerator.is_fsdp2:
         section, mailbox = run.recipe.run, run.saver.mailbox() if accelerator.is_fsdp2 else None
+        weights = export.weights_to_save(model)  # first: it shards what the evaluation left gathered
         tensors = optimizer_tensors(model, optimizer.optimizer)
         if run.weight_average is not None:
             tensors |= run.weight_average.tensors()
-        files = run.saver.copy_state(model, tensors, mailbox)
+        files = run.saver.copy_state(model, weights, tensors, mailbox)
         if accelerator.is_main_process:
             files |= _other_files(run, state)
         is_main, uploads = accelerator.is_main_process, None if state.must_stop else run.uploads
