@@ -1,6 +1,8 @@
 """Parameters sharded over the ranks (FSDP2), and a rank's rows of them."""
 
+import ctypes
 import math
+from contextlib import suppress
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -45,6 +47,8 @@ def _fill(model, read_rows, device):
     for name, parameter in model.named_parameters():
         rows = read_rows(name, *local_rows(parameter)).to(device)
         parameters[parameter] = torch.nn.Parameter(to_sharded(rows, parameter), parameter.requires_grad)
+        with suppress(AttributeError, OSError):  # without glibc
+            ctypes.CDLL(None).malloc_trim(0)  # give back what was freed in between
     named = model.named_parameters(remove_duplicate=False)
     # A hook of FSDP2 takes the new parameters over.
     model.load_state_dict({name: parameters[parameter] for name, parameter in named}, strict=False, assign=True)
@@ -64,11 +68,15 @@ def local_rows(parameter):
     """Return (start, stop) of this rank's rows of a parameter; fully_shard divides rows as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return 0, None
-    mesh, num_rows = parameter.device_mesh, len(parameter)
-    dim = next(index for index, placement in enumerate(parameter.placements) if placement.is_shard())
+    mesh, num_rows, dim = parameter.device_mesh, len(parameter), _shard_dim(parameter)
     rows_per_rank = math.ceil(num_rows / mesh.size(dim))
     start = min(num_rows, mesh.get_local_rank(dim) * rows_per_rank)
     return start, min(num_rows, start + rows_per_rank)
+
+
+def _shard_dim(parameter):
+    """Return the dimension of the mesh over which a parameter is sharded."""
+    return next(index for index, placement in enumerate(parameter.placements) if placement.is_shard())
 
 
 def to_sharded(rows, parameter):

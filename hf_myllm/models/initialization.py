@@ -110,9 +110,13 @@ class InitialWeights:
         per_block = max(1, _BLOCK // max(1, math.prod(shape[1:])))
         for block in range(start // per_block, math.ceil(stop / per_block)):
             first, last = block * per_block, min(num_rows, (block + 1) * per_block)
-            values = torch.empty(last - first, *shape[1:])
-            self._draw(name, values, first, torch.Generator().manual_seed(derive_seed(self.seed, name, block)))
             low, high = max(first, start), min(last, stop)
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, name, block))
+            if (low, high) == (first, last) and self.dtype == torch.float32:
+                self._draw(name, rows[low - start : high - start], first, generator)  # without a copy
+                continue
+            values = torch.empty(last - first, *shape[1:])
+            self._draw(name, values, first, generator)
             rows[low - start : high - start] = values[low - first : high - first]
         return rows.view(shape) if not shape else rows
 
