@@ -192,8 +192,8 @@ def test_chats_are_as_the_template_means(llama, name):
 
 
 def test_the_rows_in_the_docs_are_trained_as_shown(tmp_path):
-    """docs/tasks.md has a row of each shape, and below it what `--dry_run` shows."""
-    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    """docs/row_shapes.md has a row of each shape, and below it what `--dry_run` shows."""
+    page = (ROOT / "docs" / "row_shapes.md").read_text(encoding="utf-8")
     lines = page.split("as `--dry_run` shows it")[1].split("```")[1].strip().splitlines()
     call = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}"
     template = form(
