@@ -199,7 +199,7 @@ def test_the_rows_in_the_docs_are_trained_as_shown(tmp_path):
     template = form(
         f"<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}{call}<|im_end|>\n", "", "<|im_start|>assistant\n"
     )
-    bpe = tokenizer.train_bpe([page], 400)
+    bpe = tokenizer.train_bpe([page], 300)
     bpe.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     assert len(lines) == 14
     for number, (row, shown) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
