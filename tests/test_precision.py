@@ -271,7 +271,7 @@ def test_fp8_that_would_have_no_effect_is_one_line(fp8, tiny, capsys):
 
 
 def test_ranks_that_would_choose_other_precisions_are_one_line(monkeypatch):
-    monkeypatch.setattr("hf_myllm.distributed.gather_object", lambda names: [*names, "bf16"])
+    monkeypatch.setattr("hf_myllm.distributed.gather", lambda accelerator, name: [name, "bf16"])
     with (
         process_settings(),
         pytest.raises(InputError, match="auto is bf16 on some GPUs and fp32 on"),
@@ -285,6 +285,7 @@ def test_fp16_gives_up_when_lowering_the_loss_scale_does_not_help():
         recipe=recipe,
         start_step=0,
         total_steps=100,
+        is_new=True,
         resume_state=None,
         resume_from=None,
         accelerator=SimpleNamespace(scaler=object()),

@@ -224,11 +224,9 @@ def build_model(
     if not pretrained:
         return _initialize(family, task, config, seed, dtype, on_meta), []
     try:  # what a base model lacks, its adapter has
-        must_be_whole = is_trained and not base
+        source, must_be_whole = base or pretrained, is_trained and not base
         rows_seed = seed if on_meta and not base else None
-        model, new = _load_whole_model(
-            family, task, config, base or pretrained, must_be_whole, replaces_head, dtype, rows_seed
-        )
+        model, new = _load_whole_model(family, task, config, source, must_be_whole, replaces_head, dtype, rows_seed)
         reinitialize(model, new, seed)
     except ModelError as error:
         raise _explain(error, pretrained, base) from None

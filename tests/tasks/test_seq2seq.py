@@ -265,7 +265,7 @@ def test_generated_texts_are_those_of_stock_rows_alone_on_any_number_of_ranks(ge
         options = {"num_beams": num_beams, "max_new_tokens": 11, "do_sample": False}
         (output,) = model.eval().generate(torch.from_numpy(ids[None, :start]), **options)
         assert texts[row] == bpe.decode(output, skip_special_tokens=True)
-    monkeypatch.setattr(evaluation, "gather_object", lambda predictions: predictions)
+    monkeypatch.setattr(evaluation, "gather", lambda accelerator, predictions: [predictions])
     shares = [evaluation.generate_rows(model, task, rows, indices, 4, fake_rank(rank, 3)) for rank in range(3)]
     assert all(shares)
     assert dict(itertools.chain(*shares)) == texts
