@@ -141,6 +141,7 @@ class Index:
                 "prepare RECIPE --to FOLDER"
             )
         self.content, self.shards = content, content["shards"]
+        self._map_file = functools.lru_cache(_OPEN_SHARDS)(_map_file)  # not of all runs: a file may be replaced
         self.dtype = np.dtype(content["dtype"]).newbyteorder("<")
         self.digest = digest_shards(self.dtype, [shard["digest"] for shard in self.shards])
         continued = np.cumsum([shard["continues"] for shard in self.shards])
@@ -185,7 +186,7 @@ class Index:
         name, size = f"{self.shards[number]['name']}.bin", self.dtype.itemsize
         try:
             if self.folder.is_local:
-                return _map_file(os.path.join(self.folder.path, name), self.dtype)[start:stop]
+                return self._map_file(os.path.join(self.folder.path, name), self.dtype)[start:stop]
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder.path}/{name} cannot be read: {first_line(error)}") from None
         content = self._read(name, start * size, stop * size) if stop > start else b""
@@ -216,7 +217,6 @@ class Index:
         return cached_folder(["index's tokenizer", self.content["tokenizer"]], download)
 
 
-@functools.lru_cache(_OPEN_SHARDS)
 def _map_file(path, dtype):
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap take longer
 

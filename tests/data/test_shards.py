@@ -118,6 +118,13 @@ def test_two_machines_and_killed_ones_write_what_one_does(stories, bpe, tmp_path
     assert contents(tmp_path / "killed") == whole
 
 
+def test_shards_that_are_written_anew_are_read_anew(bpe, tmp_path):
+    for text in ("Anna likes the cat.", "The king was there."):
+        shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
+        tokens, _, _ = corpus.load_tokens(write([text], bpe, tmp_path / "tokens"), bpe)
+        assert bpe.decode(tokens.read(0, len(tokens)), skip_special_tokens=True) == text
+
+
 def test_damage_is_one_line_that_names_the_shard(stories, bpe, tmp_path, small, capsys):
     write(texts_of(stories), bpe, tmp_path)
     file, index = tmp_path / "shard-00003.bin", tmp_path / "index.json"
