@@ -56,7 +56,10 @@ def list_files(pattern, is_data=lambda name: True):
         elif (is_http and path.endswith("/")) or (not is_http and system.info(path)["type"] == "directory"):
             found = {name: info for name, info in system.find(path, detail=True).items() if is_data(Path(name).name)}
         else:
-            _remember(pattern, system.info(path))
+            _remember(pattern, info := system.info(path))
+            if info.get("mimetype") == "text/html" and not file_name(pattern).lower().endswith((".html", ".htm")):
+                folder = re.sub(r"(?=[?#]|$)", "/", pattern, count=1)
+                raise DataError(f"{pattern}: it is a web page, not a data file; of a folder, add /: {folder}")
             return [pattern]
         files = sorted(name for name, info in found.items() if info["type"] == "file" and _is_shown(name, path))
         if not files:
@@ -175,7 +178,11 @@ def _content_tag(url):
     info = info | {"ETag": info["lfs"]["sha256"]} if info.get("lfs") else info
     tag = next((info[name] for name in _CONTENT_TAGS if info.get(name)), None)
     tag = tag.timestamp() if hasattr(tag, "timestamp") else tag
-    return None if tag is None else [info.get("size"), str(tag)]
+    if tag is None:
+        return None
+    is_digest = re.search("[0-9a-fA-F]{32}", str(tag))  # of the content; a time is that of one URL
+    own = [] if is_digest or "?" not in url else [hashlib.sha256(url.encode()).hexdigest()]
+    return [info.get("size"), str(tag), *own]
 
 
 @contextmanager

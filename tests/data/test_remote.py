@@ -32,6 +32,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.user and self.headers.get("Authorization") != f"Basic {self.server.user}":
             self.answer(401, b"")
             return
+        path = self.path if self.path in self.server.files else path
         if path not in self.server.files:
             names = [name for name in self.server.files if name.startswith(path)]
             page = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
@@ -39,6 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = self.server.files[path]
         tag = {"ETag": f'"{md5(data).hexdigest()}"'} if self.server.has_tags else {}
+        tag = tag or {"Last-Modified": "Sat, 28 Nov 2026 10:00:00 GMT"} if query else tag
         if wanted := self.headers.get("Range"):
             first, last = wanted.removeprefix("bytes=").split("-")
             first, last = int(first), min(int(last or len(data) - 1), len(data) - 1)
@@ -133,6 +135,15 @@ def test_a_file_is_downloaded_once_where_the_server_tells_its_content(has_tags):
 def test_a_folder_of_a_web_server_is_read_by_its_links():
     with _serve({f"/data/{number}.txt": text.encode() for number, text in enumerate(TEXTS)}) as (_, host):
         assert read(f"http://{host}/data/") == read(f"http://{host}/data/*.txt") == TEXTS
+
+
+def test_urls_that_differ_in_their_query_are_two_files():
+    texts = {f"/rows?page={number}": text.encode()[:200] for number, text in enumerate(TEXTS)}
+    with _serve(texts, has_tags=False) as (_, host):
+        for url, text in texts.items():
+            assert read(f"http://{host}{url}") == [text.decode()]
+        with pytest.raises(DataError, match="it is a web page, not a data file; of a folder, add /: http.*/row/"):
+            sources.file_source(f"http://{host}/row")
 
 
 def test_a_streamed_source_is_not_downloaded(memory, monkeypatch, tmp_path):
