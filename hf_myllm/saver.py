@@ -20,6 +20,7 @@ from .distributed import any_rank, gather
 from .errors import CheckpointError, InputError
 from .models import export
 from .optim import all_finite, optimizer_tensors, to_full, to_local
+from .sharding import num_shards
 
 _ALIGNMENT = 64  # bytes
 _PEER_SECONDS = 10  # to wait for the parts of other ranks after a failure
@@ -104,10 +105,15 @@ class Saver:
             part = parts[mailbox.rank] if mailbox.rank < len(parts) else []
             if len(parts) > 1:
                 name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"
-            suffix = f"-{mailbox.rank + 1:05}-of-{mailbox.world_size:05}" if mailbox.world_size > 1 else ""
+            shards = num_shards(model)
+            suffix = f"-{mailbox.rank + 1:05}-of-{shards:05}" if shards > 1 else ""
+            if mailbox.rank >= shards:  # HSDP: one of the first ranks has the same rows
+                tensors = {}
         copies = self._weights.copy(weights, part)
         files = {name: lambda: export.as_stored(model, copies)} if copies else {}
-        return files | {f"trainer_state/optimizer{suffix}.safetensors": self._optimizer_state.copy(tensors)}
+        if tensors:
+            files[f"trainer_state/optimizer{suffix}.safetensors"] = self._optimizer_state.copy(tensors)
+        return files
 
     def begin(self, write):
         """Call `write` in the thread. Call [`wait`] before."""

@@ -18,6 +18,9 @@ def shard_model(accelerator, model, compile_model):
     which fails where they share more than one parameter (BERT), and reduces gradients in bfloat16. Embeddings and head
     are gathered with the root module.
 
+    With accelerate's `dp_replicate_size` above 1 (HSDP) the parameters are sharded over each group of `dp_shard_size`
+    ranks and replicated over the groups.
+
     Of a model on the meta device, each rank then makes its own rows only, as the model's `read_rows` returns them; see
     [`~hf_myllm.models.loading.build_model`].
     """
@@ -25,6 +28,9 @@ def shard_model(accelerator, model, compile_model):
     param_dtype = {"no": None, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     options = {"mp_policy": policy, "offload_policy": plugin.cpu_offload}
+    mesh = accelerator.torch_device_mesh
+    if mesh is not None and {"dp_replicate", "dp_shard"} <= set(mesh.mesh_dim_names or ()):  # HSDP
+        options["mesh"] = mesh["dp_replicate", "dp_shard"]
     for layer in layers(model):
         if compile_model:
             layer.compile()
@@ -72,6 +78,12 @@ def local_rows(parameter):
     rows_per_rank = math.ceil(num_rows / mesh.size(dim))
     start = min(num_rows, mesh.get_local_rank(dim) * rows_per_rank)
     return start, min(num_rows, start + rows_per_rank)
+
+
+def num_shards(model):
+    """Return over how many ranks a model's parameters are sharded; each further group of ranks holds a replica."""
+    parameter = next(model.parameters())
+    return parameter.device_mesh.size(_shard_dim(parameter)) if isinstance(parameter, DTensor) else 1
 
 
 def _shard_dim(parameter):

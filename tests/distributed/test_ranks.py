@@ -6,6 +6,7 @@ The ranks are real processes on CPU (gloo): forked ones, or those of accelerate'
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_run, read_metrics, read_weights, train
+from conftest import ROOT, assert_same_run, read_metrics, read_weights, train
 from families import CASES
 from launching import GLOO, accelerate_launch, has_reached, ranks_of, run_ranks, start, start_ranks, wait_for
 from models.stock_types import DECODERS, stock_flags
@@ -279,9 +280,9 @@ def test_a_mistake_is_printed_once(tiny):
 # ---- sharding
 
 
-def run_sharded(device, count, *flags, precision="no"):
+def run_sharded(device, count, *flags, precision="no", config="accelerate_configs/fsdp2.yaml"):
     """Run ranks with FSDP2, as accelerate_configs/fsdp2.yaml sets it."""
-    options = f"--config_file accelerate_configs/fsdp2.yaml --main_process_port 0 --mixed_precision {precision}"
+    options = f"--config_file {config} --main_process_port 0 --mixed_precision {precision}"
     if device == "cpu":
         return run_ranks(count, *flags, options=options, patch=shard_on_cpu)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "False"}
@@ -351,6 +352,38 @@ def test_sharded_training_is_the_same_run(tiny, tiny_bert, tmp_path, device):
     assert "the precision changed from fp32 to bf16" in result.stdout
     result = run_sharded(device, count, *flags, "--load_model", run, "--eval_only", "true", precision="bf16")
     assert f"validation loss {read_metrics(run, 'val_loss')[-1]:.4f}" in result.stdout
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sizes_that_the_ranks_do_not_divide_and_replicas(tiny, tmp_path, optimizer):
+    """A vocabulary of 301 rows on 4 ranks, biases of 3 rows; HSDP 2 x 2, resumed as FSDP2 on 3 and by one process."""
+    flags = tiny(max_steps=12, save_freq=4, eval_freq=4, vocab_size=301, n_inner=3, total_batch_size=4, batch_size=1)
+    flags += ["--save_total_limit", 9]
+    flags = [*flags, "--optimizer", optimizer, *(f"--{name}=0" for name in NO_DROPOUT)]
+    one, run = tmp_path / "one", tmp_path / "run"
+    assert train(*flags, "--save_model", one) == 0
+    replicas, fsdp2 = tmp_path / "hsdp.yaml", "accelerate_configs/fsdp2.yaml"
+    text = (ROOT / "accelerate_configs" / "hsdp.yaml").read_text()
+    for key, value in (("num_machines", 1), ("num_processes", 4), ("dp_shard_size", 2)):
+        text = re.sub(rf"({key}:) \d+", rf"\1 {value}", text)
+    replicas.write_text(text)
+    resume = [*flags, "--save_model", run, "--init_from", "resume"]
+    for count, config, step in ((4, replicas, 12), (3, fsdp2, 8), (4, fsdp2, 4), (1, None, 8), (4, replicas, 4)):
+        for path in run.glob("checkpoint-*"):
+            if int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path)
+        (run / "model.safetensors").unlink(missing_ok=True)
+        if count == 1:
+            assert train(*resume) == 0
+        else:
+            result = run_sharded("cpu", count, *resume, config=config)
+            assert result.returncode == 0, result.stderr
+        if step == 12:
+            assert len(list((run / "checkpoint-4" / "trainer_state").glob("optimizer-*-of-00002.safetensors"))) == 2
+        tolerance = 1e-5 if optimizer == "adamw" else 2e-3
+        for key in ("loss", "grad_norm", "val_loss"):
+            assert read_metrics(run, key) == pytest.approx(read_metrics(one, key), abs=tolerance), (count, key)
 
 
 @pytest.mark.chaos  # compiles for a minute
