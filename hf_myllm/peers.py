@@ -39,7 +39,7 @@ class Peers:
         self.watched, self.beats, self.missed, self.waits, self.seen = (rank + 1) % world_size, 0, 0, 0, None
         self.problem, self.is_reporter, self.has_failed = None, False, False
         self.before_exit = lambda: None  # called when the thread ends the process
-        self.lock, self.stopped, self.thread = threading.Lock(), threading.Event(), None
+        self.lock, self.stopped, self.thread = threading.RLock(), threading.Event(), None
         if world_size == 1:
             return
         # A connection of its own: a thread that waits at the store holds its connection.
@@ -109,18 +109,24 @@ class Peers:
         if self.world_size == 1:
             return True
         try:
-            self.has_failed, count = True, self.store.add("failed", 1)
-            return count == 1
+            with self.lock:
+                if self.problem is not None:  # the thread has recorded it
+                    return self.is_reporter
+                self.has_failed = True
+                return self.store.add("failed", 1) == 1
         except torch.distributed.DistError:  # the store is gone with the process that kept it
             return self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
     def error(self):
-        """Return the exception for what the thread has noticed; None without."""
+        """Return the exception for what the thread has noticed; None without.
+
+        It stays one to print however often this is called: what raises it first may not come to print it, because
+        another error follows or the thread ends the process.
+        """
         with self.lock:
             if self.problem is None:
                 return None
-            is_printed, self.is_reporter = self.is_reporter, False
-            return RankError(self.problem) if is_printed else PeerFailure(self.problem)
+            return RankError(self.problem) if self.is_reporter else PeerFailure(self.problem)
 
     def find_dead(self):
         """Return which ranks have died, in words, after a collective has failed; it may take as long as the limit."""
@@ -171,21 +177,24 @@ class Peers:
         try:
             self.beats += 1
             self.store.set(f"beat/{self.rank}", str(self.beats))
-            if self.has_failed or self.problem is not None:  # it ends
-                return
-            seen, num_failed = self._beat_of(self.watched), int(self.store.get("failed"))
-            self.missed = self.missed + 1 if seen == self.seen and seen != _GONE else 0
-            self.seen = seen
-            if num_failed:
-                self._notice("another rank failed first", is_reporter=False)
-            elif self.missed >= MAX_MISSED or (self.missed and self._has_exited(self.watched)):
-                has_exited = self.missed < MAX_MISSED
-                problem = self._describe([self.watched], "was killed" if has_exited else _silence())
-                self._notice(problem, is_reporter=self.store.add("failed", 1) == 1)
+            with self.lock:  # the main thread counts a failure of its own either before this or after it
+                if not self.has_failed and self.problem is None:  # else it ends
+                    self._watch()
         except torch.distributed.DistError as error:
             if not self.stopped.is_set():
                 problem = f"rank 0, or the launcher beside it, cannot be reached ({first_line(error)[:100]})"
                 self._notice(problem, is_reporter=self.rank == 1 or os.environ.get("LOCAL_RANK") == "0")
+
+    def _watch(self):
+        seen, num_failed = self._beat_of(self.watched), int(self.store.get("failed"))
+        self.missed = self.missed + 1 if seen == self.seen and seen != _GONE else 0
+        self.seen = seen
+        if num_failed:
+            self._notice("another rank failed first", is_reporter=False)
+        elif self.missed >= MAX_MISSED or (self.missed and self._has_exited(self.watched)):
+            has_exited = self.missed < MAX_MISSED
+            problem = self._describe([self.watched], "was killed" if has_exited else _silence())
+            self._notice(problem, is_reporter=self.store.add("failed", 1) == 1)
 
     def _notice(self, problem, is_reporter):
         again = "--init_from resume continues from the newest checkpoint"

@@ -47,7 +47,9 @@ def test_a_rank_that_falls_silent_is_named_once(ranks, monkeypatch):
     assert str(error).startswith(f"rank 1 of 3, in step 7: rank 2 on {host} has not answered for 45 s")
     assert "--init_from resume" in str(error)
     assert type(ranks[0].error()) is PeerFailure  # which prints nothing
-    assert type(ranks[1].error()) is PeerFailure  # only once
+    assert type(ranks[1].error()) is RankError  # an error that follows the first does not silence it
+    assert ranks[1].is_first_failure()
+    assert not ranks[0].is_first_failure()
 
 
 def test_pauses_are_no_death(ranks, monkeypatch):
