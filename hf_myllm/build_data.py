@@ -18,6 +18,7 @@ from .data.remote import is_remote
 from .errors import DataError, InputError, ModelError, RecipeError, printable
 from .models import FAMILIES
 from .models.auto import num_positions
+from .recipe.data_section import check_set_name
 from .reporting.metrics_log import read_run
 
 _COLUMN_KEYS = ("text_column", "text_pair_column", "label_column", "target_column", "columns", "template")
@@ -107,6 +108,8 @@ def _find_sources(recipe, train_data, eval_data):
     if eval_data is not None:
         named = eval_data if isinstance(eval_data, dict) else {"": eval_data}
         names = {name: f"eval_data[{name!r}]" if name else "eval_data" for name in named}
+        for name in filter(None, named):
+            check_set_name(names[name], name)
         validation = {name: sources.in_memory_source(part, names[name], *options) for name, part in named.items()}
     else:
         named = data.val_file if isinstance(data.val_file, dict) else {"": data.val_file} if data.val_file else {}

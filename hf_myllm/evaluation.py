@@ -294,6 +294,9 @@ def _evaluate_sets(run, model, count, **options):
         else:
             metrics[name] = None if None in values else sum(values) / len(values)
     of_sets = {f"{name}_{metric}": value for name, own in sets.items() for metric, value in own.items()}
+    if len(of_sets) < sum(map(len, sets.values())):
+        names = sorted(sets)
+        raise RecipeError(f"val_file: the sets {' and '.join(names)} have metrics of the same name; rename one")
     if shared := [name for name in of_sets if name in metrics]:
         raise RecipeError(f"val_file: {shared[0]} is a metric of a set and of the task; give the set another name")
     return metrics | of_sets

@@ -6,7 +6,7 @@ from . import checkpoint
 from .data import sampler
 from .distributed import gather
 from .ema import WeightAverage
-from .errors import CheckpointError, InputError, RecipeError
+from .errors import CheckpointError, InputError
 from .recipe.sections import FIELDS
 from .reporting.facts import public_value
 
@@ -102,8 +102,6 @@ def start_average(run):
     averaging = run.recipe.evaluation.weight_averaging
     if averaging is None:
         return
-    if "ema" in run.val_sets:
-        raise RecipeError("val_file: ema names the metrics of the average of the weights; give the set another name")
     run.weight_average = WeightAverage(run.model, averaging["ema"])
     if run.resume_from is not None and not run.weight_average.load(checkpoint.OptimizerFiles(run.resume_from)):
         run.resume_warnings.append(f"{'':<12}the average of the weights starts with those of step {run.start_step}")

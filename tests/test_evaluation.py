@@ -61,6 +61,8 @@ def test_resuming_with_other_sets_is_noticed(tiny, tmp_path, capsys):
     assert "other tokens in the validation data long now" in capsys.readouterr().err
     for sets, message in (
         ("{Code: a.txt}", "val_file: 'Code' cannot name a validation set"),
+        ("{ema: a.txt}", "val_file: 'ema' begins as the metrics of an average of the weights do"),
+        ("{a: a.txt, ema_a: a.txt}", "val_file: 'ema_a' begins"),
         (f"{{a: {tmp_path}/nothing.txt}}", "nothing.txt"),
     ):
         assert train(*tiny(val_file=sets, save_model=tmp_path / "other")) == 2

@@ -213,7 +213,7 @@ class Data(Section):
             if name is None and (any(names) or source.get("val_file") or self.mixture_schedule):
                 raise RecipeError(f"{where}: it needs a name, for its validation set and mixture_schedule; give name")
             if name is not None:
-                _check_set_name(f"{where}.name", name)
+                check_set_name(f"{where}.name", name)
                 if names.index(name) < index:
                     raise RecipeError(f"{where}.name: {name!r} is the name of another source too; rename it")
 
@@ -260,7 +260,7 @@ class Data(Section):
         if self.val_file == {}:
             raise RecipeError("val_file: it names no validation set; name one, as {code: a.txt}, or leave val_file out")
         for name in self.val_file if isinstance(self.val_file, dict) else ():
-            _check_set_name("val_file", name)
+            check_set_name("val_file", name)
         return self
 
     @model_validator(mode="after")
@@ -282,8 +282,11 @@ class Data(Section):
         return self
 
 
-def _check_set_name(key, name):
-    if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "training":
+def check_set_name(key, name):
+    """Raise RecipeError if a validation set's metrics, as val_NAME_loss, could be taken for others."""
+    if name == "ema" or str(name).startswith("ema_"):
+        raise RecipeError(f"{key}: {name!r:.40} begins as the metrics of an average of the weights do; rename the set")
+    if not re.fullmatch("[a-z][a-z0-9_]*", str(name)) or name == "training":
         raise RecipeError(
             f"{key}: {name!r:.40} cannot name a validation set; use lower-case letters, digits and _, for the key "
             "val_NAME_loss"
