@@ -14,12 +14,14 @@ import functools
 import hashlib
 import json
 import os
-import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
 from ..errors import DataError, first_line
 from ..files import atomic_path, flush
@@ -30,12 +32,44 @@ from .hold_out import HoldOut
 INDEX, TOKENIZER = "index.json", "tokenizer"
 FORMAT = "hf_myllm token shards"
 VERSION = 1
+_FIRST = "shard-00000.documents"
 # of a document, or of the part of one that is in this shard; `hash` is that of the document's first piece of text, and
 # `digest` that of the tokens
 RECORD = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("unknown", "<u4"), ("hash", "<u8"), ("digest", "<u8")])
 COUNTS = ("documents", "tokens", "bytes", "unknown")
 _OPEN_SHARDS = 512  # memory-mapped at once
 _HEADER_BYTES = 4096  # of a file of documents, at most
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Shard = TypedDict("_Shard", dict.fromkeys((*COUNTS, "max_id", "records", "header"), _Count) | {
+    "name": Annotated[str, Field(pattern="^shard-[0-9]+$")], "continues": bool, "digest": _Digest,
+    "documents_digest": _Digest})  # fmt: skip
+
+
+class _HeldOut(TypedDict):
+    val_fraction: float
+    counts: list[Annotated[list[_Count], Field(min_length=len(COUNTS), max_length=len(COUNTS))]]
+
+
+class _Index(TypedDict):
+    """The keys of an index that are read; it may come from somebody else. That of a cache has no source."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
+    format: Literal[FORMAT]
+    version: Literal[VERSION]
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: str
+    share: float
+    repeated: _Count
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+    source: NotRequired[dict[str, Any]]
+    tokenizer_files: NotRequired[list[str]]
+    tokenizer_recipe: NotRequired[dict[str, Any]]
+    held_out: NotRequired[_HeldOut]
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 class Folder:
@@ -98,10 +132,11 @@ class Folder:
 
 
 def is_index(path):
-    """Return whether a file is an index of token shards, by its beginning."""
+    """Return whether a file is an index of token shards, by its beginning or, if that is damaged, beside shards."""
     try:
         with open(path, "rb") as file:
-            return FORMAT.encode() in file.read(100)
+            is_beside = os.path.basename(path) == INDEX and os.path.exists(os.path.join(os.path.dirname(path), _FIRST))
+            return is_beside or FORMAT.encode() in file.read(100)
     except OSError:
         return False
 
@@ -130,16 +165,15 @@ class Index:
     def __init__(self, path, content=None):
         self.path, self.folder = str(path), Folder(os.path.dirname(str(path)) or ".")
         try:
-            content = content or json.loads(self._read(os.path.basename(self.path)))
-            is_index = (content["format"], content["version"]) == (FORMAT, VERSION)
-            is_index = is_index and content["dtype"] in ("uint16", "uint32") and all(map(_is_entry, content["shards"]))
-        except (KeyError, TypeError, ValueError):
-            is_index = False
-        if not is_index:
+            if content is None:
+                content = _INDEX.validate_json(self._read(os.path.basename(self.path)))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problem = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
             raise DataError(
-                f"{self.path}: it is not an index of token shards of version {VERSION}; write one with hf-myllm "
-                "prepare RECIPE --to FOLDER"
-            )
+                f"{self.path}: it is not an index of token shards of version {VERSION} ({problem}); write one with "
+                "hf-myllm prepare RECIPE --to FOLDER"
+            ) from None
         self.content, self.shards = content, content["shards"]
         self._map_file = functools.lru_cache(_OPEN_SHARDS)(_map_file)  # not of all runs: a file may be replaced
         self.dtype = np.dtype(content["dtype"]).newbyteorder("<")
@@ -164,7 +198,10 @@ class Index:
         try:
             return self.folder.read(name, start, stop)
         except OSError as error:
-            raise DataError(f"{self.folder.path}/{name} cannot be read: {first_line(error)}") from None
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_line(error)}"
+            raise DataError(
+                f"{self.folder.path}/{name} {problem}; copy it again, or run hf-myllm prepare --to on the folder"
+            ) from None
 
     def verify(self):
         """Read all shards and return their number; raise DataError at the first whose content is not that of its
@@ -175,24 +212,37 @@ class Index:
             for digest, content in contents.items():
                 if hashlib.sha256(content).hexdigest() != shard[digest]:
                     name = name if digest == "digest" else f"{shard['name']}.documents"
-                    raise DataError(
-                        f"{self.folder.path}/{name} is damaged: its content is not that of the index; copy it again, "
-                        "or run hf-myllm prepare --to on the folder"
-                    )
+                    raise self._damaged(name, "its content is not that of the index")
+        self._check_tokenizer()
         return len(self.shards)
+
+    def _check_tokenizer(self):
+        for name in self.content.get("tokenizer_files", ()):
+            self._read(f"{TOKENIZER}/{os.path.basename(name)}")
 
     def read(self, number, start, stop):
         """Return the token ids [start, stop) of a shard."""
-        name, size = f"{self.shards[number]['name']}.bin", self.dtype.itemsize
+        shard, size = self.shards[number], self.dtype.itemsize
+        name = f"{shard['name']}.bin"
         try:
             if self.folder.is_local:
-                return self._map_file(os.path.join(self.folder.path, name), self.dtype)[start:stop]
+                ids = self._map_file(os.path.join(self.folder.path, name), self.dtype)[start:stop]
+            else:
+                content = self._read(name, start * size, stop * size) if stop > start else b""
+                if len(content) != (stop - start) * size:
+                    self._refuse(name, f"ends at byte {start * size + len(content):,}", shard["tokens"] * size)
+                ids = np.frombuffer(content, self.dtype)
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder.path}/{name} cannot be read: {first_line(error)}") from None
-        content = self._read(name, start * size, stop * size) if stop > start else b""
-        if len(content) != (stop - start) * size:
-            self._refuse(name, f"ends at byte {start * size + len(content):,}", self.shards[number]["tokens"] * size)
-        return np.frombuffer(content, self.dtype)
+        if (largest := int(ids.max(initial=0))) > shard["max_id"]:
+            raise self._damaged(name, f"token id {largest} is above the largest that the index names")
+        return ids
+
+    def _damaged(self, name, problem):
+        return DataError(
+            f"{self.folder.path}/{name} is damaged: {problem}; copy it again, or run hf-myllm prepare --to on the "
+            "folder"
+        )
 
     def records(self, number):
         """Return the records of the documents of a shard."""
@@ -213,20 +263,13 @@ class Index:
                 (folder / name).write_bytes(self._read(f"{TOKENIZER}/{name}"))
 
         if self.folder.is_local:
+            self._check_tokenizer()  # what is not there would be looked for on the Hub
             return Path(self.folder.path, TOKENIZER)
         return cached_folder(["index's tokenizer", self.content["tokenizer"]], download)
 
 
 def _map_file(path, dtype):
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap take longer
-
-
-def _is_entry(shard):
-    """Return whether an index names a shard and its sizes; an index may come from somebody else."""
-    sizes = [shard[name] for name in (*COUNTS, "max_id", "records", "header")]
-    is_valid = all(type(size) is int and 0 <= size < 1 << 48 for size in sizes) and type(shard["continues"]) is bool
-    digests = shard["digest"] + shard["documents_digest"]
-    return is_valid and re.fullmatch("shard-[0-9]+", shard["name"]) and re.fullmatch("[0-9a-f]{128}", digests)
 
 
 def digest_shards(dtype, digests):

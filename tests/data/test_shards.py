@@ -151,9 +151,25 @@ def test_damage_is_one_line_that_names_the_shard(stories, bpe, tmp_path, small, 
     assert "shard-00004.documents is damaged" in capsys.readouterr().err
     whole = json.loads(index.read_text())
     first = whole["shards"][0]
-    for wrong in ({"version": 2}, {"dtype": "object"}, {"shards": [first | {"name": "../x"}]}, {"shards": [{}]}):
-        index.write_text(json.dumps(whole | wrong))
-        refused("not an index of token shards of version 1")
+    ids = np.frombuffer(content, "<u2").copy()
+    ids[0] = 60_000
+    file.write_bytes(ids.tobytes())
+    with pytest.raises(DataError, match="shard-00003.bin is damaged: token id 60000 is above the largest"):
+        all_ids(corpus.load_tokens(sources.file_source(str(index)), bpe)[0])
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="tokenizer/tokenizer.json is missing; copy it again"):
+        sources.file_source(str(tmp_path)).data.tokenizer_folder()
+    no_digest = {name: value for name, value in first.items() if name != "digest"}
+    for wrong, problem in (
+        ({"version": 2}, "version: Input should be 1"),
+        ({"dtype": "object"}, "dtype: "),
+        ({"shards": [first | {"name": "../x"}]}, "shards.0.name: "),
+        ({"shards": [no_digest]}, "shards.0.digest: Field required"),
+        ({"shards": []}, "shards: "),
+        (None, "format: Field required"),
+    ):
+        index.write_text(json.dumps(whole | wrong if wrong else {}))
+        refused(rf"not an index of token shards of version 1 \({problem}")
 
 
 def test_remote_shards_are_read_by_ranges(stories, bpe, small, monkeypatch):
