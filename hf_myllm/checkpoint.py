@@ -35,6 +35,7 @@ from .files import (
     link_or_copy,
     regular_files,
     rename,
+    share_mode,
     write_and_digest,
 )
 from .models.export import write_safetensors
@@ -192,14 +193,6 @@ def _complete(folder, step, written):
     write_and_digest(folder / _MARKER, [json.dumps({"step": step, "files": files}, indent=1).encode()])
     for path in (folder / "trainer_state", folder):
         flush(path)
-
-
-def _share_mode(folder, like):
-    """Give all files the permissions of one: safetensors creates files that only their owner can read."""
-    mode = like.stat().st_mode
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
 
 
 def _remove(path):
@@ -418,7 +411,7 @@ def publish_new(write_model, run_dir):
     try:
         with tempfile.TemporaryDirectory(PARTIAL, "checkpoint-", run_dir) as folder:
             write_model(Path(folder))
-            _share_mode(Path(folder), next(Path(folder).glob("*config.json")))  # or adapter_config.json
+            share_mode(Path(folder), next(Path(folder).glob("*config.json")))  # or adapter_config.json
             publish(folder, run_dir)
     except (OSError, SafetensorError) as error:
         raise _publish_error(run_dir, error) from None

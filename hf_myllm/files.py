@@ -93,6 +93,14 @@ def link_or_copy(source, target):
         shutil.copyfile(source, target)
 
 
+def share_mode(folder, like):
+    """Give all files the permissions of one: safetensors creates files that only their owner can read."""
+    mode = like.stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def find_lfs_pointer(folder):
     """Return a message about the first file of a model's folder that is a Git LFS pointer; None if there is none."""
     for path in sorted(Path(folder).glob("*")) if os.path.isdir(folder) else ():
