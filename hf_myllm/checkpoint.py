@@ -235,23 +235,28 @@ def find_latest(run_dir, warn=lambda message: None):
     return None
 
 
-def find_model(run_dir):
+def find_model(run_dir, verify=True):
     """Return the folder of a run's model: the run's own or, while it is empty, its newest checkpoint; or that of
     `id@revision`, a model of the Hub.
 
     Raises:
-        CheckpointError: there is neither, or all checkpoints are damaged.
+        CheckpointError: there is neither, or all checkpoints are damaged, or with `verify` the weights are.
     """
     folder = Path(resolve(run_dir))
     if not folder.is_dir():
         raise CheckpointError(f"{run_dir}: it is not a folder; give the folder of a run or of one of its checkpoints")
     if not has_model(folder):
-        folder = find_latest(folder)
-        if folder is None:
-            raise CheckpointError(
-                f"{run_dir}: it holds no trained model and no checkpoint; give the folder of a run or of a checkpoint"
-            )
+        if (folder := find_latest(folder)) is None:
+            raise CheckpointError(f"{run_dir}: it holds no trained model and no checkpoint; give the folder of a run")
+    elif verify:
+        check_weights(folder)
     return folder
+
+
+def check_weights(path):
+    """Raise CheckpointError if a folder is a checkpoint whose weights are not as they were written."""
+    if (Path(path) / _MARKER).is_file() and (problem := find_corruption(Path(path), only_weights=True)):
+        raise CheckpointError(f"{path}: it is damaged: {problem}; give another checkpoint")
 
 
 def find_run_dir(path):
@@ -260,8 +265,8 @@ def find_run_dir(path):
     return path if (path / "run.json").is_file() or not path.name.startswith("checkpoint-") else path.parent
 
 
-def find_corruption(path):
-    """Return what is wrong with a checkpoint, in a few words, or None if every file is as it was written."""
+def find_corruption(path, only_weights=False):
+    """Return what is wrong with a checkpoint, in a few words, or None if every file, or the weights, are as written."""
     try:
         files = {name: (size, digest) for name, (size, digest) in _read_marker(path).items()}
     except FileNotFoundError:
@@ -277,6 +282,8 @@ def find_corruption(path):
     if missing:
         return f"{_MARKER} does not list {', '.join(sorted(missing))}"
     for name, (size, digest) in files.items():
+        if only_weights and ("/" in name or not name.endswith(".safetensors")):  # a user may have edited the others
+            continue
         file = path / name
         if not file.is_file():
             return f"{name} is missing"

@@ -170,7 +170,7 @@ def _evaluate(argv):
     recipe = find_run_dir(run_dir) / "recipe.yaml"
     if not recipe.is_file():
         raise RecipeError(f"{recipe} does not exist; give the folder of a run")
-    folders = ["--save_model", str(recipe.parent), "--init_from", str(find_model(run_dir))]
+    folders = ["--save_model", str(recipe.parent), "--init_from", str(find_model(run_dir, verify=False))]
     arguments = [str(recipe), *folders, "--eval_only", *flags]
     return _run_recipe(_parse(arguments, prog="hf-myllm evaluate").check_evaluation(), arguments)
 

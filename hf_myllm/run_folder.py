@@ -84,6 +84,8 @@ def find_checkpoint(recipe, accelerator):
         path = Path(section.init_from)
         if problem := checkpoint.find_corruption(path):
             raise CheckpointError(f"with_optimizer: {path}: {problem}; give another checkpoint")
+    elif accelerator.is_main_process and path is None:
+        checkpoint.check_weights(section.init_from)
     path = gather(accelerator, path)[0]
     if path is not None and not path.exists():
         rank = rank_name(accelerator)

@@ -292,7 +292,7 @@ def evaluate(run_dir, eval_data=None, **overrides):
     Raises:
         InputError: the folder holds no model, there is nothing to evaluate on, or a key has no effect.
     """
-    model_dir, run_dir = str(find_model(run_dir)), find_run_dir(run_dir)
+    model_dir, run_dir = str(find_model(run_dir, verify=False)), find_run_dir(run_dir)
     keys = {"save_model": str(run_dir), "init_from": model_dir, "eval_only": True} | overrides
     recipe = Recipe.load(run_dir / "recipe.yaml", **keys).check_evaluation()
     with open_run(recipe, eval_data=eval_data) as run:

@@ -5,11 +5,12 @@ import os
 import shutil
 
 import pytest
-from conftest import assert_same_run, read_metrics, train
+from conftest import assert_same_run, read_metrics, run_cli, train
 from launching import run_ranks
 from small_runs import copy_until
 from small_runs import flags as as_flags
 
+import hf_myllm
 from hf_myllm import checkpoint
 from hf_myllm.tasks.causal_lm import CausalLM
 
@@ -119,6 +120,26 @@ def test_what_a_branch_may_not_change_is_one_line(kept_run, branch, tmp_path, ca
     os.truncate(tmp_path / "checkpoint-4" / "model.safetensors", 100)
     assert branch(init_from=tmp_path / "checkpoint-4") == 2
     assert "checkpoint-4: model.safetensors has 100 bytes instead of" in capsys.readouterr().err
+
+
+def test_damaged_weights_of_a_checkpoint_are_refused_wherever_they_are_read(kept_run, branch, tmp_path, capsys):
+    shutil.copytree(kept_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-[1-7]"))
+    damaged = tmp_path / "run" / "checkpoint-8"
+    with open(damaged / "model.safetensors", "r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}')
+    for call in (
+        lambda: run_cli("evaluate", damaged),
+        lambda: run_cli("generate", damaged),
+        lambda: run_cli("predict", damaged, "--input", tmp_path / "texts.jsonl"),
+        lambda: branch(init_from=damaged, with_optimizer=None),
+    ):
+        assert call() == 2
+        error = f"error: {damaged}: it is damaged: model.safetensors differs from what was written; give another"
+        assert capsys.readouterr().err.startswith(error)
+    shutil.rmtree(damaged / "trainer_state")
+    assert hf_myllm.evaluate(damaged)["loss"] > 0  # there is nothing to compare it with
 
 
 @pytest.mark.chaos
