@@ -183,9 +183,13 @@ def _prepare(argv):
     options.add_argument("--part", default="1/1")
     options, argv = options.parse_known_args(argv)
     part = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", options.part)
-    if not part or not 1 <= int(part[1]) <= int(part[2]) or not (options.to or options.part == "1/1"):
+    if not part or not 1 <= int(part[1]) <= int(part[2]) or (options.to is None and options.part != "1/1"):
         raise RecipeError(f"--part {options.part}: give the number of a part and their count with --to, as in 1/2")
+    if options.to is not None and not options.to.strip():
+        raise RecipeError("--to: it is empty; give a folder or a URL")
     if argv and Path(argv[0]).name == "index.json":
+        if options.to or argv[1:]:
+            raise RecipeError(f"{argv[0]}: prepare checks an index and takes no options; give --to a recipe")
         from .data.shards import Index
 
         print(f"{argv[0]}: {plural(Index(argv[0]).verify(), 'shard')} checked, all whole")

@@ -4,7 +4,7 @@ import argparse
 import errno
 import re
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_MESSAGE = 2000  # characters: a message may quote a user's value
 # control characters but tab, line feed, carriage return and the sequence that clears a line, and those that change the
 # direction of text
@@ -83,7 +83,7 @@ def os_problem(error, can_resume=False):
     """Return an OSError in words: the file, the problem and, of a full disk, what to do."""
     text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
     again = "use --init_from resume" if can_resume else "try again"
-    return f"{text}; free some space, then {again}" if error.errno in _DISK_FULL else text
+    return f"{text}; free some space, then {again}" if error.errno in DISK_FULL else text
 
 
 def show(value, limit=80):

@@ -5,8 +5,10 @@ token shards (data/shards.py), which any machine reads; `--part 1/2` writes a pa
 """
 
 import os
+import re
 import sys
 import tempfile
+from pathlib import Path
 
 import datasets
 
@@ -15,9 +17,12 @@ from .build_data import default_max_len, find_sources, find_tokenizer, load_sets
 from .data import shards, tokenization
 from .data import tokenizer as tokenizers
 from .data.cache import key_digest
+from .data.discovery import TOKEN_ID_FORMATS
+from .data.remote import is_remote
 from .data.sources import source_key
 from .distributed import silence_libraries
 from .errors import DataError
+from .files import PARTIAL
 from .models import FAMILIES, loading, revisions
 from .tasks import TASKS
 from .terminal import plural
@@ -36,14 +41,12 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     data, init_from = recipe.data, recipe.run.init_from
     pretrained = None if init_from == "scratch" else revisions.resolve(init_from, with_weights=False)
     data_sources = find_sources(recipe)
+    if to:
+        _check_writable(recipe, data_sources, to)
     stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, recipe.run.with_optimizer)
     task = build_task(recipe, data_sources, tokenizer, stored_config, False)
     if to:
-        if task.is_labelled:
-            raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
-        if data.max_train_rows or data.max_eval_rows:
-            raise DataError("--to: it writes shards of all the text; remove max_train_rows and max_eval_rows")
         facts = {"tokenizer_recipe": data.tokenizer} if isinstance(data.tokenizer, dict) else {}
         return write_all(data_sources, tokenizer, data.val_fraction, to, part, facts)
     config = build_config(recipe, tokenizer, pretrained, task)
@@ -61,31 +64,63 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     print(f"{'cache':<12}{datasets.config.HF_DATASETS_CACHE}")
 
 
-def write_all(data_sources, tokenizer, val_fraction, to, part, facts):
-    """Write the shards of each source: of a single training source to the folder itself, of others below it."""
-    training, validation = data_sources.training, data_sources.validation
-    val_fraction = 0.0 if validation else val_fraction
-    folders = (
-        {"": training[0]} if len(training) == 1 else dict(zip(map(str, range(1, 1 << 20)), training, strict=False))
-    )
-    fractions = dict.fromkeys(folders, val_fraction)
-    folders |= {f"validation-{name}".rstrip("-"): source for name, source in validation.items()}
-    for name, source in folders.items():
-        if source.format in ("bin", "pkl", "shards"):
+def _check_writable(recipe, data_sources, to):
+    """Raise DataError if these sources cannot be written as token shards to a folder or URL."""
+    if TASKS[recipe.task].is_labelled:
+        raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
+    if recipe.data.max_train_rows or recipe.data.max_eval_rows:
+        raise DataError("--to: it writes shards of all the text; remove max_train_rows and max_eval_rows")
+    for path, source in _place(data_sources, to):
+        if source.format in TOKEN_ID_FORMATS:
             raise DataError(f"--to: {source.name} holds token ids already; give the text")
-        path = "/".join(filter(None, (to.rstrip("/"), name)))
-        write_source(source, tokenizer, fractions.get(name, 0.0), path, part, facts)
+        is_inside = Path(os.path.realpath(to)).is_relative_to(os.path.realpath(source.name))
+        if is_inside and os.path.isdir(source.name) and not is_remote(to):
+            raise DataError(f"--to: {to} is in the folder of the text, {source.name}; name a folder elsewhere")
+        folder = shards.Folder(path)
+        if folder.is_local and not os.path.isdir(path):
+            if os.path.lexists(path):
+                raise DataError(f"--to: {path} is a file; name a folder")
+            continue
+        names = [name for name, size in folder.sizes([]).items() if size and not name.startswith(".")]
+        names = sorted(name for name in names if not name.endswith((PARTIAL, ".log", ".out", ".err")))
+        if names and not any(re.fullmatch(r"shard-[0-9]+\.(bin|documents)", name) for name in names):
+            raise DataError(
+                f"--to: {path} holds files of another origin ({names[0]}) and no token shards; name another folder"
+            )
 
 
-def write_source(source, tokenizer, val_fraction, path, part=(1, 1), facts=None):
-    """Write the token shards of a source or a part of them and, once all are there, the index, with some facts more."""
+def _place(data_sources, to):
+    """Return (folder or URL, source) of each source: of a single training source the folder itself, of others one
+    below it."""
+    training, validation = data_sources.training, data_sources.validation
+    names = [""] if len(training) == 1 else map(str, range(1, 1 + len(training)))
+    named = [*zip(names, training, strict=True)]
+    named += [(f"validation-{name}".rstrip("-"), source) for name, source in validation.items()]
+    return [("/".join(filter(None, (to.rstrip("/"), name))), source) for name, source in named]
+
+
+def write_all(data_sources, tokenizer, val_fraction, to, part, facts):
+    """Write the shards of each source."""
+    val_fraction = 0.0 if data_sources.validation else val_fraction
+    for number, (path, source) in enumerate(_place(data_sources, to)):
+        is_training = number < len(data_sources.training)
+        key = "train_file" if is_training else "val_file"
+        write_source(source, tokenizer, val_fraction * is_training, path, part, facts, key)
+
+
+def write_source(source, tokenizer, val_fraction, path, part=(1, 1), facts=None, key="train_file"):
+    """Write the token shards of a source or a part of them and, once all are there, the index, with some facts more.
+
+    Args:
+        key: of a recipe that takes the index.
+    """
     folder, content = shards.Folder(path), source_key(source)
     if "files" in content:  # which have other paths on other machines
         content["files"] = [digest for _, digest in content["files"]]
-    key = key_digest([content, *tokenization.text_key(tokenizer)])
+    digest = key_digest([content, *tokenization.text_key(tokenizer)])
     if folder.is_local:
         os.makedirs(path, exist_ok=True)
-    entries, found = tokenization.write_shards(folder, source, tokenizer, True, key, part)
+    entries, found = tokenization.write_shards(folder, source, tokenizer, True, digest, part)
     if missing := [number for number, entry in enumerate(entries) if entry is None]:
         others = ", ".join(sorted({f"{number % part[1] + 1}/{part[1]}" for number in missing}))
         print(f"{path}: {len(entries) - len(missing)} of {plural(len(entries), 'shard')} are there; missing: {others}")
@@ -96,10 +131,12 @@ def write_source(source, tokenizer, val_fraction, path, part=(1, 1), facts=None)
         for name in names:
             with open(os.path.join(temporary, name), "rb") as file:
                 folder.write(f"{shards.TOKENIZER}/{name}", file.read())
-    facts = found | (facts or {}) | {"key": key, "source": describe_source(source, content), "tokenizer_files": names}
+    facts = (
+        found | (facts or {}) | {"key": digest, "source": describe_source(source, content), "tokenizer_files": names}
+    )
     index = tokenization.write_index(folder, tokenizer, entries, facts, val_fraction)
     print(f"{path}/{shards.INDEX}: {index['tokens']:,} tokens of {plural(index['documents'], 'document')} in "
-          f"{plural(len(entries), 'shard')}; give it as train_file")  # fmt: skip
+          f"{plural(len(entries), 'shard')}; give it as {key}")  # fmt: skip
 
 
 def describe_source(source, content):

@@ -1,7 +1,7 @@
 """`hf-myllm prepare` trains the tokenizer and tokenizes the data ahead of a launch."""
 
 import pytest
-from conftest import run_command, train
+from conftest import run_cli, run_command, train
 
 from hf_myllm.data import corpus, tokenizer
 
@@ -34,3 +34,23 @@ def test_a_mistake_is_one_line(tiny, tmp_path):
     result = run_command(*tiny(train_file=tmp_path / "nope.txt"), module="hf_myllm.prepare")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == [line for line in result.stderr.splitlines() if "nope.txt" in line]
+
+
+def test_shards_are_written_neither_among_other_files_nor_over_them(tiny, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Anna likes the cat. " * 400)
+    (tmp_path / "notes").write_text("mine")
+    flags = tiny(train_file=tmp_path / "texts")
+    for arguments, problem in (
+        ([*flags, "--to", tmp_path / "texts"], "is in the folder of the text"),
+        ([*flags, "--to", tmp_path / "texts" / "sub"], "is in the folder of the text"),
+        ([*flags, "--to", tmp_path], "holds files of another origin (notes) and no token shards; name another folder"),
+        ([*flags, "--to", tmp_path / "notes"], "is a file; name a folder"),
+        ([*flags, "--to", ""], "--to: it is empty; give a folder or a URL"),
+        ([tmp_path / "index.json", "--to", tmp_path / "new", *flags], "checks an index and takes no options"),
+    ):
+        assert run_cli("prepare", *arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert problem in error
+        assert "\n" not in error
+    assert {path.name for path in tmp_path.rglob("*")} == {"texts", "a.txt", "notes"}

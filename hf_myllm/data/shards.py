@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from ..errors import DataError, first_line
+from ..errors import DISK_FULL, DataError, first_line, printable
 from ..files import atomic_path, flush
 from . import remote
 from .cache import cached_folder
@@ -114,11 +114,17 @@ class Folder:
     def create(self, name):
         """Yield a path to write a file to, which then appears in the folder as a whole or not at all."""
         if self.is_local:
-            Path(self.path, name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(Path(self.path, name)) as partial:
-                yield partial
-                flush(partial)
-            flush(Path(self.path, name).parent)
+            path = Path(self.path, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with atomic_path(path) as partial:
+                    yield partial
+                    flush(partial)
+            except OSError as error:
+                if error.errno in DISK_FULL and not error.filename:
+                    error.filename = str(path)
+                raise
+            flush(path.parent)
             return
         with tempfile.TemporaryDirectory() as temporary:
             yield (path := Path(temporary, "file"))
@@ -215,6 +221,11 @@ class Index:
                     raise self._damaged(name, "its content is not that of the index")
         self._check_tokenizer()
         return len(self.shards)
+
+    @property
+    def text_name(self):
+        """The name of the text that the index came from."""
+        return printable(str(self.content.get("source", {}).get("name", self.path)))
 
     def _check_tokenizer(self):
         for name in self.content.get("tokenizer_files", ()):

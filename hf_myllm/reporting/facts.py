@@ -116,7 +116,7 @@ def _source_facts(source):
     if source.format == "memory" or "{stdlib}" in source.name:
         return [{"name": source.name, "is_hub": False}]
     if source.format == "shards":
-        return [{"name": source.data.content.get("source", {}).get("name", source.name), "is_hub": False}]
+        return [{"name": source.data.text_name, "is_hub": False}]
     names = [remote.file_name(file) for file in source.files]
     if len(names) > 4:
         paths = [file.partition("://")[2] if remote.is_remote(file) else os.path.abspath(file) for file in source.files]

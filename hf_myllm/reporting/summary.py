@@ -76,6 +76,8 @@ def _print_model(run, reporter):
 def _print_training_data(run, reporter):
     recipe, rows, stats = run.recipe, run.train_rows, run.data_stats["train"]
     size = f"{len(rows.tokens):,} tokens" if not recipe.data.streaming else run.sources.name
+    if names := [source.data.text_name for source in run.sources.training if source.format == "shards"]:
+        size += f", token shards of {', '.join(names[:3])}{' ...' if names[3:] else ''}"
     row_length = f"{'up to ' * run.task.pads_rows}{recipe.data.max_len} tokens"
     window = ""
     if recipe.data.streaming:
