@@ -8,12 +8,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import checkpoint
-from .errors import CheckpointError, InputError, first_line
+from .errors import CheckpointError, InputError, first_line, printable
 from .files import atomic_path, flush, write_text_atomically
 from .hub import write_card
 from .hub.push import SHARED
 from .models import lora
 from .reporting.metrics_log import amend_run, read_run
+from .terminal import plural
 from .train import evaluate
 
 _INDEX = "model.safetensors.index.json"
@@ -43,6 +44,8 @@ def average(folders, output, last=None, ema=None):
         CheckpointError: there are not enough models, they differ in more than their weights, or `output` exists.
         ModelError: a folder holds no model.
     """
+    if Path(output).resolve().name.startswith("checkpoint-"):
+        raise CheckpointError(f"{output}: folders of this name are the checkpoints of a run; give another name")
     folders = _find_folders(folders, last)
     if ema is not None and not 0 < ema < 1:
         raise CheckpointError(f"ema: {ema} must be above 0 and below 1; leave it out to average all alike")
@@ -56,7 +59,7 @@ def average(folders, output, last=None, ema=None):
         with atomic_path(output) as partial:
             partial.mkdir()
             _write_model(partial, folders[-1], models, ema)
-            return {"folders": folders} | _describe_and_evaluate(partial, folders, ema)
+            return {"folders": folders} | _describe_and_evaluate(partial, Path(output).resolve().name, folders, ema)
     except OSError as error:
         raise CheckpointError(f"{output}: the average cannot be written: {error}") from None
 
@@ -64,8 +67,14 @@ def average(folders, output, last=None, ema=None):
 def _find_folders(folders, last):
     """Return the folders to average, oldest first."""
     folders = [Path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
+    if absent := [folder for folder in folders if not folder.is_dir()]:
+        raise CheckpointError(f"{absent[0]}: it is not a folder; give a run, or folders of models")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise CheckpointError("average: a folder is given twice; give each once")
     if len(folders) == 1 and checkpoint.has_checkpoints(folders[0]):
         run_dir, folders = folders[0], checkpoint.complete_checkpoints(folders[0])
+        if len(folders) < 2:
+            raise CheckpointError(f"{run_dir}: it has {plural(len(folders), 'checkpoint')}; an average needs two")
         if last is not None and last > len(folders):
             raise CheckpointError(f"{run_dir}: it has {len(folders)} checkpoints; give --last {len(folders)} or less")
         folders = folders if last is None else folders[max(0, len(folders) - last) :]
@@ -183,17 +192,27 @@ def _average_tensor(name, models, ema):
     return (total if ema is not None else total.div_(len(models))).to(dtype)
 
 
-def _describe_and_evaluate(folder, folders, ema):
-    """Write run.json, recipe.yaml and the card beside an average of a run's checkpoints; return its evaluation."""
+def _describe_and_evaluate(folder, name, folders, ema):
+    """Write run.json, recipe.yaml and the card beside an average of a run's checkpoints; return its evaluation.
+
+    Args:
+        name: of the folder when it is complete.
+    """
     last, run_dir = folders[-1], checkpoint.find_run_dir(folders[-1])
     facts, result = read_run(run_dir), {"average": {}, "last": {}, "problem": f"{run_dir} is no run"}
     if facts and (run_dir / "recipe.yaml").is_file():
         lines = (run_dir / "recipe.yaml").read_text(encoding="utf-8").split("\n", 1)
-        note = f"# The recipe of {run_dir.resolve().name}; the weights here are an average of its checkpoints."
-        write_text_atomically(folder / "recipe.yaml", f"{note}\n{lines[1]}")
-        names = [path.name for path in folders]
+        is_of_one_run = len({checkpoint.find_run_dir(path.resolve()) for path in folders}) == 1
+        names = [path.resolve() for path in folders]
+        names = [
+            path.name if is_of_one_run or checkpoint.step_of(path) < 0 else f"{path.parent.name}/{path.name}"
+            for path in names
+        ]
+        note = f"# The recipe of {run_dir.resolve().name}; the weights here are the average of {', '.join(names)}."
+        write_text_atomically(folder / "recipe.yaml", f"{printable(note)}\n{lines[1]}")
         step = max(0, checkpoint.step_of(last)) or facts.get("published_step")
-        facts |= {"published_step": step, "averaged": {"models": names, "ema": ema}}
+        averaged = {"models": names, "is_of_one_run": is_of_one_run, "ema": ema}
+        facts |= {"published_step": step, "published_average": False, "averaged": averaged}
         amend_run(folder, **facts)
         try:
             metrics = {
@@ -204,5 +223,5 @@ def _describe_and_evaluate(folder, folders, ema):
             result = metrics | {"problem": None}
         except InputError as error:
             result["problem"] = str(error)
-    write_card(folder)
+    write_card(folder, name)
     return result

@@ -40,6 +40,10 @@ def test_the_last_checkpoints_are_averaged_and_evaluated(run, tmp_path, capsys):
     card = (output / "README.md").read_text()
     assert "the average of `checkpoint-6`, `checkpoint-7`, `checkpoint-8` of the run" in card
     assert f"| loss | {of_average['loss']:.4f} | {of_last['loss']:.4f} |" in card
+    assert f"| {of_average['tokens']:,} | {of_last['tokens']:,} |" in card
+    assert "\n# average\n" in card
+    assert ".partial" not in card
+    assert "whose metrics are named ema" not in card  # of the run's own model
     assert {path.name for path in output.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *("recipe.yaml", "run.json", "README.md"),
@@ -56,6 +60,9 @@ def test_an_exponential_average_and_the_order_of_explicit_folders(run, tmp_path)
         expected = {name: value.lerp(weights(folder)[name], 0.25) for name, value in expected.items()}
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "average").items())
     assert result["folders"] == folders
+    shutil.copytree(folders[1], tmp_path / "other" / "checkpoint-1")
+    hf_myllm.average([tmp_path / "other" / "checkpoint-1", folders[0]], tmp_path / "two")
+    assert "the average of `other/checkpoint-1`, `run/checkpoint-4`.\n" in (tmp_path / "two" / "README.md").read_text()
     assert result["last"] == hf_myllm.evaluate(folders[-1])
 
 
@@ -119,6 +126,8 @@ def test_what_cannot_be_averaged_is_one_line_and_nothing_is_written(run, tmp_pat
     damaged = tmp_path / "checkpoint-9"
     shutil.copytree(first, damaged)
     (damaged / "model.safetensors").write_bytes(b"torn")
+    one = tmp_path / "one"
+    shutil.copytree(first, one / "checkpoint-1")
     before = sorted(path.name for path in tmp_path.iterdir())
     for folders, options, message in (
         ([first, copy_of(first, tmp_path / "family", model_type="llama")], {}, "model_type is 'gpt2', and 'llama' in"),
@@ -129,6 +138,9 @@ def test_what_cannot_be_averaged_is_one_line_and_nothing_is_written(run, tmp_pat
         ([first, damaged], {}, "it is damaged: model.safetensors has 4 bytes"),
         ([first], {}, "it needs at least two checkpoints"),
         (run, {"last": 1}, "it needs at least two checkpoints"),
+        ([first, second, first], {}, "a folder is given twice"),
+        (tmp_path / "nope", {"last": 2}, "nope: it is not a folder"),
+        (one, {"last": 2}, "one: it has 1 checkpoint; an average needs two"),
         (run, {"last": 9}, "it has 8 checkpoints; give --last 8 or less"),
         ([first, second], {"last": 2}, "last: it chooses among the checkpoints of one run"),
         ([first, second], {"ema": 1.0}, "ema: 1.0 must be above 0 and below 1"),
@@ -140,6 +152,8 @@ def test_what_cannot_be_averaged_is_one_line_and_nothing_is_written(run, tmp_pat
         assert "\n" not in str(error.value)
     with pytest.raises(CheckpointError, match="it exists already"):
         hf_myllm.average(run, tmp_path / "words")
+    with pytest.raises(CheckpointError, match="checkpoint-99: folders of this name are the checkpoints of a run"):
+        hf_myllm.average(run, run / "checkpoint-99")
     assert set(before) | {"family", "head"} == {path.name for path in tmp_path.iterdir()}
 
 

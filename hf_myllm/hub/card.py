@@ -33,11 +33,11 @@ _PIPELINES = {  # what follows "For" in the name of the class
 }
 
 
-def write_card(run_dir):
-    """Write RUN/README.md, unless a user has edited it."""
+def write_card(run_dir, name=None):
+    """Write RUN/README.md, unless a user has edited it; `name` is that of the model, by default of the folder."""
     path = Path(run_dir) / "README.md"
     if not is_edited(path):
-        write_text_atomically(path, make_card(run_dir, has_plot=(Path(run_dir) / "loss.png").is_file()))
+        write_text_atomically(path, make_card(run_dir, name, has_plot=(Path(run_dir) / "loss.png").is_file()))
 
 
 def is_edited(path):

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..files import write_text_atomically
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-_Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+_Number = Annotated[int | float, Field(ge=-1e15, le=1e15)]
 
 
 class _Launch(TypedDict):
