@@ -73,6 +73,7 @@ def find_sources(recipe, train_data=None, eval_data=None):
         if token_ids := [source.name for source in found.training if source.format in TOKEN_ID_FORMATS]:
             raise DataError(f"deduplicate: {token_ids[0]} holds token ids, not documents; remove deduplicate")
         found.training = [replace(source, deduplicate=True) for source in found.training]
+    sources.check_prepared(found.all, text_column=recipe.data.text_column, document=recipe.data.document)
     _limit_rows(recipe, found)
     if is_text:
         found.training = [sources.with_template(source, template) for source in found.training]

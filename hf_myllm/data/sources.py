@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from ..errors import DataError, first_line, hide_secrets
+from ..errors import DataError, first_line, hide_secrets, show
 from . import discovery, remote, shards
 from .cache import cached_folder, cached_path
 from .columns import template_columns
@@ -129,6 +129,20 @@ def check_disjoint(training, validation):
                 raise DataError(
                     f"val_file: {file} is also a training file{name}; name only the others in train_file, or leave out "
                     "val_file to hold out a part"
+                )
+
+
+def check_prepared(sources, **keys):
+    """Raise DataError if all sources are token shards, and those are of a text read with other values of some keys."""
+    if any(source.format != "shards" for source in sources):
+        return
+    for source in sources:
+        facts = source.data.content.get("source", {})
+        for name, value in keys.items():
+            if value not in (None, "file", facts.get(name)):
+                raise DataError(
+                    f"{name}: it has no effect on {source.name}, whose text was read with {name} "
+                    f"{show(facts.get(name))}; leave it out, or prepare the text with this one"
                 )
 
 

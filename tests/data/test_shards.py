@@ -233,6 +233,9 @@ def test_a_run_on_shards_is_the_run_on_the_text(tiny, stories, tmp_path, capsys,
     errors = capsys.readouterr().err.splitlines()
     assert [error for error in errors if "index.json are of another one" in error] == errors
     assert len(errors) == 2
+    for key, value in (("text_column", "body"), ("document", "line")):
+        assert train(*tiny(train_file=index, save_model=tmp_path / "other", **{key: value})) == 2
+        assert f"{key}: it has no effect on {index}, whose text was read with {key} " in capsys.readouterr().err
 
 
 def test_a_run_from_before_there_were_shards_resumes(tiny, tmp_path, monkeypatch):
