@@ -3,6 +3,7 @@
 import textwrap
 from pathlib import Path
 
+from ..data.shards import INDEX
 from ..evaluation import describe_sets, unigram_loss
 from ..launcher import train_command
 from ..models import lora
@@ -98,6 +99,12 @@ def data_warnings(run):
     """Yield a line for each thing that is missing from the data, or wrong with it, and does not stop the run."""
     rows, stats, data = run.train_rows, run.data_stats.get("train", {}), run.recipe.data
     limits = {"max_train_rows": data.max_train_rows, "max_eval_rows": data.max_eval_rows}
+    for file in (file for source in run.sources.training if source.format == "bin" for file in source.files):
+        if Path(file).with_suffix(".documents").exists():
+            index = Path(file).with_name(INDEX)
+            missing = "" if index.exists() else " (missing: go on with hf-myllm prepare --to)"
+            yield f"{file} is a token shard, read without its documents and tokenizer; give {index}{missing}"
+            break
     if limited := [f"{name} {count:,}" for name, count in limits.items() if count]:
         yield f"{', '.join(limited)}: a trial, of the first rows only"
     unknown = stats.get("unknown", 0) / max(1, stats.get("tokens", 0))
