@@ -184,7 +184,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
     trainer_state = checkpoint.load_trainer_state(resume_from) if resume_from else None
     resolve_sizes(recipe, config, task, accelerator, None if is_branch(recipe, resume_from) else trainer_state)
     if trainer_state is not None and not eval_only:
-        check_same_recipe(recipe, trainer_state, resume_from)
+        check_same_recipe(recipe, trainer_state, resume_from, tokenizer)
     if pretrained:
         loading.check_settings(recipe.config, stored_config, pretrained, is_trained)
     check_tokenizer(recipe, config, tokenizer, task)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .data import sampler
+from .data import tokenizer as tokenizers
 from .distributed import gather
 from .ema import WeightAverage
 from .errors import CheckpointError, InputError
@@ -62,11 +63,18 @@ def check_resumable(run):
         )
 
 
-def check_same_recipe(recipe, trainer_state, resume_from):
+def check_same_recipe(recipe, trainer_state, resume_from, tokenizer):
     """Raise CheckpointError if the checkpoint is of another recipe: a resumed run would be neither of the two.
 
-    A run that branches may have another recipe, as long as the weights and the optimizer's state mean the same.
+    A run that branches may have another recipe, as long as the weights and the optimizer's state mean the same. A
+    tokenizer that is left open, or that is the same by its content, becomes that of the checkpoint's recipe.
+
+    Args:
+        tokenizer: that of the checkpoint; None for token ids without one.
     """
+    name = trainer_state["recipe"].get("tokenizer")
+    if recipe.data.tokenizer != name and _is_same_tokenizer(recipe, tokenizer):
+        recipe.data.tokenizer = name
     branches, (now, then) = is_branch(recipe, resume_from), _identities(recipe, trainer_state)
     keys = _changes(now, then)
     changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
@@ -75,7 +83,8 @@ def check_same_recipe(recipe, trainer_state, resume_from):
     if lora_changes := [change for key, change in zip(keys, changed, strict=True) if key in LORA_KEYS]:
         raise CheckpointError(f"{resume_from}: LoRA has other settings there: {'; '.join(lora_changes)}; give the same")
     if "tokenizer" in keys:
-        raise CheckpointError(f"{resume_from}: trained with another tokenizer, {then['tokenizer']!r}; give that one")
+        given = f", {then['tokenizer']!r}" if then["tokenizer"] else ""
+        raise CheckpointError(f"{resume_from}: trained with another tokenizer{given}; leave tokenizer out to keep it")
     for key, change in zip(keys, changed, strict=True):
         if kept.get(key):
             raise CheckpointError(f"{resume_from}: {change}; give {key} {then[key]}, or start without its state")
@@ -84,6 +93,15 @@ def check_same_recipe(recipe, trainer_state, resume_from):
             f"{resume_from} belongs to another recipe: {'; '.join(changed)}; give the same, or --allow_changed to "
             "continue with the new, or --save_model FOLDER for a new run"
         )
+
+
+def _is_same_tokenizer(recipe, own):
+    """Return whether a recipe leaves the tokenizer open, or names a stored one that splits text as `own` does."""
+    if not isinstance(recipe.data.tokenizer, str) or own is None:
+        return recipe.data.tokenizer is None
+    given = tokenizers.load(recipe.data.tokenizer)
+    given.add_tokens(recipe.data.add_tokens or [])
+    return tokenizers.fingerprint(given) == tokenizers.fingerprint(own)
 
 
 def _identities(recipe, trainer_state):

@@ -11,7 +11,7 @@ from small_runs import copy_until
 from small_runs import flags as as_flags
 
 import hf_myllm
-from hf_myllm import checkpoint
+from hf_myllm import Recipe, checkpoint
 from hf_myllm.tasks.causal_lm import CausalLM
 
 BYTES = ("model.safetensors", "config.json", "trainer_state/optimizer.safetensors")
@@ -73,6 +73,14 @@ def test_a_branch_of_another_recipe_is_what_resuming_with_it_trains(kept_run, br
     assert read_run(other)["branched_from"] == read_run(run)["branched_from"]
     assert read_run(other)["base_model"] is None
     assert_same_run(other, run)
+
+
+@pytest.mark.parametrize("how", [None, "folder"])
+def test_the_tokenizer_of_a_checkpoint_may_be_left_out_or_named_by_its_folder(kept_run, branch, tmp_path, how):
+    given = how and shutil.copytree(kept_run[0] / "checkpoint-4", tmp_path / "folder")
+    assert branch(tokenizer=given, max_steps=5) == 0
+    recipe = Recipe.load(tmp_path / "branch" / "recipe.yaml")
+    assert recipe.data.tokenizer == {"train": "bpe", "vocab_size": 300}
 
 
 @pytest.mark.chaos

@@ -225,7 +225,8 @@ def test_a_run_on_shards_is_the_run_on_the_text(tiny, stories, tmp_path, capsys,
     for key in ("loss", "val_loss", "rows"):
         assert read_metrics(tmp_path / "shards", key) == read_metrics(tmp_path / "run", key)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    assert train(*tiny(max_steps=4, save_freq=2, start_context=None, train_file=index), "--init_from", "resume") == 0
+    on_index = tiny(max_steps=4, save_freq=2, start_context=None, train_file=index, tokenizer=None)
+    assert train(*on_index, "--init_from", "resume") == 0
     assert read_weights(tmp_path / "run") == read_weights(tmp_path / "shards")
     capsys.readouterr()
     for changed in ({"tokenizer": "{train: bpe, vocab_size: 301}"}, {"tokenizer": tmp_path / "run", "add_tokens": "x"}):
