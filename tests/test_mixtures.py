@@ -53,6 +53,13 @@ def test_a_mixture_of_streams_resumes_exactly_before_and_after_its_schedule_chan
         assert f"{resume_from} to 12" in capsys.readouterr().out
         assert read_weights(run) == weights
         assert read_metrics(run, "rows") == rows
+    late = "[{step: 5, weights: {numbers: 1, letters: 2}}, {step: 800, weights: {numbers: 0}}]"
+    assert (
+        train(*flags, "--dry_run", "--mixture_schedule", late, "--keep_every", 20, "--save_model", tmp_path / "x") == 0
+    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "mixture_schedule: step 800 is never reached; the run has 12 steps" in out
+    assert "keep_every: 20 is more than the 12 steps of the run" in out
     assert train(*flags, "--resume", "--mixture_schedule", "[{step: 6, weights: {letters: 2}}]") == 2
     assert "mixture_schedule was" in capsys.readouterr().err
 

@@ -96,7 +96,8 @@ def _print_training_data(run, reporter):
 
 
 def data_warnings(run):
-    """Yield a line for each thing that is missing from the data, or wrong with it, and does not stop the run."""
+    """Yield a line for each thing that is missing from the data or the plan, or wrong with it, and does not stop the
+    run."""
     rows, stats, data = run.train_rows, run.data_stats.get("train", {}), run.recipe.data
     limits = {"max_train_rows": data.max_train_rows, "max_eval_rows": data.max_eval_rows}
     for file in (file for source in run.sources.training if source.format == "bin" for file in source.files):
@@ -120,6 +121,11 @@ def data_warnings(run):
             yield (
                 f"{count:,} of {plural(total, f'validation {kind}')} {name}".rstrip() + " are in the training data too"
             )
+    for stage in data.mixture_schedule or ():
+        if stage["step"] >= run.total_steps:
+            yield f"mixture_schedule: step {stage['step']:,} is never reached; the run has {run.total_steps:,} steps"
+    if (every := run.recipe.run.keep_every) and every > run.total_steps:
+        yield f"keep_every: {every:,} is more than the {run.total_steps:,} steps of the run; it keeps no milestone"
     yield from skipped_rows(run)
 
 
