@@ -11,7 +11,8 @@ from small_runs import copy_until
 from small_runs import flags as as_flags
 
 import hf_myllm
-from hf_myllm import Recipe, checkpoint
+from hf_myllm import checkpoint
+from hf_myllm.recipe import Recipe
 from hf_myllm.tasks.causal_lm import CausalLM
 
 BYTES = ("model.safetensors", "config.json", "trainer_state/optimizer.safetensors")
