@@ -196,8 +196,6 @@ def train_stock(name, run, result):
         max_steps=training["max_steps"] or -1,
         learning_rate=training["learning_rate"],
         lr_scheduler_type=training["lr_schedule"],
-        # Rows of similar length share a batch, as in ours; the classifiers were measured without, as in the examples.
-        train_sampling_strategy="group_by_length" if is_seq2seq else "random",
         warmup_steps=training["warmup_steps"],
         weight_decay=training["weight_decay"],
         adam_beta2=training["beta2"],
