@@ -81,10 +81,14 @@ class Peers:
         self.wait()
         self.stop()
         with suppress(torch.distributed.DistError):
-            count, end = self.store.add("left", 1), time.monotonic() + GRACE_SECONDS
-            while self.rank == 0 and count < self.world_size and time.monotonic() < end:
-                time.sleep(0.01)
-                count = int(self.store.get("left"))
+            self.store.add("left", 1)
+            self._outlast("left")
+
+    def _outlast(self, key):
+        """Wait on rank 0, whose process may be the store's, until all ranks have counted themselves, a few seconds."""
+        end = time.monotonic() + GRACE_SECONDS
+        while self.rank == 0 and int(self.store.get(key)) < self.world_size and time.monotonic() < end:
+            time.sleep(0.01)
 
     def stop(self, failed=False):
         """End the thread.
@@ -99,6 +103,8 @@ class Peers:
             if failed and not self.has_failed:
                 self.store.add("failed", 1)
             self.store.set(f"beat/{self.rank}", _GONE)
+            if failed:  # ranks with the same mistake ask the store who prints it
+                self._outlast("failed")
         if self.thread is not None:
             self.thread.join(1)
 
