@@ -92,16 +92,6 @@ def _find_problem(model, task, packing, isolates_documents, pads_rows):
     return None
 
 
-def _few_layers(model):
-    """Return a new model with as few layers as show all their types, of a model on the meta device."""
-    config = copy.deepcopy(model.config)
-    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    config.num_hidden_layers = max(2, 1 + max(types.index(kind) for kind in types))
-    if getattr(config, "layer_types", None):
-        config.layer_types = types[: config.num_hidden_layers]
-    return InitialWeights(make_on_meta(type(model), config), 0).materialize()
-
-
 class _Probe:
     """Two short rows of tokens, and what a model in eval mode computes of them."""
 
