@@ -3,6 +3,7 @@
 import argparse
 import errno
 import re
+from contextlib import contextmanager
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_MESSAGE = 2000  # characters: a message may quote a user's value
@@ -84,6 +85,22 @@ def os_problem(error, can_resume=False):
     text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
     again = "use --init_from resume" if can_resume else "try again"
     return f"{text}; free some space, then {again}" if error.errno in DISK_FULL else text
+
+
+@contextmanager
+def library_errors(problem, passes=()):
+    """Turn the errors of `datasets`, of file systems, of parsers and of the network, which have many classes, into a
+    DataError.
+
+    Args:
+        passes: classes of errors to leave as they are.
+    """
+    try:
+        yield
+    except (DataError, *passes):
+        raise
+    except Exception as error:
+        raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None
 
 
 def show(value, limit=80):

@@ -1,11 +1,10 @@
 """Rows of Parquet files and of `datasets` data sets."""
 
 import json
-from contextlib import contextmanager
 
 import datasets
 
-from ..errors import DataError, first_line
+from ..errors import DataError, library_errors
 from . import discovery, remote
 from .sources import load_hub, stream_hub
 
@@ -115,14 +114,3 @@ def _decode(value, feature):
     if isinstance(feature, datasets.ClassLabel):
         return None if value < 0 else feature.int2str(value)  # -1 stands for "no label" in `datasets`
     return json.loads(value) if type(feature).__name__ == "Json" and isinstance(value, str) else value
-
-
-@contextmanager
-def library_errors(problem):
-    """Turn the errors of `datasets`, of its parsers and of the network, which have many classes, into a DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None

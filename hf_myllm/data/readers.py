@@ -14,9 +14,9 @@ from itertools import chain, islice
 
 import pyarrow as pa
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, library_errors
 from . import discovery, remote
-from .arrow_rows import library_errors, open_dataset, read_arrow
+from .arrow_rows import open_dataset, read_arrow
 from .columns import fill_template
 from .discovery import COMPRESSIONS, TOKEN_ID_FORMATS, check_expansion, check_length
 

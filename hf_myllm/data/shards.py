@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from ..errors import DISK_FULL, DataError, first_line, printable
+from ..errors import DISK_FULL, DataError, first_line, library_errors, printable
 from ..files import atomic_path, flush
 from . import remote
 from .cache import cached_folder
@@ -72,13 +72,16 @@ class _Index(TypedDict):
 _INDEX = TypeAdapter(_Index)
 
 
+_errors = functools.partial(library_errors, passes=(FileNotFoundError,))
+
+
 class Folder:
     """A folder by its path, or elsewhere by a URL that fsspec knows."""
 
     def __init__(self, path):
         self.path, self.is_local = str(path), not remote.is_remote(str(path))
         if not self.is_local:
-            with _errors(self.path):
+            with _errors(f"{self.path} cannot be read"):
                 self.files, self.root = remote.open_system(self.path)
 
     def read(self, name, start=None, stop=None):
@@ -92,14 +95,14 @@ class Folder:
             with open(os.path.join(self.path, name), "rb") as file:
                 file.seek(start or 0)
                 return file.read() if stop is None else file.read(stop - (start or 0))
-        with _errors(f"{self.path}/{name}"):
+        with _errors(f"{self.path}/{name} cannot be read"):
             return self.files.cat_file(f"{self.root}/{name}", start=start, end=stop)
 
     def sizes(self, names):
         """Return the sizes in bytes of those of some files that are there, by name."""
         if self.is_local:
             return {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
-        with _errors(self.path):
+        with _errors(f"{self.path} cannot be read"):
             if "http" in self.files.protocol:  # which does not list a folder
                 paths = [f"{self.root}/{name}" for name in names]
                 try:
@@ -128,7 +131,7 @@ class Folder:
             return
         with tempfile.TemporaryDirectory() as temporary:
             yield (path := Path(temporary, "file"))
-            with _errors(f"{self.path}/{name}", "written"):
+            with _errors(f"{self.path}/{name} cannot be written"):
                 self.files.makedirs(os.path.dirname(f"{self.root}/{name}"), exist_ok=True)
                 self.files.put_file(str(path), f"{self.root}/{name}")
 
@@ -145,17 +148,6 @@ def is_index(path):
             return is_beside or FORMAT.encode() in file.read(100)
     except OSError:
         return False
-
-
-@contextmanager
-def _errors(name, verb="read"):
-    """Turn the errors of remote file systems, which have many classes, into a DataError."""
-    try:
-        yield
-    except (DataError, FileNotFoundError):
-        raise
-    except Exception as error:
-        raise DataError(f"{name} cannot be {verb}: {first_line(error)[:300]}") from None
 
 
 class Index:
