@@ -43,9 +43,10 @@ class Hub:
         return self.repos[name]["branches"][branch]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers requests with bytes or JSON, and prints nothing."""
+
     protocol_version = "HTTP/1.1"
-    hub = None
 
     def log_message(self, *arguments):
         pass
@@ -59,6 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+class _HubHandler(Handler):
+    hub = None
 
     def handle_request(self):
         path = unquote(urlsplit(self.path).path)
@@ -214,14 +219,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve():
-    """Yield the state and the address of a running server."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+def running(handler):
+    """Yield a server on this machine, with `handler` for its requests."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield hub, f"http://127.0.0.1:{server.server_port}"
+        yield server
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def serve():
+    """Yield the state and the address of a running server."""
+    hub = Hub()
+    with running(type("Handler", (_HubHandler,), {"hub": hub})) as server:
+        yield hub, f"http://127.0.0.1:{server.server_port}"

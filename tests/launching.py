@@ -98,6 +98,24 @@ def wait_for(processes, condition, seconds=120):
         time.sleep(0.005)
 
 
+def kill_at(moments, *arguments):
+    """Start a run once for each moment and kill it then, unless it ends before. Return how often it was killed.
+
+    Args:
+        moments: functions that return whether the moment has come.
+    """
+    kills = 0
+    for moment in moments:
+        process = start(*arguments)
+        while process.poll() is None and not moment():
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(60)
+    return kills
+
+
 # ---- forked processes
 
 

@@ -2,12 +2,10 @@
 
 import re
 import shutil
-import signal
-import time
 
 import pytest
 from conftest import assert_same_run, read_metrics, read_weights, train
-from launching import has_reached, run_command, run_ranks, start
+from launching import has_reached, kill_at, run_command, run_ranks
 
 from hf_myllm.errors import RecipeError
 from hf_myllm.recipe import Recipe
@@ -76,16 +74,7 @@ def test_a_mixture_of_streams_that_is_killed_and_resumed_ends_with_the_same_byte
         has_reached(run, 7),  # after the weights have changed
         lambda: (run / "checkpoint-8").exists(),
     ]
-    kills = 0
-    for moment in moments:
-        process = start(*resume)
-        while process.poll() is None and not moment():
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(60)
-    assert kills >= 3
+    assert kill_at(moments, *resume) >= 3
     assert run_command(*resume).returncode == 0
     assert read_weights(run) == read_weights(tmp_path / "reference")
     assert read_metrics(run, "loss") == read_metrics(tmp_path / "reference", "loss")

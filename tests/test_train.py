@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, read_metrics, read_weights, run_command, train
-from launching import accelerate_launch, has_reached, start, wait_for
+from launching import accelerate_launch, has_reached, kill_at, start, wait_for
 from patches import log_compilation
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -138,16 +138,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(finishe
         lambda: (run / "checkpoint-50").exists(),
         lambda: (run / "checkpoint-52").exists(),  # before the model is published
     ]
-    kills = 0
-    for moment in moments:
-        process = start(*resume)
-        while process.poll() is None and not moment():
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(60)
-    assert kills >= 4
+    assert kill_at(moments, *resume) >= 4
     assert run_command(*resume).returncode == 0
     assert read_weights(run) == read_weights(reference)
     assert read_metrics(run, "loss") == read_metrics(reference, "loss")

@@ -3,15 +3,14 @@
 import base64
 import gzip
 import json
-import threading
 from contextlib import contextmanager
 from hashlib import md5
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import numpy as np
 import pytest
 from conftest import train
+from hub_server import Handler, running
 
 from hf_myllm.data import corpus, readers, remote, sources, tokenizer
 from hf_myllm.errors import DataError, hide_secrets
@@ -20,12 +19,7 @@ from hf_myllm.recipe import Recipe
 TEXTS = [f"the {name} is here, and the {name} was there before.\n" * 9 for name in ("cat", "dog", "king", "house")]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
+class _Handler(Handler):
     def do_GET(self):
         path, _, query = self.path.partition("?")
         self.server.requests.append((self.command, path))
@@ -51,27 +45,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def answer(self, status, body, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
 
 @contextmanager
 def _serve(files, has_tags=True, user=None):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.files, server.has_tags, server.requests, server.daemon_threads = files, has_tags, [], True
-    server.user = base64.b64encode(user.encode()).decode() if user else None
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with running(_Handler) as server:
+        server.files, server.has_tags, server.requests = files, has_tags, []
+        server.user = base64.b64encode(user.encode()).decode() if user else None
         yield server, f"127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
