@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
 from .errors import CheckpointError, InputError, first_line, printable
@@ -13,11 +14,12 @@ from .files import atomic_path, flush, write_text_atomically
 from .hub import write_card
 from .hub.push import SHARED
 from .models import lora
+from .models.export import weight_files
 from .reporting.metrics_log import amend_run, read_run
 from .terminal import plural
 from .train import evaluate
 
-_INDEX = "model.safetensors.index.json"
+_WEIGHTS = (lora.WEIGHTS, SAFE_WEIGHTS_NAME)  # of an adapter, of a model
 _FREE_KEYS = ("transformers_version", "_name_or_path", "use_cache", "peft_version")  # of a configuration
 _BESIDE = ("README.md", "loss.png")  # files of a model's folder that are about one model
 
@@ -121,19 +123,10 @@ def _read_adapter_config(folder):
     return {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}  # sets of names
 
 
-def _weight_files(folder):
-    """Return the safetensors files of a folder's model or adapter."""
-    if (folder / _INDEX).is_file():
-        names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    names = ("adapter_model.safetensors", "model.safetensors")
-    return [next(folder / name for name in names if (folder / name).is_file())]
-
-
 def _open_weights(folder):
     """Return {tensor name: open file} of a folder's model; the files are memory-mapped."""
     weights = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder, _WEIGHTS):
         try:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -162,7 +155,7 @@ def _write_model(folder, last, models, ema):
     for path in last.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name in SHARED and path.name not in _BESIDE:
             shutil.copyfile(path, folder / path.name)
-    for source in _weight_files(last):
+    for source in weight_files(last, _WEIGHTS):
         with open(source, "rb") as file:
             start = file.read(8)
             header = file.read(int.from_bytes(start, "little"))

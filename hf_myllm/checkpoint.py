@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from typing_extensions import Required, TypedDict
 
 from .errors import CheckpointError, first_line
@@ -38,14 +39,13 @@ from .files import (
     share_mode,
     write_and_digest,
 )
-from .models.export import write_safetensors
+from .models.export import SHARD, write_safetensors
 from .models.revisions import resolve
 
 _MARKER = "trainer_state/complete.json"
 STATE = "trainer_state/state.json"
 _OPTIMIZER = "trainer_state/optimizer"
-_SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
-_WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
+_WEIGHTS = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors"}
 _MODEL_FILES = _WEIGHTS | {"config.json", "generation_config.json", "adapter_config.json", "model_config.json"}
 
 
@@ -182,13 +182,13 @@ def _complete(folder, step, written):
         written: what [`_write_files`] returned on each rank.
     """
     records = {name: record for records in written for name, record in records.items()}
-    shards = {name: sizes for name, (_, _, sizes) in records.items() if re.fullmatch(_SHARD, name)}
+    shards = {name: sizes for name, (_, _, sizes) in records.items() if SHARD.fullmatch(name)}
     if shards:
         weight_map = {tensor: name for name, sizes in shards.items() for tensor in sizes}
         total = sum(size for sizes in shards.values() for size in sizes.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         content = json.dumps(index, indent=2).encode() + b"\n"
-        records |= _write_files(folder, {"model.safetensors.index.json": content}, lambda: False)
+        records |= _write_files(folder, {SAFE_WEIGHTS_INDEX_NAME: content}, lambda: False)
     files = {name: [size, digest] for name, (size, digest, _) in sorted(records.items())}
     write_and_digest(folder / _MARKER, [json.dumps({"step": step, "files": files}, indent=1).encode()])
     for path in (folder / "trainer_state", folder):
@@ -401,7 +401,7 @@ def publish(checkpoint, run_dir):
         files = regular_files(checkpoint)
         # The weights last, then their index: has_model() must not be true before everything is there.
         files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
-        old = {path.name for path in Path(run_dir).glob("model-*.safetensors") if re.fullmatch(_SHARD, path.name)}
+        old = {path.name for path in Path(run_dir).glob("model-*.safetensors") if SHARD.fullmatch(path.name)}
         for name in (_MODEL_FILES | old) - {path.name for path in files}:  # an adapter's, a whole model's, or shards
             (Path(run_dir) / name).unlink(missing_ok=True)
         for path in files:

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from .optim import AVERAGE, local_rows, to_local
+from .optim import AVERAGE
+from .sharding import local_rows, to_local
 
 
 class WeightAverage:

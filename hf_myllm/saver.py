@@ -19,8 +19,8 @@ from .data import tokenizer as tokenizers
 from .distributed import any_rank, gather
 from .errors import CheckpointError, InputError
 from .models import export
-from .optim import all_finite, optimizer_tensors, to_full, to_local
-from .sharding import num_shards
+from .optim import all_finite, optimizer_tensors
+from .sharding import num_shards, to_full, to_local
 
 _ALIGNMENT = 64  # bytes
 _PEER_SECONDS = 10  # to wait for the parts of other ranks after a failure

@@ -28,7 +28,7 @@ from .data import sampler
 from .distributed import AsyncHostCopy, signals_received, to_device
 from .errors import RecipeError
 from .evaluation import check_metric_for_best, evaluate_all, evaluate_run
-from .optim import learning_rate, step_if, to_full
+from .optim import learning_rate, step_if
 from .recipe import Recipe
 from .reporting import plots
 from .reporting.metrics_log import last_evaluation, metrics_of_weights
@@ -37,6 +37,7 @@ from .reporting.start import start_reporting
 from .reporting.summary import print_result, resume_command
 from .run_state import RunState
 from .saver import finish_save, save_checkpoint
+from .sharding import to_full
 
 # Steps queued on the device before the result of the oldest is read, by device type. Reading a result waits for it.
 MAX_STEPS_IN_FLIGHT = {"cuda": 1}

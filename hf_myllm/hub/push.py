@@ -23,6 +23,7 @@ from .. import checkpoint
 from ..errors import HUB_TOKEN, HubError, first_line, hide_secrets
 from ..files import link_or_copy, regular_files
 from ..launcher import exit_with_parent
+from ..models.export import SHARD
 from ..terminal import join_command
 from .card import is_edited, make_card, step_of
 from .stock_check import check, layout, single_process_environment
@@ -34,7 +35,6 @@ SHARED = {
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "README.md", "loss.png"),
 }
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 RETRY_DELAYS = (1, 4, 15)  # seconds
 _TEMPORARY_ERRORS = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that are worth another try
 _TIMEOUT, _BYTES_PER_SECOND = 900, 5e5  # an upload may take 15 minutes, and more for a large model
@@ -113,7 +113,7 @@ def push(run, repo, private=False, revision=None):
 
 
 def _is_shared(name):
-    return name in SHARED or _SHARD.fullmatch(name) is not None
+    return name in SHARED or SHARD.fullmatch(name) is not None
 
 
 def _stage(folder, staging, repo, revision):

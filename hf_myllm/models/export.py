@@ -1,6 +1,7 @@
 """What save_pretrained writes, in parts: the small files at once, and the weights when somebody writes them."""
 
 import json
+import re
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, write_and_digest
 from . import lora
 
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {  # in the order in which safetensors stores them, last first: the larger are aligned then
     **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8"},
     **{torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3"},
@@ -44,7 +47,16 @@ def read_small_files(write, run_dir):
 
 def weights_file(model):
     """Return the name of the file of a model's or an adapter's weights."""
-    return lora.WEIGHTS if lora.is_added(model) else "model.safetensors"
+    return lora.WEIGHTS if lora.is_added(model) else SAFE_WEIGHTS_NAME
+
+
+def weight_files(folder, names=(SAFE_WEIGHTS_NAME,)):
+    """Return the safetensors files of a folder's model: the shards that its index names or, without an index, the first
+    of these names that is there."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return [folder / name for name in names if (folder / name).is_file()][:1]
 
 
 def weights_to_save(model):

@@ -58,8 +58,7 @@ class InitialWeights:
             whole = type(model)(model.config)
             self._whole |= {self._source[name]: whole.get_parameter(name).detach() for name in self.made_whole}
             for name in buffers:
-                module, _, last = name.rpartition(".")
-                model.get_submodule(module)._buffers[last] = whole.get_buffer(name)
+                set_buffer(model, name, whole.get_buffer(name))
         # Of the buffers those that are saved, as when loaded. Others, as rotary frequencies, stay exact.
         for tensor in model.state_dict(keep_vars=True).values():
             tensor.data = tensor.data if tensor.is_meta else tensor.data.to(dtype)
@@ -249,6 +248,12 @@ def materialize(model, values):
         if parameter in new:
             module, _, last = name.rpartition(".")
             setattr(model.get_submodule(module), last, new[parameter].requires_grad_(parameter.requires_grad))
+
+
+def set_buffer(model, name, value):
+    """Replace a buffer of a model."""
+    module, _, last = name.rpartition(".")
+    model.get_submodule(module)._buffers[last] = value
 
 
 def make_on_meta(model_class, config):

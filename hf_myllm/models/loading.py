@@ -352,9 +352,8 @@ def _initialize(family, task, config, seed, dtype, on_meta):
             f"{first_line(error)}); correct it"
         ) from None
     size, memory = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize, physical_memory()
-    if (
-        memory and size > memory and not on_meta
-    ):  # otherwise it would be made layer by layer until the machine has no memory left
+    # It would be made layer by layer until the machine has no memory left.
+    if memory and size > memory and not on_meta:
         raise ModelError(
             f"a {family} of this config cannot be made: its weights take {size / 1e9:,.1f} GB, and this machine has "
             f"{memory / 1e9:,.1f} GB of memory; reduce its sizes"

@@ -1,6 +1,5 @@
 """A stored model of which each rank of FSDP2 reads only its rows."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +10,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import ModelError
-from .initialization import InitialWeights, make_on_meta
-
-_INDEX = "model.safetensors.index.json"
+from .export import weight_files
+from .initialization import InitialWeights, make_on_meta, set_buffer
 
 
 class Unsupported(Exception):
@@ -60,7 +58,9 @@ def open_model(model_class, path, config, dtype, seed):
     )
     model = make_on_meta(model_class, config)
     initial, shapes, files, renamed = InitialWeights(model, seed, dtype), {}, {}, _renaming(model)
-    for file in _files(folder):
+    if not (stored_files := weight_files(folder)):
+        raise Unsupported("it has no safetensors files")
+    for file in stored_files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 shapes[renamed(name)], files[renamed(name)] = tuple(tensors.get_slice(name).get_shape()), (file, name)
@@ -75,19 +75,10 @@ def open_model(model_class, path, config, dtype, seed):
     model.read_rows = StoredRows(stored, initial)
     for name, buffer in model.named_buffers():
         if name in stored:
-            module, _, last = name.rpartition(".")
-            model.get_submodule(module)._buffers[last] = model.read_rows(name).to(buffer.dtype)
+            set_buffer(model, name, model.read_rows(name).to(buffer.dtype))
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), {**vars(info), "mismatched_keys": mismatched}
-
-
-def _files(folder):
-    if (folder / _INDEX).is_file():
-        return sorted({folder / name for name in json.loads((folder / _INDEX).read_text())["weight_map"].values()})
-    if not (folder / "model.safetensors").is_file():
-        raise Unsupported("it has no safetensors files")
-    return [folder / "model.safetensors"]
 
 
 def _renaming(model):

@@ -265,12 +265,11 @@ class PredictionTask(LabelledTask):
     def forward(self, model, inputs, counts):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        weights = (
-            [inputs.pop("row_weights")] if "row_weights" in inputs else []
-        )  # of windows of long texts, in training
+        # of windows of long texts, in training
+        weights = {"weights": inputs.pop("row_weights")} if "row_weights" in inputs else {}
         outputs = model(**inputs)
         loss_sum = self.training_loss_sum if model.training else self.loss_sum
-        outputs.loss = loss_sum(outputs, labels, inputs["attention_mask"], *weights) / counts["num_items_in_batch"]
+        outputs.loss = loss_sum(outputs, labels, inputs["attention_mask"], **weights) / counts["num_items_in_batch"]
         return outputs
 
     def training_loss_sum(self, outputs, labels, mask):
