@@ -1,4 +1,4 @@
-"""The model families that can be trained: one folder and one line in `FAMILIES` each; auto.py makes any other."""
+"""The model families that can be trained: one file and one line in `FAMILIES` each; auto.py makes any other."""
 
 import functools
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 from ..errors import ModelError
 from . import auto
 from .bart import MyBartConfig, MyBartForConditionalGeneration
-from .bert import (
-    MyBertConfig,
+from .bert import MyBertConfig
+from .bert_heads import (
     MyBertForMaskedLM,
     MyBertForPreTraining,
     MyBertForQuestionAnswering,

@@ -1,7 +1,7 @@
 """The decoder that Llama-like families share, and the parts of it that every causal family uses.
 
 A family subclasses the four classes at the end (`DecoderPreTrainedModel`, `DecoderModel`, `DecoderForCausalLM` and
-`DecoderForSequenceClassification`) and replaces what differs: see models/llama and models/qwen3. On the same weights, a
+`DecoderForSequenceClassification`) and replaces what differs: see llama.py and qwen3.py. On the same weights, a
 family computes exactly what its stock class computes. Causal training never builds a mask, compiled or not, so that the
 fused causal kernel runs.
 """

@@ -15,7 +15,7 @@ from transformers.utils.generic import find_labels
 from hf_myllm.errors import ModelError
 from hf_myllm.models import loading
 from hf_myllm.models.encoder_decoder import shift_tokens_right
-from hf_myllm.models.t5.modeling_t5 import position_buckets
+from hf_myllm.models.t5 import position_buckets
 from hf_myllm.optim import hidden_matrices
 from hf_myllm.precision import cast_to_bf16
 

@@ -1,9 +1,15 @@
 """Llama: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023. The shared decoder as it is."""
 
-from transformers import GenerationMixin
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin, LlamaConfig
 
-from ..decoder import DecoderForCausalLM, DecoderForSequenceClassification, DecoderModel, DecoderPreTrainedModel
-from .configuration_llama import MyLlamaConfig
+from .decoder import DecoderForCausalLM, DecoderForSequenceClassification, DecoderModel, DecoderPreTrainedModel
+from .stock import StockConfigMixin
+
+
+@strict
+class MyLlamaConfig(StockConfigMixin, LlamaConfig):
+    """[`LlamaConfig`], with the same fields, for the classes of this file."""
 
 
 class MyLlamaPreTrainedModel(DecoderPreTrainedModel):

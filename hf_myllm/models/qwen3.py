@@ -1,8 +1,9 @@
 """Qwen3: Yang et al., "Qwen3 Technical Report", 2025. The shared decoder with normalized queries and keys."""
 
-from transformers import GenerationMixin
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin, Qwen3Config
 
-from ..decoder import (
+from .decoder import (
     DecoderAttention,
     DecoderForCausalLM,
     DecoderForSequenceClassification,
@@ -10,7 +11,12 @@ from ..decoder import (
     DecoderPreTrainedModel,
     RMSNorm,
 )
-from .configuration_qwen3 import MyQwen3Config
+from .stock import StockConfigMixin
+
+
+@strict
+class MyQwen3Config(StockConfigMixin, Qwen3Config):
+    """[`Qwen3Config`], with the same fields, for the classes of this file."""
 
 
 class MyQwen3Attention(DecoderAttention):

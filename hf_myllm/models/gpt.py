@@ -7,17 +7,37 @@ not, so that the fused causal kernel runs.
 import math
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, GPT2Config
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out), as in GPT-2 checkpoints
 
-from ..decoder import CausalLMMixin, CausalModelMixin, SequenceClassificationMixin
-from ..stock import StockPreTrainedModel, eager_attention, project
-from .configuration_gpt import GPTConfig
+from .decoder import CausalLMMixin, CausalModelMixin, SequenceClassificationMixin
+from .stock import StockConfigMixin, StockPreTrainedModel, eager_attention, project
+
+
+@strict
+class GPTConfig(StockConfigMixin, GPT2Config):
+    """[`GPT2Config`], with the same fields, for the classes of this file."""
+
+    _stock_names = {
+        "GPTModel": "GPT2Model",
+        "GPTForCausalLM": "GPT2LMHeadModel",
+        "GPTForSequenceClassification": "GPT2ForSequenceClassification",
+    }
+
+    def check_architecture(self):
+        super().check_architecture()
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention is for encoder-decoder models; this family does not support it")
+
+    def to_dict(self):
+        # Converters to GGUF read the key of GPT-2's first configurations.
+        return super().to_dict() | {"n_ctx": self.n_positions}
 
 
 def upcast_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

@@ -1,11 +1,13 @@
 """BERT: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", 2019.
 
 On the same weights these classes compute what the stock BERT classes compute. Without padding no mask is built. The
-models with a head are in heads_bert.py.
+models with a head are in bert_heads.py.
 """
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import BertConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -15,8 +17,17 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..stock import StockPreTrainedModel, eager_attention, make_document_mask, project
-from .configuration_bert import MyBertConfig
+from .stock import StockConfigMixin, StockPreTrainedModel, eager_attention, make_document_mask, project
+
+
+@strict
+class MyBertConfig(StockConfigMixin, BertConfig):
+    """[`BertConfig`], with the same fields, for the classes of this file."""
+
+    def check_architecture(self):
+        super().check_architecture()
+        if self.is_decoder or self.add_cross_attention:
+            raise ValueError("is_decoder and add_cross_attention are for decoders; this family is an encoder")
 
 
 class MyBertEmbeddings(nn.Module):

@@ -17,8 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_bert import MyBertConfig
-from .modeling_bert import MyBertModel, MyBertPreTrainedModel
+from .bert import MyBertConfig, MyBertModel, MyBertPreTrainedModel
 
 
 class MyBertPredictionHeadTransform(nn.Module):

@@ -6,23 +6,40 @@ On the same weights these classes compute what the stock BART classes compute.
 import math
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import BartConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..encoder_decoder import (
+from .encoder_decoder import (
     ConditionalGenerationMixin,
     EncoderDecoderAttention,
     EncoderDecoderMixin,
     StackMixin,
     clamp_fp16,
 )
-from ..stock import StockPreTrainedModel
-from .configuration_bart import MyBartConfig
+from .stock import StockConfigMixin, StockPreTrainedModel
 
 _POSITION_OFFSET = 2  # the first two rows of the position embeddings are never used, as in fairseq
+
+
+@strict
+class MyBartConfig(StockConfigMixin, BartConfig):
+    """[`BartConfig`], with the same fields, for the classes of this file."""
+
+    def check_architecture(self):
+        super().check_architecture()
+        if self.d_model % self.decoder_attention_heads:
+            raise ValueError(f"decoder_attention_heads ({self.decoder_attention_heads}) must divide d_model")
+        if not self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings is false; BART shares one embedding, leave it out")
+        if self.encoder_layerdrop or self.decoder_layerdrop:
+            raise ValueError("encoder_layerdrop and decoder_layerdrop are not supported; set them to 0")
+        if self.is_decoder or not self.is_encoder_decoder:
+            raise ValueError("is_decoder and is_encoder_decoder must keep their defaults; this is an encoder-decoder")
 
 
 class MyBartEmbedding(nn.Embedding):
