@@ -8,16 +8,15 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import BertConfig
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertPooler, BertSelfOutput
 from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .stock import StockConfigMixin, StockPreTrainedModel, eager_attention, make_document_mask, project
+from .stock import Attention, StockConfigMixin, StockPreTrainedModel, make_document_mask, project
 
 
 @strict
@@ -46,49 +45,21 @@ class MyBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embedded))
 
 
-class MyBertSelfAttention(nn.Module):
+class MyBertSelfAttention(Attention):
     """Bidirectional multi-head self-attention."""
 
     def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # read by the attention functions when there is no mask
+        head_dim, dropout = config.hidden_size // config.num_attention_heads, config.attention_probs_dropout_prob
+        super().__init__(config, head_dim, head_dim**-0.5, dropout, is_causal=False)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
-            project(hidden_states).view(shape).transpose(1, 2) for project in (self.query, self.key, self.value)
+            self.split_heads(project(layer, hidden_states)) for layer in (self.query, self.key, self.value)
         )
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return output.reshape(hidden_states.shape), weights
-
-
-class MyBertResidual(nn.Module):
-    """End of a residual branch: projection, residual connection, normalization."""
-
-    def __init__(self, config: MyBertConfig, width: int):
-        super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states, residual):
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+        return self.attend(query, key, value, attention_mask, **kwargs)
 
 
 class MyBertAttention(nn.Module):
@@ -97,20 +68,15 @@ class MyBertAttention(nn.Module):
     def __init__(self, config: MyBertConfig):
         super().__init__()
         self.self = MyBertSelfAttention(config)
-        self.output = MyBertResidual(config, config.hidden_size)
+        self.output = BertSelfOutput(config)
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         output, _ = self.self(hidden_states, attention_mask, **kwargs)
         return self.output(output, hidden_states)
 
 
-class MyBertIntermediate(nn.Module):
+class MyBertIntermediate(BertIntermediate):
     """First layer of the feed-forward network."""
-
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
         return self.intermediate_act_fn(project(self.dense, hidden_states))
@@ -124,7 +90,7 @@ class MyBertLayer(GradientCheckpointingLayer):
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
         self.attention = MyBertAttention(config)
         self.intermediate = MyBertIntermediate(config)
-        self.output = MyBertResidual(config, config.intermediate_size)
+        self.output = BertOutput(config)
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         attended = self.attention(hidden_states, attention_mask, **kwargs)
@@ -145,17 +111,6 @@ class MyBertEncoder(nn.Module):
         return hidden_states
 
 
-class MyBertPooler(nn.Module):
-    """Representation of the whole row, computed from its first position."""
-
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states):
-        return torch.tanh(self.dense(hidden_states[:, 0]))
-
-
 class MyBertPreTrainedModel(StockPreTrainedModel):
     """Base class of the BERT models."""
 
@@ -173,7 +128,7 @@ class MyBertModel(MyBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = MyBertEmbeddings(config)
         self.encoder = MyBertEncoder(config)
-        self.pooler = MyBertPooler(config) if add_pooling_layer else None
+        self.pooler = BertPooler(config) if add_pooling_layer else None
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -7,55 +7,21 @@ model. Otherwise these classes compute what the stock classes compute.
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.models.bert.modeling_bert import (
+    BertForPreTrainingOutput,
+    BertLMPredictionHead,
+    BertOnlyMLMHead,
+    BertPreTrainingHeads,
+)
 from transformers.utils import can_return_tuple
 
 from .bert import MyBertConfig, MyBertModel, MyBertPreTrainedModel
-
-
-class MyBertPredictionHeadTransform(nn.Module):
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = ACT2FN[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states):
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
-
-
-class MyBertLMPredictionHead(nn.Module):
-    """Logits over the vocabulary. The decoder's weight is tied to the token embedding."""
-
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.transform = MyBertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        # The decoder's bias; checkpoints hold it under both names.
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden_states):
-        return self.decoder(self.transform(hidden_states))
-
-
-class MyBertOnlyMLMHead(nn.Module):
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.predictions = MyBertLMPredictionHead(config)
-
-
-class MyBertPreTrainingHeads(nn.Module):
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.predictions = MyBertLMPredictionHead(config)
-        self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
 class MyBertWithLMHead(MyBertPreTrainedModel):
@@ -69,7 +35,7 @@ class MyBertWithLMHead(MyBertPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MyBertLMPredictionHead):
+        if isinstance(module, BertLMPredictionHead):
             init.zeros_(module.bias)
 
     def tie_weights(self, *arguments, **options):
@@ -109,7 +75,7 @@ class MyBertForPreTraining(MyBertWithLMHead):
         super().__init__(config)
         self.loss_type = "ForMaskedLM"  # cross-entropy of logits and labels, for both heads
         self.bert = MyBertModel(config)
-        self.cls = MyBertPreTrainingHeads(config)
+        self.cls = BertPreTrainingHeads(config)
         self.post_init()
 
     @can_return_tuple
@@ -165,7 +131,7 @@ class MyBertForMaskedLM(MyBertWithLMHead):
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
         self.bert = MyBertModel(config, add_pooling_layer=False)
-        self.cls = MyBertOnlyMLMHead(config)
+        self.cls = BertOnlyMLMHead(config)
         self.post_init()
 
     @can_return_tuple

@@ -22,16 +22,15 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # The library's rotary embedding supports every way to scale them and is the same for all these families.
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .loss import fuses_head_and_loss, linear_cross_entropy
-from .stock import StockPreTrainedModel, eager_attention, get_field, make_document_mask
+from .stock import Attention, StockPreTrainedModel, get_field, make_document_mask
 
 
 def get_layer_types(config):
@@ -80,40 +79,23 @@ def last_token(input_ids, pad_token_id, batch_size):
     return (positions * (input_ids != pad_token_id)).argmax(-1)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalization in fp32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden_states):
-        normalized = hidden_states.float()
-        normalized = normalized * torch.rsqrt(normalized.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalized.to(hidden_states.dtype)
-
-
-class DecoderAttention(nn.Module):
+class DecoderAttention(Attention):
     """Causal self-attention: rotary positions (Su et al. 2021), grouped key-value heads (Ainslie et al. 2023)."""
 
     softmax_in_fp32 = True  # see eager_attention
 
     def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config = config
+        head_dim = get_field(config, "head_dim") or config.hidden_size // config.num_attention_heads
+        super().__init__(config, head_dim, head_dim**-0.5, config.attention_dropout, is_causal=True)
         self.layer_idx = layer_idx
-        self.head_dim = get_field(config, "head_dim") or config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True  # read by the attention functions when there is no mask
         is_sliding = get_layer_types(config)[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if is_sliding else None  # read by flash attention
         width, bias = config.hidden_size, get_field(config, "attention_bias", False)
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=bias)
 
     def normalize(self, query, key):
         """Normalize query and key, both (batch, length, heads, head size), before the rotation. A family may override
@@ -123,25 +105,14 @@ class DecoderAttention(nn.Module):
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, position_embeddings=None, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.normalize(self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape))
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.split_heads(self.v_proj(hidden_states))
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         # Under autocast, rotation and normalization return fp32; flex attention needs one dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        output, weights = self.attend(query, key, value, attention_mask, sliding_window=self.sliding_window, **kwargs)
+        return self.o_proj(output), weights
 
 
 class DecoderMLP(nn.Module):
@@ -166,8 +137,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = attention_class(config, layer_idx)
         self.mlp = DecoderMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
         attention_output, _ = self.self_attn(
@@ -391,7 +362,7 @@ class DecoderModel(CausalModelMixin):
         self.layers = nn.ModuleList(
             [DecoderLayer(config, index, self.attention_class) for index in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -15,14 +15,13 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .decoder import make_causal_mask
 from .loss import IGNORE_INDEX, fuses_head_and_loss, linear_cross_entropy
-from .stock import eager_attention
+from .stock import Attention
 
 
 def shift_tokens_right(labels, pad_token_id, decoder_start_token_id):
@@ -48,7 +47,7 @@ def clamp_fp16(hidden_states):
     return hidden_states.clamp(-limit, limit)
 
 
-class EncoderDecoderAttention(nn.Module):
+class EncoderDecoderAttention(Attention):
     """Multi-head attention: of a stack to itself, or of the decoder to the encoder's output (cross-attention).
 
     A family sets `projections`, the names of the query, key, value and output projections in its checkpoints.
@@ -57,10 +56,8 @@ class EncoderDecoderAttention(nn.Module):
     projections = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, config, layer_idx, num_heads, head_dim, scaling, dropout, bias, is_causal=False):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim, self.scaling, self.dropout = head_dim, scaling, dropout
-        self.is_causal = is_causal  # read by the attention functions when there is no mask
+        super().__init__(config, head_dim, scaling, dropout, is_causal)
+        self.layer_idx = layer_idx
         width, inner = config.d_model, num_heads * head_dim
         for name in self.projections[:3]:
             setattr(self, name, nn.Linear(width, inner, bias=bias))
@@ -76,10 +73,6 @@ class EncoderDecoderAttention(nn.Module):
         query_projection, key_projection, value_projection, output_projection = (
             getattr(self, name) for name in self.projections
         )
-
-        def split_heads(states):
-            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
         is_cross, cache = encoder_hidden_states is not None, None
         if past_key_values is not None:
             cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
@@ -87,23 +80,14 @@ class EncoderDecoderAttention(nn.Module):
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
             source = encoder_hidden_states if is_cross else hidden_states
-            key, value = split_heads(key_projection(source)), split_heads(value_projection(source))
+            key, value = self.split_heads(key_projection(source)), self.split_heads(value_projection(source))
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
                 if is_cross:
                     past_key_values.is_updated[self.layer_idx] = True
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attention(
-            self,
-            split_heads(query_projection(hidden_states)),
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return output_projection(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        query = self.split_heads(query_projection(hidden_states))
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return output_projection(output), weights
 
 
 class StackMixin:

@@ -13,11 +13,10 @@ from transformers import GenerationMixin, GPT2Config
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out), as in GPT-2 checkpoints
 
 from .decoder import CausalLMMixin, CausalModelMixin, SequenceClassificationMixin
-from .stock import StockConfigMixin, StockPreTrainedModel, eager_attention, project
+from .stock import Attention, StockConfigMixin, StockPreTrainedModel, eager_attention, project
 
 
 @strict
@@ -47,18 +46,18 @@ def upcast_attention(module, query, key, value, attention_mask, scaling, dropout
     return eager_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
 
 
-class GPTAttention(nn.Module):
+class GPTAttention(Attention):
     """Causal multi-head self-attention; one matrix product computes query, key and value."""
 
+    eager_kernel = staticmethod(upcast_attention)
+
     def __init__(self, config: GPTConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.n_embd // config.n_head
-        self.is_causal = True  # read by the attention functions when there is no mask
-        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        head_dim = config.n_embd // config.n_head
+        scaling = head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
-            self.scaling /= layer_idx + 1
+            scaling /= layer_idx + 1
+        super().__init__(config, head_dim, scaling, config.attn_pdrop, is_causal=True)
+        self.layer_idx = layer_idx
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_attn.num_projections = 3  # Muon orthogonalizes each by itself
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
@@ -66,23 +65,12 @@ class GPTAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         parts = project(self.c_attn, hidden_states).chunk(3, dim=-1)
-        query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
+        query, key, value = (self.split_heads(part) for part in parts)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, upcast_attention)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1))), weights
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.resid_dropout(self.c_proj(output)), weights
 
 
 class GPTMLP(nn.Module):

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationMixin, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .decoder import (
     DecoderAttention,
@@ -9,7 +10,6 @@ from .decoder import (
     DecoderForSequenceClassification,
     DecoderModel,
     DecoderPreTrainedModel,
-    RMSNorm,
 )
 from .stock import StockConfigMixin
 
@@ -24,8 +24,8 @@ class MyQwen3Attention(DecoderAttention):
 
     def __init__(self, config: MyQwen3Config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def normalize(self, query, key):
         return self.q_norm(query), self.k_norm(key)

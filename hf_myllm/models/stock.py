@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -182,6 +183,12 @@ class StockPreTrainedModel(PreTrainedModel):
         config.check_architecture()
         super().__init__(config, *arguments, **options)
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return (
+            True  # the library looks for the call of the kernel in the class's module, and here it is in [`Attention`]
+        )
+
     def _get_name(self):
         # The Trainer looks this name up in the library's lists, for example to shift the labels of a causal model.
         return self.config.stock_name(type(self).__name__.removeprefix("FSDP"))  # as fully_shard renames the class
@@ -231,6 +238,36 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Base class of the attention of all families: it calls the kernel that the configuration selects.
+
+    Args:
+        scaling: of the scores, the products of queries and keys.
+        dropout: of the weights, in training.
+        is_causal: what the kernels do when there is no mask.
+    """
+
+    eager_kernel = staticmethod(eager_attention)
+
+    def __init__(self, config, head_dim, scaling, dropout, is_causal):
+        super().__init__()
+        self.config, self.head_dim, self.scaling, self.dropout = config, head_dim, scaling, dropout
+        self.is_causal = is_causal
+
+    def split_heads(self, states):
+        """Return states (batch, length, heads * head size) as (batch, heads, length, head size)."""
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        """Return the output (batch, length, heads * head size) and, with eager attention, the weights."""
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_kernel)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = kernel(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return output.reshape(*output.shape[:2], -1), weights
 
 
 def project(layer, hidden_states):
