@@ -103,7 +103,6 @@ class MyBartPreTrainedModel(StockPreTrainedModel):
     config: MyBartConfig
     base_model_prefix = "model"
     _no_split_modules = ["MyBartLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = ["encoder.version", "decoder.version"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(MyBartLayer, index=0),

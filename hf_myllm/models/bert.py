@@ -116,6 +116,7 @@ class MyBertPreTrainedModel(StockPreTrainedModel):
 
     config: MyBertConfig
     base_model_prefix = "bert"
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["MyBertEmbeddings", "MyBertLayer"]
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]  # 0, 1, 2 ... in the first BERT checkpoints
     _can_record_outputs = {"hidden_states": MyBertLayer, "attentions": MyBertSelfAttention}
@@ -131,12 +132,6 @@ class MyBertModel(MyBertPreTrainedModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs

@@ -1,9 +1,8 @@
 """The decoder that Llama-like families share, and the parts of it that every causal family uses.
 
-A family subclasses the four classes at the end (`DecoderPreTrainedModel`, `DecoderModel`, `DecoderForCausalLM` and
-`DecoderForSequenceClassification`) and replaces what differs: see llama.py and qwen3.py. On the same weights, a
-family computes exactly what its stock class computes. Causal training never builds a mask, compiled or not, so that the
-fused causal kernel runs.
+A family subclasses `DecoderPreTrainedModel`, `DecoderModel`, `DecoderForCausalLM` and `SequenceClassificationMixin` and
+replaces what differs: see llama.py and qwen3.py. On the same weights, a family computes exactly what its stock class
+computes. Causal training never builds a mask, compiled or not, so that the fused causal kernel runs.
 """
 
 import torch
@@ -348,7 +347,6 @@ class DecoderPreTrainedModel(StockPreTrainedModel):
     base_model_prefix = "model"
     attention_class = DecoderAttention
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
 
 
@@ -380,7 +378,3 @@ class DecoderForCausalLM(CausalLMMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-
-class DecoderForSequenceClassification(SequenceClassificationMixin):
-    """The decoder with a classifier of whole rows."""

@@ -114,8 +114,8 @@ class GPTPreTrainedModel(StockPreTrainedModel):
 
     config: GPTConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     _no_split_modules = ["GPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # masks, in the first GPT-2 checkpoints
     _can_record_outputs = {"hidden_states": GPTBlock, "attentions": GPTAttention}
 
@@ -146,12 +146,6 @@ class GPTModel(CausalModelMixin, GPTPreTrainedModel):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.wte
-
-    def set_input_embeddings(self, value):
-        self.wte = value
 
     def embed_positions(self, hidden_states, position_ids, token_type_ids=None, **kwargs):
         hidden_states = hidden_states + self.wpe(position_ids)

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationMixin, LlamaConfig
 
-from .decoder import DecoderForCausalLM, DecoderForSequenceClassification, DecoderModel, DecoderPreTrainedModel
+from .decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel, SequenceClassificationMixin
 from .stock import StockConfigMixin
 
 
@@ -29,7 +29,7 @@ class MyLlamaForCausalLM(DecoderForCausalLM, MyLlamaPreTrainedModel, GenerationM
     body_class = MyLlamaModel
 
 
-class MyLlamaForSequenceClassification(DecoderForSequenceClassification, MyLlamaPreTrainedModel):
+class MyLlamaForSequenceClassification(SequenceClassificationMixin, MyLlamaPreTrainedModel):
     """Llama with a classifier of whole rows. On disk it is a stock LlamaForSequenceClassification."""
 
     body_class = MyLlamaModel

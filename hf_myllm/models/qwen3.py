@@ -7,9 +7,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from .decoder import (
     DecoderAttention,
     DecoderForCausalLM,
-    DecoderForSequenceClassification,
     DecoderModel,
     DecoderPreTrainedModel,
+    SequenceClassificationMixin,
 )
 from .stock import StockConfigMixin
 
@@ -48,7 +48,7 @@ class MyQwen3ForCausalLM(DecoderForCausalLM, MyQwen3PreTrainedModel, GenerationM
     body_class = MyQwen3Model
 
 
-class MyQwen3ForSequenceClassification(DecoderForSequenceClassification, MyQwen3PreTrainedModel):
+class MyQwen3ForSequenceClassification(SequenceClassificationMixin, MyQwen3PreTrainedModel):
     """Qwen3 with a classifier of whole rows. On disk it is a stock Qwen3ForSequenceClassification."""
 
     body_class = MyQwen3Model

@@ -178,6 +178,7 @@ class StockPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config, *arguments, **options):
         config.check_architecture()

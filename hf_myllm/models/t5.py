@@ -228,7 +228,6 @@ class MyT5PreTrainedModel(StockPreTrainedModel):
     base_model_prefix = "transformer"
     _no_split_modules = ["MyT5Block"]
     _keep_in_fp32_modules = ["wo"]  # in fp16, which it overflows
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = False  # no kernel of it adds a bias
     _supports_flex_attn = False
     # a second bias in the first T5 checkpoints, which nothing read
