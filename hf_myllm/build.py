@@ -87,6 +87,10 @@ class Run:
     phase: str = PREPARATION  # for error messages
 
     @property
+    def run_dir(self):
+        return Path(self.recipe.run.save_model)
+
+    @property
     def is_new(self):
         """Whether this launch begins the run: from nothing, from a model or, as a branch, from another run."""
         return self.resume_from is None or is_branch(self.recipe, self.resume_from)
@@ -395,12 +399,12 @@ def prepare_training(run):
             raise InputError(f"{run.resume_from}: its optimizer state is not of this model: {error}") from None
     else:
         run.resume_warnings.append(
-            f"{'':<12}the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
+            f"the optimizer changed from {previous} to {section.optimizer}; its state starts empty"
         )
     before = trainer_state.get("precision") or trainer_state.get("mixed_precision", "fp32").replace("no", "fp32")
     if before != accelerator.precision:
         run.resume_warnings.append(
-            f"{'':<12}the precision changed from {before} to {accelerator.precision}, so the result differs"
+            f"the precision changed from {before} to {accelerator.precision}, so the result differs"
         )
     if accelerator.scaler is not None and "scaler" in trainer_state:
         accelerator.scaler.load_state_dict(trainer_state["scaler"])

@@ -122,7 +122,7 @@ def start_average(run):
         return
     run.weight_average = WeightAverage(run.model, averaging["ema"])
     if run.resume_from is not None and not run.weight_average.load(checkpoint.OptimizerFiles(run.resume_from)):
-        run.resume_warnings.append(f"{'':<12}the average of the weights starts with those of step {run.start_step}")
+        run.resume_warnings.append(f"the average of the weights starts with those of step {run.start_step}")
 
 
 def check_same_data(run):

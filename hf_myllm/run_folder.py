@@ -157,7 +157,7 @@ def lock(run):
         CheckpointError: on all ranks, if rank 0 cannot lock the folder, or another run wrote to it while the data were
             prepared, which may take hours.
     """
-    run_dir, problem, run.phase = Path(run.recipe.run.save_model), None, "the start of its training"
+    run_dir, problem, run.phase = run.run_dir, None, "the start of its training"
     if run.accelerator.is_main_process:
         try:
             run.lock = acquire_lock(run_dir)
@@ -166,12 +166,12 @@ def lock(run):
         except CheckpointError as error:
             problem = error
     if any_rank(run.accelerator, problem is not None):
-        raise problem or CheckpointError(f"{run.recipe.run.save_model}: rank 0 cannot write it; see its error above")
+        raise problem or CheckpointError(f"{run_dir}: rank 0 cannot write it; see its error above")
 
 
 def write_recipe(run):
     """Write recipe.yaml with all sizes resolved, and remove what a killed process left half-written."""
-    run_dir = Path(run.recipe.run.save_model)
+    run_dir = run.run_dir
     if run.accelerator.is_main_process:
         try:
             checkpoint.remove_partial(run_dir)
@@ -201,7 +201,7 @@ def publish_model(run, state):
     Returns:
         the published model; None if it is sharded (FSDP2).
     """
-    accelerator, run_dir = run.accelerator, Path(run.recipe.run.save_model)
+    accelerator, run_dir = run.accelerator, run.run_dir
     run.reporter.status("publishing the model", is_large(run.model))
     chosen = gather(accelerator, _choose_checkpoint(run, state))[0]
     model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
@@ -253,7 +253,7 @@ def _write_model(run, model, folder, weights=None):
 
 def _choose_checkpoint(run, state):
     """Return the checkpoint to publish, on rank 0; None if the best is damaged and the model at the root stays."""
-    recipe, run_dir = run.recipe, Path(run.recipe.run.save_model)
+    recipe, run_dir = run.recipe, run.run_dir
     last = run_dir / f"checkpoint-{state.step}"
     if not run.accelerator.is_main_process:
         return None
@@ -281,7 +281,7 @@ def load_published(run):
     if run.accelerator.is_fsdp2:
         return None
     model = run.accelerator.unwrap_model(run.model).eval()
-    load_weights(model, run.recipe.run.save_model)
+    load_weights(model, run.run_dir)
     return model
 
 
@@ -295,7 +295,7 @@ def load_weights(model, path):
 
 def is_complete(run, state):
     """Return on all ranks whether a resumed run has nothing left to do, and print so. A collective."""
-    is_main, run_dir = run.accelerator.is_main_process, Path(run.recipe.run.save_model)
+    is_main, run_dir = run.accelerator.is_main_process, run.run_dir
     if not any_rank(run.accelerator, is_main and _is_published(run, state)):
         return False
     if is_main:
@@ -308,7 +308,7 @@ def is_complete(run, state):
 
 def _is_published(run, state):
     """Return whether the model at the folder's root is the one that this run ends with."""
-    run_dir = Path(run.recipe.run.save_model)
+    run_dir = run.run_dir
     if (lora.is_added(run.model) and run.recipe.lora.merge_lora) or run.recipe.evaluation.publishes_average:
         return False  # a merged or averaged model does not record its step: make it again
     best = state.best_step() if run.recipe.evaluation.final_model == "best" else None
@@ -332,7 +332,7 @@ def open_uploads(run):
     section = run.recipe.hub
     if section.push_to_hub and run.accelerator.is_main_process:
         options = section.push_to_hub, section.hub_private_repo, section.hub_revision
-        run.uploads = BackgroundUploads(run.recipe.run.save_model, *options)
+        run.uploads = BackgroundUploads(run.run_dir, *options)
 
 
 def finish_uploads(run, state):

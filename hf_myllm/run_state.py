@@ -131,7 +131,7 @@ class RunState:
         if not section.metric_for_best:
             return None, None, 0
         options = section.metric_for_best, self.step, section.greater_is_better, self.best_since
-        return best_evaluation(self.run.recipe.run.save_model, *options)
+        return best_evaluation(self.run.run_dir, *options)
 
     def _find_best_since(self):
         """Return the first step whose evaluation counts: metrics of other validation data cannot be compared."""

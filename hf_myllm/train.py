@@ -99,7 +99,7 @@ def train(recipe, train_data=None, eval_data=None, on_log=None, on_evaluate=None
             # rank 0, while training: show how the loss went until here
             if run.lock is not None and isinstance(error, Exception):
                 with suppress(Exception):
-                    plots.write_plot(run.recipe.run.save_model)
+                    plots.write_plot(run.run_dir)
             raise
 
 
@@ -114,7 +114,7 @@ def fit(run, on_log=None, on_evaluate=None):
     run_folder.write_recipe(run)
     unigram = start_reporting(run, state, on_log, on_evaluate)
     run_folder.open_uploads(run)
-    profiler = Profiler(run.recipe.run.save_model, run.recipe.run.profile, state.last_step - state.step)
+    profiler = Profiler(run.run_dir, run.recipe.run.profile, state.last_step - state.step)
 
     if state.first_evaluation_due():
         state.record_evaluation(evaluate_run(run, model, state.step))
@@ -237,25 +237,26 @@ def finish(run, model, state, unigram):
     Returns:
         a [`RunResult`].
     """
-    reporter, run_dir, published = run.reporter, Path(run.recipe.run.save_model), None
+    reporter, published = run.reporter, None
     if not state.was_interrupted and state.val_metrics is None:
         state.record_final(evaluate_run(run, model, state.step, is_final=True))
     finish_save(run)
+    prints_result = run.accelerator.is_main_process and not state.was_interrupted
     if state.was_interrupted:
         where = "in an evaluation" if state.step in (run.start_step, state.last_step) else "and saved"
         reporter.info(f"stopped by a signal after step {state.step}, {where}; to continue:")
         reporter.info(f"resume      {resume_command(run)}")
     else:
         published = run_folder.publish_model(run, state)
-    reporter.status("drawing loss.png and report.html")
-    if run.accelerator.is_main_process and not state.was_interrupted:
-        run_folder.write_reports(run_dir, reporter.warning)
+        reporter.status("drawing loss.png and report.html")
+    if prints_result:
+        run_folder.write_reports(run.run_dir, reporter.warning)
     reporter.close()
-    if run.accelerator.is_main_process and not state.was_interrupted:
-        metrics = {name.removeprefix("val_"): value for name, value in published_metrics(run, state).items()}
-        print_result(run, reporter, state.step, metrics, unigram)
+    result = result_of(run, state, published)
+    if prints_result:
+        print_result(run, reporter, result, unigram)
     run_folder.finish_uploads(run, state)
-    return result_of(run, state, published)
+    return result
 
 
 def result_of(run, state, model):
@@ -264,19 +265,17 @@ def result_of(run, state, model):
     if state.was_interrupted:  # the same on all ranks, so that their exit codes agree
         received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
         stop_signal = int(run.accelerator.gather(received).max())
-    metrics = published_metrics(run, state)
-    return RunResult(model, run.tokenizer, metrics, Path(run.recipe.run.save_model), state.step, stop_signal)
+    metrics = {f"val_{name}": value for name, value in published_metrics(run, state).items()}
+    return RunResult(model, run.tokenizer, metrics, run.run_dir, state.step, stop_signal)
 
 
 def published_metrics(run, state):
-    """Return the validation metrics, as val_<name>, of the model that the run's folder holds: the best or the last."""
-    step = state.step
-    if run.recipe.evaluation.final_model == "best" and not state.was_interrupted:
-        step = state.best_step() or step
-    evaluation = last_evaluation(run.recipe.run.save_model, step)
-    metrics = {name[4:]: value for name, value in evaluation.items() if name.startswith("val_")}
-    is_average = run.recipe.evaluation.publishes_average and not state.was_interrupted
-    return {f"val_{name}": value for name, value in metrics_of_weights(metrics, is_average).items()}
+    """Return the validation metrics of the model that the run's folder holds: the best or the last, or an average."""
+    section, is_published = run.recipe.evaluation, not state.was_interrupted
+    best_step = state.best_step() if section.final_model == "best" and is_published else None
+    evaluation = last_evaluation(run.run_dir, best_step or state.step)
+    metrics = {name.removeprefix("val_"): value for name, value in evaluation.items() if name.startswith("val_")}
+    return metrics_of_weights(metrics, section.publishes_average and is_published)
 
 
 def evaluate(run_dir, eval_data=None, **overrides):

@@ -1,14 +1,16 @@
 """Start what reports a run: the terminal, metrics.jsonl, run.json and the trackers."""
 
+from contextlib import redirect_stdout
+
 import torch
 
 from ..distributed import peak_memory, wait_for_ranks
+from ..errors import first_line
 from .console import Reporter
 from .facts import launch_facts, run_facts
 from .flops import flops_per_token, peak_flops
 from .metrics_log import write_run
 from .summary import print_summary
-from .trackers import start_trackers
 
 
 def start_reporting(run, state, on_log=None, on_evaluate=None):
@@ -19,7 +21,7 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
     """
     recipe, accelerator = run.recipe, run.accelerator
     run.reporter = reporter = Reporter(
-        recipe.run.save_model,
+        run.run_dir,
         state.step,
         state.last_step,
         accelerator.is_main_process,
@@ -32,12 +34,11 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
     reporter.pause()  # until the first step
     unigram = print_summary(run, reporter)
     if accelerator.is_main_process:
-        run_dir, resumes = recipe.run.save_model, recipe.run.resume or not run.is_new
-        run_id = write_run(run_dir, run_facts(run, unigram), launch_facts(run), resumes)
-        names, project, config = recipe.run.log_with or (), recipe.run.project_name, recipe.identity()
-        start_trackers(reporter, accelerator, names, project, run_dir, run_id, config, state.step)
+        resumes = recipe.run.resume or not run.is_new
+        run_id = write_run(run.run_dir, run_facts(run, unigram), launch_facts(run), resumes)
+        start_trackers(run, run_id, state.step)
     for line in run.resume_warnings:
-        reporter.warning(line)
+        reporter.warning(f"{'':<12}{line}")
     wait_for_ranks(accelerator)  # for rank 0, whose trackers may wait for the network
     return unigram
 
@@ -56,3 +57,36 @@ def _utilization_per_speed(run):
     length = run.recipe.data.max_len
     flops_per_row = (flops_per_token(run.model, length, head_share) or 0.0) * length
     return flops_per_row / run.task.row_tokens / (peak * accelerator.num_processes)
+
+
+def start_trackers(run, run_id, start_step):
+    """Start the experiment trackers of a run (TensorBoard, Weights & Biases, Trackio), which get what is logged.
+
+    A resumed run continues its run in each tracker. A tracker that cannot be started is reported; training continues,
+    with the other trackers.
+
+    Args:
+        run_id: the run's id in the trackers.
+        start_step: the step that training resumes from; 0 for a new run.
+    """
+    reporter, accelerator, section, run_dir = run.reporter, run.accelerator, run.recipe.run, run.run_dir.absolute()
+    settings = {
+        "tensorboard": {"purge_step": start_step + 1} if start_step else {},
+        "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},
+        "trackio": {"name": f"{run_dir.name}-{run_id}", "resume": "allow", "embed": False},
+    }
+    config = {key: str(value) for key, value in run.recipe.identity().items() if value is not None}
+    started = []
+    for name in section.log_with or ():  # one by one: init_trackers starts all or none
+        accelerator.log_with, accelerator.trackers = [name], []
+        try:
+            with redirect_stdout(None):  # Trackio prints an introduction
+                accelerator.init_trackers(section.project_name, config, settings)
+        except Exception as error:
+            reporter.warning(f"warning: {name} cannot be used: {first_line(error)[:200]}")
+            continue
+        started += accelerator.trackers
+        reporter.trackers[name] = accelerator.trackers[0].log
+    accelerator.trackers = started
+    if started:
+        reporter.info(f"tracked     by {', '.join(reporter.trackers)}, as {run_id} of {section.project_name}")

@@ -184,21 +184,21 @@ def _over_all(run, targets):
 
 def resume_command(run):
     """Return the command that continues a run, started as this one was."""
-    recipe = f"{run.recipe.run.save_model}/recipe.yaml"
+    recipe = str(run.run_dir / "recipe.yaml")
     if run.sources.in_memory:
         return f"train(Recipe.load({recipe!r}, resume=True), train_data=...)"
     return f"{train_command(run.accelerator.num_processes)} {join_command([recipe])} --resume"
 
 
-def print_result(run, reporter, step, metrics, unigram):
+def print_result(run, reporter, result, unigram):
     """Print the final metrics, and commands to use the model.
 
     Args:
-        step: optimizer steps done.
-        metrics: of all validation rows; {} without any.
+        result: a [`~hf_myllm.train.RunResult`].
         unigram: the metrics of a unigram model, or None.
     """
-    recipe, run_dir = run.recipe, run.recipe.run.save_model
+    recipe, step, run_dir = run.recipe, result.step, run.recipe.run.save_model
+    metrics = {name.removeprefix("val_"): value for name, value in result.metrics.items()}
     if step < run.total_steps:
         evaluations = plural(recipe.evaluation.patience, "evaluation")
         reporter.info(f"stopped     early, after step {step} of {run.total_steps}: {evaluations} without improvement")
