@@ -94,6 +94,10 @@ class Recipe(BaseModel):
                 del values[section][name]
         return {name: value for name, value in values.items() if value}
 
+    def value_of(self, name):
+        """Return the value of a key, whichever section it is in."""
+        return getattr(getattr(self, SECTION_OF[name]), name)
+
     def _mlm_probability(self):
         return MLM_PROBABILITY.get(self.task, 0.15)
 
@@ -103,7 +107,7 @@ class Recipe(BaseModel):
         if self.task in TASKS and self.task not in details.get("tasks", [self.task]):
             return "task"
         needed = details.get("needs")
-        if needed and getattr(getattr(self, SECTION_OF[needed]), needed) in (None, False):
+        if needed and self.value_of(needed) in (None, False):
             is_of_source = needed == "dataset" and self.data.datasets  # whose keys default to those of the section
             return None if is_of_source else needed
 
@@ -114,7 +118,7 @@ class Recipe(BaseModel):
         keys |= self.data.mixture_identity()
         for name, field in FIELDS.items():
             if field.json_schema_extra["on_resume"] == "refuse":
-                keys[name] = getattr(getattr(self, SECTION_OF[name]), name)
+                keys[name] = self.value_of(name)
         return keys
 
     @property
@@ -163,7 +167,7 @@ class Recipe(BaseModel):
         self._check_columns(task)
         filled_in = {"packing": data.packing, "final_model": "last", "mlm_probability": self._mlm_probability()}
         for name, field in FIELDS.items():
-            is_default = getattr(getattr(self, SECTION_OF[name]), name) in (field.default, None, filled_in.get(name))
+            is_default = self.value_of(name) in (field.default, None, filled_in.get(name))
             missing = None if is_default else self._missing(name)
             if missing == "task":
                 raise RecipeError(f"{name} has no effect with task {self.task}; remove it")
@@ -241,13 +245,13 @@ class Recipe(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            raise explain(error, origins, "Recipe") from None
+            raise explain(error, origins) from None
 
     @model_validator(mode="after")
     def _check(self, info):
         origins = info.context or {}
         for pair in EXCLUSIVE:
-            if all(getattr(getattr(self, SECTION_OF[name]), name) is not None for name in pair):
+            if all(self.value_of(name) is not None for name in pair):
                 where = origins.get(pair[0], "Recipe")
                 raise RecipeError(f"{where}: {pair[0]} and {pair[1]} are both given; give one of them")
         starts_from_model = self.run.init_from != "scratch" or self.run.resume
@@ -321,7 +325,7 @@ def _check_config(values, model, config_class, origins):
     try:
         checked = section.model_validate(values).model_dump(include=set(values))
     except ValidationError as error:
-        raise explain(error, origins, "Recipe", section.model_fields) from None
+        raise explain(error, origins, section.model_fields) from None
     resolved, written = {}, {}
     for name in values:  # hidden_size is GPT-2's n_embd
         stock = config_class.attribute_map.get(name, name)

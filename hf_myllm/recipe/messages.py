@@ -102,12 +102,11 @@ def refuse_other_run(path, save_model):
         )
 
 
-def explain(error, origins, default_origin, fields=FIELDS):
+def explain(error, origins, fields=FIELDS):
     """Return the RecipeError for the first problem in a pydantic ValidationError.
 
     Args:
-        origins: key -> where its value came from.
-        default_origin: where all other values came from.
+        origins: key -> where its value came from, if that is not `Recipe(...)` in Python.
         fields: key -> its declaration.
     """
     problems = error.errors(include_url=False)
@@ -115,7 +114,7 @@ def explain(error, origins, default_origin, fields=FIELDS):
     problem = max(same_key, key=lambda problem: len(problem["loc"]))  # a mapping's, of a key that may also be text
     path, code, value = list(problem["loc"]), problem["type"], problem["input"]
     name = path[min(1, len(path) - 1)] if path[0] in (*SECTIONS, "config") else path[0]
-    where = origins.get(name, default_origin)
+    where = origins.get(name, "Recipe")
     hint = fields[name].annotation if name in fields else str
     items = {"datasets": Source, "mixture_schedule": Stage}.get(name)
     if items and len(path) > 3:  # datasets[0].weight
