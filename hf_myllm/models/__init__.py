@@ -17,7 +17,7 @@ from .bert_heads import (
 from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
 from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
 from .qwen3 import MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification
-from .stock import StockConfigMixin
+from .stock import StockConfigMixin, check_values
 from .t5 import MyT5Config, MyT5ForConditionalGeneration
 
 
@@ -45,16 +45,12 @@ class Family(NamedTuple):
     def is_ours(self):
         return issubclass(self.config, StockConfigMixin)
 
-    def check_sizes(self, values):
-        """Raise ValueError if a size among some fields of a configuration is below 1."""
-        (self.config.check_sizes(values) if self.is_ours else auto.check_sizes(self.config, values))
-
     def check_architecture(self, config):
         """Raise ValueError if a value of a configuration is out of range."""
         if self.is_ours:
             config.check_architecture()
         else:
-            auto.check_architecture(config)
+            check_values(config)
 
 
 class Families(dict):

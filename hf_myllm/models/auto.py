@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError
 from .loss import IGNORE_INDEX
-from .stock import MAX_LAYERS, StockConfigMixin
+from .stock import StockConfigMixin
 
 # Tasks -> the library's list of the classes that have their head.
 _HEADS = {
@@ -210,23 +210,6 @@ def find_classes(model_type):
     if not tasks:
         raise ModelError(f"model {model_type} is no text model with a head for any task; see docs/models.md")
     return config_class, tasks
-
-
-def check_sizes(config_class, values):
-    """Raise ValueError if a size among some fields of a stock configuration is below 1."""
-    values = {name: value for name, value in values.items() if name != "type_vocab_size"}  # 0 is no such embedding
-    StockConfigMixin.check_sizes.__func__(config_class, values)
-
-
-def check_architecture(config):
-    """Raise ValueError if a size of a stock configuration is below 1, or a dropout or the like is out of range."""
-    check_sizes(type(config), {name: getattr(config, name) for name in type(config).__dataclass_fields__})
-    heads, key_heads = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
-    if isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads:
-        raise ValueError(f"num_key_value_heads ({key_heads}) must divide num_attention_heads ({heads}); set it")
-    if (getattr(config, "num_hidden_layers", None) or 0) > MAX_LAYERS:  # each takes a millisecond to make
-        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; it must be at most {MAX_LAYERS}")
-    StockConfigMixin._check_ranges(config)
 
 
 def num_positions(config):

@@ -27,6 +27,8 @@ class MyBertConfig(StockConfigMixin, BertConfig):
         super().check_architecture()
         if self.is_decoder or self.add_cross_attention:
             raise ValueError("is_decoder and add_cross_attention are for decoders; this family is an encoder")
+        if self.type_vocab_size < 1:
+            raise ValueError(f"type_vocab_size is {self.type_vocab_size}; it must be at least 1")
 
 
 class MyBertEmbeddings(nn.Module):

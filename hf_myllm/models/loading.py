@@ -21,6 +21,7 @@ from ..errors import ModelError, first_line
 from ..terminal import first_of, plural
 from . import FAMILIES, auto, lora, weights
 from .initialization import InitialWeights, make_on_meta, reinitialize
+from .stock import check_sizes
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
 # What a recipe may change of a checkpoint's configuration, besides dropout. The last two extend its context.
@@ -97,7 +98,7 @@ def build_config(
     family_name, family = family, FAMILIES[family]
     config_class, recipe_settings, settings = family.config, settings, dict(settings)
     try:
-        family.check_sizes(settings)
+        check_sizes(config_class, settings)
         if tokenizer is not None and (not pretrained or use_tokenizer_ids):
             for name in SPECIAL_TOKENS:
                 settings.setdefault(name, getattr(tokenizer, name))

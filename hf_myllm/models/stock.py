@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# Standard names of the sizes; a family may store one under another name (see `attribute_map` of its configuration).
+# Standard names of the sizes; a class may store one under another name, see [`field_of`].
+_LAYERS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
 _SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "n_inner", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "type_vocab_size", "sliding_window", "d_ff",
-    "encoder_ffn_dim", "num_decoder_layers", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim",
+    *_LAYERS, "vocab_size", "hidden_size", "intermediate_size", "n_inner", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "d_ff", "encoder_ffn_dim",
+    "decoder_attention_heads", "decoder_ffn_dim",
 )  # fmt: skip
 MAX_LAYERS = 1024
 # rope_type -> keys of rope_parameters that it needs, and that it may have, besides rope_theta
@@ -76,60 +77,63 @@ class StockConfigMixin:
 
     validate_rope = validate_architecture
 
-    @classmethod
-    def check_sizes(cls, values):
-        """Raise ValueError if a size among some fields is below 1; the stock class may divide by it."""
-        for name in {cls.attribute_map.get(name, name) for name in _SIZES} & set(values):
-            if values[name] is not None and values[name] < 1:
-                raise ValueError(f"{name} is {values[name]}; it must be at least 1")
-
     def check_architecture(self):
-        """Check the values that every family has.
-
-        Raises:
-            ValueError: a size is below 1, the heads do not divide the width, or a value is out of range.
-        """
-        names = {name: self.attribute_map.get(name, name) for name in _SIZES}
-        sizes = {name: get_field(self, field) for name, field in names.items()}
-        self.check_sizes({names[name]: size for name, size in sizes.items()})
-        for name in ("num_hidden_layers", "num_decoder_layers", "decoder_layers"):
-            if (layers := sizes[name] or 0) > MAX_LAYERS:  # each takes a millisecond to make, without weights
-                raise ValueError(f"{names[name]} is {layers}; it must be at most {MAX_LAYERS}")
-        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        """Raise ValueError if a value is out of range, or does not fit another."""
+        check_values(self)
+        width, heads = self.hidden_size, self.num_attention_heads
+        names = {name: field_of(type(self), name) for name in ("hidden_size", "num_attention_heads", "head_dim")}
         # A family whose head_dim has a default of its own (Qwen3, T5) does not derive it from the width.
         if getattr(type(self), names["head_dim"], None) is None and width % heads:
             raise ValueError(f"{names['num_attention_heads']} ({heads}) must divide {names['hidden_size']} ({width})")
-        if heads % (sizes["num_key_value_heads"] or heads):
-            raise ValueError(
-                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads ({heads})"
-            )
-        head_dim = sizes["head_dim"] or width // heads
-        if get_field(self, "rope_parameters") and head_dim % 2:
+        rope, head_dim = get_field(self, "rope_parameters") or {}, get_field(self, names["head_dim"]) or width // heads
+        if rope and head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; rotary embeddings rotate pairs, so it must be even")
-        self._check_ranges()
-        self._check_layer_types()
-        check_rope(get_field(self, "rope_parameters") or {}, head_dim)
-
-    def _check_ranges(self):
-        for name in type(self).__dataclass_fields__:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if ("dropout" in name or name.endswith("_pdrop")) and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; a dropout must be at least 0 and below 1")
-            if name.endswith(("norm_eps", "norm_epsilon")) and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-            if name in ("initializer_range", "initializer_factor", "init_std") and value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
-            if name in ("hidden_act", "activation_function") and value not in ACT2FN:
-                raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(ACT2FN)}")
-
-    def _check_layer_types(self):
+        check_rope(rope, head_dim)
         for layer_type in get_field(self, "layer_types") or ():
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types contains '{layer_type}'; choose from {', '.join(LAYER_TYPES)}")
             if layer_type == "sliding_attention" and self.sliding_window is None:
                 raise ValueError("layer_types contains 'sliding_attention'; set sliding_window and use_sliding_window")
+
+
+def field_of(config_class, name):
+    """Return the field in which a configuration class stores what has a standard name: n_layer of GPT-2."""
+    return config_class.attribute_map.get(name, name)
+
+
+def check_sizes(config_class, values):
+    """Raise ValueError if a size among some fields of a configuration is below 1; its class may divide by it."""
+    for name in {field_of(config_class, name) for name in _SIZES} & set(values):
+        if values[name] is not None and values[name] < 1:
+            raise ValueError(f"{name} is {values[name]}; it must be at least 1")
+
+
+def check_values(config):
+    """Check what configurations of all families, and those of transformers, have in common.
+
+    Raises:
+        ValueError: a size is below 1, or another value is out of range.
+    """
+    values = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+    check_sizes(type(config), values)
+    for name in _LAYERS:
+        name = field_of(type(config), name)
+        if (values.get(name) or 0) > MAX_LAYERS:  # each takes a millisecond to make, without weights
+            raise ValueError(f"{name} is {values[name]}; it must be at most {MAX_LAYERS}")
+    heads, key_heads = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads:
+        raise ValueError(f"num_key_value_heads ({key_heads}) must divide num_attention_heads ({heads}); set it")
+    for name, value in values.items():
+        if value is None:
+            continue
+        if ("dropout" in name or name.endswith("_pdrop")) and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; a dropout must be at least 0 and below 1")
+        if name.endswith(("norm_eps", "norm_epsilon")) and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+        if name in ("initializer_range", "initializer_factor", "init_std") and value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0")
+        if name in ("hidden_act", "activation_function") and value not in ACT2FN:
+            raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(ACT2FN)}")
 
 
 def check_rope(rope, head_dim):
