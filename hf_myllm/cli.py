@@ -110,7 +110,14 @@ def _dispatch(arguments):
     command = COMMANDS[name]
     if command.add_arguments is None:
         return command.run(arguments[1:])
-    return command.run(build_parser().parse_args(arguments))
+    options = vars(build_parser().parse_args(arguments))
+    del options["command"]
+    if command.loads_models:
+        _say_start(on_stdout=command.loads_models == "stdout")
+        from .distributed import silence_libraries
+
+        silence_libraries()
+    return command.run(**options)
 
 
 def build_parser(with_flags=False):
@@ -244,7 +251,7 @@ def _run_recipe(recipe, argv):
     return 0
 
 
-def _recipes(args):
+def _recipes():
     """List the recipes that ship, each with the first line of its comment."""
     from .recipe import RECIPES
 
@@ -258,18 +265,18 @@ def _reference_arguments(parser):
     parser.add_argument("--output", metavar="FILE", help="file to write (default: print)")
 
 
-def _reference(args):
+def _reference(form, output):
     from .files import write_text_atomically
     from .models import FAMILIES
     from .recipe.reference import render
 
-    text = render(args.form, FAMILIES)
-    if not args.output:
+    text = render(form, FAMILIES)
+    if not output:
         return print(text)
     try:
-        write_text_atomically(args.output, text + "\n")
+        write_text_atomically(output, text + "\n")
     except OSError as error:
-        raise InputError(f"{args.output}: cannot be written: {error.strerror}; give another --output") from None
+        raise InputError(f"{output}: cannot be written: {error.strerror}; give another --output") from None
 
 
 # ---- commands that take the folder of a run
@@ -303,19 +310,15 @@ def _predict_arguments(parser):
     parser.add_argument("--skip_bad_rows", action="store_true", help="skip examples that cannot be used")
 
 
-def _predict(args):
-    _say_start(on_stdout=False)
-    from .distributed import silence_libraries
+def _predict(output, **options):
     from .predict import predict_file
 
-    silence_libraries()
-    options = {name: value for name, value in vars(args).items() if name != "command"}
-    count, skipped, metrics = predict_file(**options)
+    count, skipped, metrics = predict_file(output=output, **options)
     for message in skipped[:3]:
         print(f"left out: {message}", file=sys.stderr)
-    if args.output or skipped:
+    if output or skipped:
         more = f", {len(skipped):,} left out" if skipped else ""
-        print(f"{plural(count, 'row')} judged{more}{f': {args.output}' if args.output else ''}", file=sys.stderr)
+        print(f"{plural(count, 'row')} judged{more}{f': {output}' if output else ''}", file=sys.stderr)
     for name, value in metrics.items():
         print(f"{name:<18}{value:.4g}", file=sys.stderr)
 
@@ -331,20 +334,20 @@ def _plot_arguments(parser):
     )
 
 
-def _plot(args):
+def _plot(runs, by, output):
     from .reporting.plots import plot
 
-    print("\n".join(map(str, plot(args.runs, args.by, args.output))))
+    print("\n".join(map(str, plot(runs, by, output))))
 
 
 def _report_arguments(parser):
     parser.add_argument("run_dir", metavar="RUN", help="folder of a run")
 
 
-def _report(args):
+def _report(run_dir):
     from .reporting import html, plots
 
-    run_dir = Path(args.run_dir)
+    run_dir = Path(run_dir)
     try:
         plots.write_plot(run_dir)
         html.write_report(run_dir)
@@ -362,15 +365,12 @@ def _average_arguments(parser):
     parser.add_argument("--ema", type=float, metavar="X", help="average with this decay (default: all count alike)")
 
 
-def _average(args):
-    _say_start()
+def _average(folders, output, last, ema):
     from .average import average
-    from .distributed import silence_libraries
     from .reporting.console import format_loss
 
-    silence_libraries()
-    result = average(args.folders, args.output, args.last, args.ema)
-    how = "alike" if args.ema is None else f"with a decay of {args.ema}"
+    result = average(folders, output, last, ema)
+    how = "alike" if ema is None else f"with a decay of {ema}"
     print(f"averaged    {plural(len(result['folders']), 'model')} {how}: {', '.join(map(str, result['folders']))}")
     if result["problem"]:
         print(f"not evaluated: {result['problem']}")
@@ -382,7 +382,7 @@ def _average(args):
             for v in (value, result["last"][name])
         ]
         print(f"{name.replace('_', ' '):<24}{columns[0]:>12}{columns[1]:>12}")
-    print(f"written     {args.output}")
+    print(f"written     {output}")
 
 
 def _push_arguments(parser):
@@ -392,48 +392,46 @@ def _push_arguments(parser):
     parser.add_argument("--revision", help="branch to push to (default: main)")
 
 
-def _push(args):
-    _say_start(on_stdout=False)
+def _push(run_dir, repo, private, revision):
     import huggingface_hub
 
-    from .distributed import silence_libraries
     from .hub import push as hub
 
-    silence_libraries()
     huggingface_hub.utils.disable_progress_bars()
     hub.end_with_run()
-    print(f"pushed: {hub.push(args.run_dir, args.repo, args.private, args.revision)}")
+    print(f"pushed: {hub.push(run_dir, repo, private, revision)}")
 
 
-def _generate(args):
-    _say_start(on_stdout=False)
-    from .distributed import silence_libraries
+def _generate(**options):
     from .generate import print_texts
 
-    silence_libraries()
-    print_texts(**{name: value for name, value in vars(args).items() if name != "command"})
+    print_texts(**options)
 
 
 class Command(NamedTuple):
-    """A command; one without `add_arguments` takes a recipe and its flags."""
+    """A command of the command line."""
 
     help: str
-    run: object
-    add_arguments: object = None
+    run: object  # called with the parsed options or, without `add_arguments`, with the words after the command
+    add_arguments: object = None  # of a parser; None: the command takes a recipe and its flags
+    loads_models: str | None = None  # "stdout" or "stderr", where to say so: the imports take seconds
 
 
 COMMANDS = {
     "train": Command("Train a model from a recipe", _train),
     "prepare": Command("Train the tokenizer and tokenize the data of a recipe, ahead of a launch", _prepare),
     "evaluate": Command("Evaluate the model of a run on all validation rows", _evaluate),
-    "generate": Command("Generate text with a model, or fill in [MASK]", _generate, _generate_arguments),
+    "generate": Command("Generate text with a model, or fill in [MASK]", _generate, _generate_arguments, "stderr"),
     "predict": Command(
-        "Label the examples of a file, answer their questions, or generate their targets", _predict, _predict_arguments
+        "Label the examples of a file, answer their questions, or generate their targets",
+        _predict,
+        _predict_arguments,
+        "stderr",
     ),
-    "average": Command("Average the weights of checkpoints of a run", _average, _average_arguments),
+    "average": Command("Average the weights of checkpoints of a run", _average, _average_arguments, "stdout"),
     "plot": Command("Draw the curves of one or several runs", _plot, _plot_arguments),
     "report": Command("Write a run's report.html and loss.png", _report, _report_arguments),
-    "push": Command("Push a run's model with its card to the Hugging Face Hub", _push, _push_arguments),
+    "push": Command("Push a run's model with its card to the Hugging Face Hub", _push, _push_arguments, "stderr"),
     "recipes": Command("List the recipes that ship", _recipes, lambda parser: None),
     "reference": Command("Print or write the reference of a recipe's keys", _reference, _reference_arguments),
 }

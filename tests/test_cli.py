@@ -98,7 +98,7 @@ def test_python_m_works(name, monkeypatch, capsys):
     ],
 )
 def test_exit_codes(error, code, message, monkeypatch, capsys):
-    def fail(args):
+    def fail():
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command("fails", fail, lambda parser: None))
