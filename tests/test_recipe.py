@@ -7,7 +7,8 @@ from conftest import ROOT
 
 from hf_myllm.errors import RecipeError
 from hf_myllm.models import FAMILIES
-from hf_myllm.recipe import Recipe, config_types
+from hf_myllm.recipe import Recipe
+from hf_myllm.recipe.config_section import config_types
 from hf_myllm.recipe.flags import parse
 from hf_myllm.recipe.sections import ALIASES, FIELDS, SECTION_OF, SECTIONS
 from hf_myllm.tasks import TASKS

@@ -8,7 +8,6 @@ Nothing is loaded or written here. An invalid recipe is refused with one line th
 nearest known key.
 """
 
-import dataclasses
 import difflib
 import os
 from contextlib import suppress
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..errors import ModelError, RecipeError, show
 from ..files import read_yaml
 from ..terminal import warn
+from .config_section import check_config, config_types
 from .data_section import MLM_PROBABILITY, TASKS, Data
-from .fields import MANY, Section, convert, members
+from .fields import MANY, convert
 from .messages import explain, refuse_other_run, unknown_key
 from .sections import (
     ALIASES,
@@ -141,7 +141,7 @@ class Recipe(BaseModel):
             if self.task == "seq2seq" and "instruction" in family.tasks:
                 choices = "instruction, with prompt and completion: a decoder reads the source as a prompt"
             raise RecipeError(f"task '{self.task}' is not a task of {self.model}; choose {choices}")
-        self.config = _check_config(self.config, self.model, family.config, origins or {})
+        self.config = check_config(self.config, self.model, family.config, origins or {})
         if self.data.mlm_probability is None:
             self.data.mlm_probability = self._mlm_probability()
         return self
@@ -290,51 +290,6 @@ def find_model(name, run, families):
         raise RecipeError(
             f"model {show(name)} is not known; there is {', '.join(families)}, or any model_type of transformers{hint}"
         ) from None
-
-
-def config_types(config_class):
-    """Return the names that `config` may set, with their types: the stock class's own names and their synonyms."""
-    from transformers import PreTrainedConfig  # slow to import, and a recipe from Python does not need it
-
-    common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
-    fields = [field for field in dataclasses.fields(config_class) if not field.name.startswith("_")]
-    own = {field.name: field.type for field in fields if field.name not in common}
-    return own | {alias: own[name] for alias, name in config_class.attribute_map.items() if name in own}
-
-
-def config_section(config_class):
-    """Return the section `config` of a family; it checks plain types only, the configuration class checks the rest."""
-    plain = (str, int, float, bool, type(None))
-    hints = {
-        name: hint if all(option in plain for option in members(hint)) else Any
-        for name, hint in config_types(config_class).items()
-    }
-    no_default = {"json_schema_extra": lambda schema: schema.pop("default", None)}
-    return create_model(
-        "Config", __base__=Section, **{name: (hint, Field(None, **no_default)) for name, hint in hints.items()}
-    )
-
-
-def _check_config(values, model, config_class, origins):
-    section, hints = config_section(config_class), config_types(config_class)
-    for name in values:
-        if name not in section.model_fields:
-            where = origins.get(name, "Recipe")
-            raise unknown_key(name, where, f"config of {model}", section.model_fields)
-    values = {name: convert(value, hints[name]) for name, value in values.items()}
-    try:
-        checked = section.model_validate(values).model_dump(include=set(values))
-    except ValidationError as error:
-        raise explain(error, origins, section.model_fields) from None
-    resolved, written = {}, {}
-    for name in values:  # hidden_size is GPT-2's n_embd
-        stock = config_class.attribute_map.get(name, name)
-        stock = stock if stock in hints else name  # Qwen3Moe's num_local_experts is no field
-        if stock in resolved and origins.get(name) == origins.get(written[stock]):
-            where = origins.get(name, "Recipe")
-            raise RecipeError(f"{where}: '{written[stock]}' and '{name}' are the same key; give one of them")
-        resolved[stock], written[stock] = checked[name], name
-    return resolved
 
 
 def _check_streaming(recipe):

@@ -3,7 +3,8 @@
 from argparse import SUPPRESS
 
 from ..errors import Parser, RecipeError
-from . import _load, config_types
+from . import _load
+from .config_section import config_types
 from .fields import choices, members, plain_type
 from .messages import COMMAND_LINE
 from .sections import ALIASES, FIELDS, SECTIONS

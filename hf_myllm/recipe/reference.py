@@ -5,7 +5,8 @@ import json
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.json_schema import GenerateJsonSchema
 
-from . import Recipe, config_section, config_types
+from . import Recipe
+from .config_section import config_section, config_types
 from .fields import MANY, choices, describe_type
 from .sections import ALIASES, SECTION_OF, SECTIONS
 
