@@ -17,7 +17,7 @@ import pyarrow as pa
 from ..errors import DataError, first_line, library_errors
 from . import discovery, remote
 from .arrow_rows import open_dataset, read_arrow
-from .columns import fill_template
+from .columns import fill_template, read_text
 from .discovery import COMPRESSIONS, TOKEN_ID_FORMATS, check_expansion, check_length
 
 _PIECE_CHARS = 100_000  # a longer document is read in pieces of about this length
@@ -142,26 +142,9 @@ def _split_document(blocks, split_pattern):
 
 def _text_of(row, where, source):
     if source.template:
-        return check_text(fill_template(row, where, source.template), where)
-    column = source.text_column
-    if column not in row:
-        columns = ", ".join(map(repr, row))
-        raise DataError(f"{where} has no column {column!r}, but {columns}; name it with --text_column")
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise DataError(f"{where}: column {column!r} does not hold text: {text!r:.80}")
-    return check_text(text, where)
-
-
-def check_text(text, where, error_class=DataError):
-    """Return the text if it can be encoded in UTF-8; otherwise raise `error_class`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise error_class(f"{where}: half a character (a lone surrogate) at position {error.start}") from None
-    return text
+        return fill_template(row, where, source.template)
+    is_empty = row.get(source.text_column, "") is None
+    return "" if is_empty else read_text(row, where, source.text_column, "text_column")
 
 
 def read_rows(source, progress=lambda count: None, columns=None):

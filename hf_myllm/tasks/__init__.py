@@ -3,12 +3,13 @@
 from contextlib import suppress
 from dataclasses import fields
 
+from ..data.columns import BadRowError
 from .base import IGNORE_INDEX, Settings, Task
 from .causal_lm import CausalLM
 from .classification import Classification
 from .denoising import Denoising
 from .instruction import Instruction
-from .labels import BadRowError, Labels
+from .labels import Labels
 from .masked_lm import MaskedLM
 from .question_answering import QuestionAnswering
 from .sentence_pairs import SentencePairs

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from ..data import corpus
+from ..data.packing import StridedRows, pack_documents
 from ..data.sampler import evenly_spaced
+from ..data.streaming import StreamedRows, Streams
 from ..errors import InputError
 from ..generate import encode_prompt, generate_text
 from ..models.loss import IGNORE_INDEX
@@ -199,6 +201,23 @@ class Task:
         """
         raise NotImplementedError
 
+    def text_rows(self, data, name, length, stride=None, ahead=0, marks=()):
+        """Return the rows of tokens of text, by the task's packing.
+
+        Args:
+            length: tokens of text per row, where rows are equally long.
+            ahead: see [`StridedRows`].
+            marks: the token ids that separate documents, unless they run into each other.
+        """
+        if isinstance(data, Streams):
+            return StreamedRows(data, length, name, ahead)
+        if marks:
+            _require_marks(data, marks, name)
+        if not self.pads_rows:
+            return StridedRows(data, length, stride or length, name, ahead)
+        is_packed = self.packing == "best_fit"
+        return pack_documents(data, name, marks, self.max_len, self.num_special_tokens, is_packed, ahead)
+
     def batch(self, rows, indices, step=None, size=None):
         """Return the model's inputs and targets for some rows: a dict of tensors, without the counts of the targets.
 
@@ -314,14 +333,15 @@ def cross_entropy_sum(logits, labels):
 
 
 def to_tensors(batch, size=None):
-    """Return arrays as int64 tensors, with empty rows added up to `size`."""
+    """Return arrays as tensors, int64 or float32, with empty rows added up to `size`."""
     tensors = {}
     for name, values in batch.items():
         missing = 0 if size is None else max(0, size - len(values))
         # an empty row attends to itself: a row that attends to nothing would be NaN
         fill = IGNORE_INDEX if "label" in name else 1 if name == "attention_mask" else 0
         filled = np.pad(values, [(0, missing), *[(0, 0)] * (values.ndim - 1)], constant_values=fill)
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(filled, dtype=np.int64))
+        dtype = np.float32 if filled.dtype.kind == "f" else np.int64
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(filled, dtype=dtype))
     return tensors
 
 
@@ -331,12 +351,37 @@ def restart_positions(starts):
     return positions - np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
 
 
-def padded_width(lengths, limit):
-    """Return the longest length, rounded up to a multiple of 8, so that batches have few different shapes."""
-    return min(limit, -(-max(lengths, default=1) // 8) * 8)
+def join_segments(rows, width, fill):
+    """Return rows of one or more segments each, such as documents, as arrays.
+
+    Args:
+        rows: a list with the segments of each row, arrays of numbers.
+        width: the length of a row, at least that of its segments.
+        fill: the number in the rest of a row.
+    Returns:
+        the numbers (rows, width), and which segment each is of, counted from 1; 0 in the rest of a row.
+    """
+    values, segments = np.full((len(rows), width), fill), np.zeros((len(rows), width), dtype=np.int64)
+    for row, parts in enumerate(rows):
+        lengths = [len(part) for part in parts]
+        values[row, : sum(lengths)] = np.concatenate(parts)
+        segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(parts) + 1), lengths)
+    return values, segments
 
 
-def require_marks(tokens, marks, name):
+def padded_width(lengths, limit=None, longest_exact=0):
+    """Return the longest length, at least 1, rounded up to a multiple of 8, so that batches have few different shapes.
+
+    Args:
+        limit: the largest width.
+        longest_exact: a length up to this one is not rounded up.
+    """
+    longest = max([1, *lengths])
+    width = longest if longest <= longest_exact else -(-longest // 8) * 8
+    return width if limit is None else min(limit, width)
+
+
+def _require_marks(tokens, marks, name):
     """Raise InputError if none of the marks that separate documents occurs in the data."""
     if not np.isin(tokens.read(0, _MARK_SEARCH_TOKENS), marks).any():
         raise InputError(

@@ -4,11 +4,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..data.packing import DocumentRows, StridedRows, pack_documents
-from ..data.streaming import StreamedRows, Streams
+from ..data.packing import DocumentRows
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
-from .base import IGNORE_INDEX, Task, padded_width, require_marks, restart_positions, to_tensors
+from .base import IGNORE_INDEX, Task, join_segments, padded_width, restart_positions, to_tensors
 
 
 class CausalLM(Task):
@@ -36,13 +35,7 @@ class CausalLM(Task):
             )
 
     def make_rows(self, data, name, stride=None):
-        if isinstance(data, Streams):
-            return StreamedRows(data, self.max_len, name)
-        if self.marks:
-            require_marks(data, self.marks, name)
-        if not self.pads_rows:
-            return StridedRows(data, self.max_len, stride or self.max_len, name)
-        return pack_documents(data, name, self.marks, self.max_len, 0, self.packing == "best_fit", ahead=1)
+        return self.text_rows(data, name, self.max_len, stride, ahead=1, marks=self.marks)
 
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids and shift_labels, (rows, max_len), and position_ids if documents are isolated.
@@ -61,27 +54,25 @@ class CausalLM(Task):
 
     def _batch_spans(self, rows, indices, size):
         """See [`batch`]; a row is one or more whole documents."""
-        row_spans = [rows.read(int(index)) for index in indices]
+        documents = [[self._read_document(rows, *span) for span in rows.read(int(index))] for index in indices]
         width = self.max_len
         if not self.isolates_documents:
-            width = padded_width([sum(stop - start for start, stop in spans) for spans in row_spans], self.max_len)
-        inputs, labels = np.full((len(row_spans), width), self.marks[0]), np.full((len(row_spans), width), IGNORE_INDEX)
-        starts = np.zeros(inputs.shape, dtype=bool)
-        for row, spans in enumerate(row_spans):
-            begin = 0
-            for start, stop in spans:
-                window = rows.tokens.read(start - 1, stop - start + 1)
-                end = begin + stop - start
-                inputs[row, begin:end], labels[row, begin:end] = window[:-1], window[1:]
-                if rows.loss_mask is not None:
-                    labels[row, begin:end][rows.loss_mask.read(start, stop - start) == 0] = IGNORE_INDEX
-                starts[row, begin] = True
-                begin = end
-            starts[row, begin : begin + 1] = True  # the padding belongs to no document
+            width = padded_width([sum(len(inputs) for inputs, _ in row) for row in documents], self.max_len)
+        inputs, segments = join_segments([[inputs for inputs, _ in row] for row in documents], width, self.marks[0])
+        labels, _ = join_segments([[labels for _, labels in row] for row in documents], width, IGNORE_INDEX)
         batch = {"input_ids": inputs, "shift_labels": labels}
         if self.isolates_documents:
-            batch["position_ids"] = restart_positions(starts)
+            batch["position_ids"] = restart_positions(np.diff(segments, prepend=0) != 0)
         return to_tensors(batch, size)
+
+    @staticmethod
+    def _read_document(rows, start, stop):
+        """Return the inputs and the labels of a document in a row."""
+        window = rows.tokens.read(start - 1, stop - start + 1).astype(np.int64)
+        labels = window[1:].copy()
+        if rows.loss_mask is not None:
+            labels[rows.loss_mask.read(start, stop - start) == 0] = IGNORE_INDEX
+        return window[:-1], labels
 
     def targets(self, batch):
         return batch["shift_labels"]

@@ -8,13 +8,13 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.columns import fill_template
-from ..data.readers import check_text, read_documents
+from ..data.columns import fill_template, read_text
+from ..data.readers import read_documents
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
 from .base import IGNORE_INDEX, cross_entropy_sum
 from .labelled import LabelNames, PredictionTask
-from .labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, BadRowError, Labels
+from .labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, Labels
 
 _LINE = None  # column of a line of text, which no file has
 
@@ -66,12 +66,12 @@ class Classification(LabelNames, PredictionTask):
         if _LINE in record:
             text = record[_LINE]
         elif self.template:
-            text = check_text(fill_template(record, where, self.template, BadRowError), where, BadRowError)
+            text = fill_template(record, where, self.template)
         else:
-            text = self.read_text(record, where, self.text_column, "text_column")
+            text = read_text(record, where, self.text_column, "text_column")
         if not self.is_pair:
             return [text]
-        return [text, self.read_text(record, where, self.text_pair_column, "text_pair_column")]
+        return [text, read_text(record, where, self.text_pair_column, "text_pair_column")]
 
     def parse(self, record, where):
         """Return the text, or the pair of texts, and the label."""

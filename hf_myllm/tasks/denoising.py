@@ -8,6 +8,7 @@ import numpy as np
 
 from ..data.sampler import derive_seed, random_uint64
 from ..data.tokenizer import ends_sentence
+from .base import join_segments
 from .encoder_decoder import CorruptedText
 
 
@@ -34,12 +35,11 @@ class Denoising(CorruptedText):
         text, first = rows.read(indices)
         seeds = [derive_seed(self.seed, "noise", step, int(index)) for index in indices]
         draws = random_uint64(seeds, 3 * self.text_length).reshape(len(seeds), 3, self.text_length)
-        inputs, mask = np.full((len(text), self.max_len), self.pad), np.zeros((len(text), self.max_len), dtype=np.int64)
-        share, mean = self.settings.mlm_probability, self.settings.mean_span_length
-        for row, (ids, (order, lengths, places)) in enumerate(zip(text, draws, strict=True)):
+        share, mean, texts = self.settings.mlm_probability, self.settings.mean_span_length, []
+        for ids, (order, lengths, places) in zip(text, draws, strict=True):
             ids = permute_sentences(ids, self.ends_sentence[ids], ids == self.eos, order)
-            ids = [*self.prefix, *infill(ids, self.mask, share, mean, lengths, places), *self.suffix]
-            inputs[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+            texts.append([[*self.prefix, *infill(ids, self.mask, share, mean, lengths, places), *self.suffix]])
+        inputs, mask = join_segments(texts, self.max_len, self.pad)
         targets = self.add_special_tokens(text)
         is_repeated = self.add_special_tokens(np.arange(self.text_length) < first[:, None], 0)
         return self.make_batch({"input_ids": inputs, "attention_mask": mask}, targets, is_repeated, size)

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from ..data.packing import StridedRows
-from ..data.streaming import StreamedRows, Streams
 from ..data.tokenizer import special_affixes
 from ..errors import InputError
 from ..generate import encode_source
@@ -54,9 +52,7 @@ class CorruptedText(EncoderDecoder):
         self.text_length = max_len - self.num_special_tokens
 
     def make_rows(self, data, name, stride=None):
-        if isinstance(data, Streams):
-            return StreamedRows(data, self.text_length, name, ahead=0)
-        return StridedRows(data, self.text_length, self.text_length, name, ahead=0)
+        return self.text_rows(data, name, self.text_length)
 
     def add_special_tokens(self, rows, fill=None):
         """Return an array (rows, length) between the prefix and the suffix; `fill` replaces their token ids."""

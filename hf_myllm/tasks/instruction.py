@@ -12,8 +12,8 @@ from operator import itemgetter
 import datasets
 import numpy as np
 
+from ..data.columns import BadRowError, check_text, read_text
 from ..data.packing import DocumentRows, best_fit, group_offsets
-from ..data.readers import check_text
 from ..data.tokenizer import end_of_document, render_chat
 from ..errors import InputError
 from ..terminal import plural
@@ -21,7 +21,6 @@ from . import row_shapes
 from .base import IGNORE_INDEX
 from .causal_lm import CausalLM
 from .labelled import LabelledTask
-from .labels import BadRowError
 
 _SHOWN_CHARS, _SHOWN_PARTS = 160, 6  # of a row in the dry run
 _BESIDE = ("system", "tools", "documents")  # columns that belong to a chat in any column
@@ -81,7 +80,7 @@ class Instruction(LabelledTask, CausalLM):
     def texts(self, record, where):
         (_, row), _ = self._read_row(record, where)
         if isinstance(row.get("prompt"), str):
-            return [self.read_text(row, where, name) for name in ("prompt", "completion")]
+            return [read_text(row, where, name) for name in ("prompt", "completion")]
         turns = row["messages"] if "messages" in row else [*(row["prompt"] or []), *(row["completion"] or [])]
         return [turn["content"] for turn in turns]
 
@@ -103,10 +102,10 @@ class Instruction(LabelledTask, CausalLM):
                     f"{where}: the prompt is a list of turns, and so must the completion be: {completion!r:.80}"
                 )
             return self._parse_chat([*prompt, *completion], len(prompt), where, options)
-        prompt = self.read_text(row, where, "prompt")
+        prompt = read_text(row, where, "prompt")
         if completion is None or completion == "":
             raise BadRowError(f"{where} has no completion")
-        completion = self.read_text(row, where, "completion")
+        completion = read_text(row, where, "completion")
         spans = [(len(prompt), len(prompt) + len(completion))]
         return {"text": prompt + completion, "spans": spans, "is_chat": False, "num_unlearned": 0}
 
@@ -143,7 +142,7 @@ class Instruction(LabelledTask, CausalLM):
             if message.get("tool_calls"):
                 self._check_in_template("tool_calls", where)
             for name in ("role", "content"):
-                check_text(message[name], where, BadRowError)
+                check_text(message[name], where)
             turns.append(message)
             learned.append(message["role"] == "assistant" and all(weights))
         return turns, learned

@@ -11,16 +11,16 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.columns import fill_template, read_column, template_columns
-from ..data.readers import check_text, read_rows
+from ..data.columns import BadRowError, fill_template, read_column, read_field, template_columns
+from ..data.readers import read_rows
 from ..data.sampler import evenly_spaced
 from ..data.tokenizer import end_of_document
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import InputError, printable
 from ..terminal import first_of, plural
-from .base import IGNORE_INDEX, Task, padded_width, require_tokens, to_tensors
+from .base import IGNORE_INDEX, Task, join_segments, padded_width, require_tokens, to_tensors
 from .labelled_rows import load_rows
-from .labels import CLASSIFICATION, REGRESSION, BadRowError, LabelCollector, Labels
+from .labels import CLASSIFICATION, REGRESSION, LabelCollector, Labels
 
 
 class LabelledTask(Task):
@@ -112,11 +112,11 @@ class LabelledTask(Task):
         columns, templates = self.settings.columns or {}, self.settings.template or {}
         mapped = {}
         for name, make, spec in [
-            *((name, read_column, column) for name, column in columns.items()),
+            *((name, read_field, column) for name, column in columns.items()),
             *((name, fill_template, text) for name, text in templates.items()),
         ]:
             try:
-                mapped[name] = make(record, where, spec, BadRowError)
+                mapped[name] = make(record, where, spec)
             except BadRowError:
                 if name not in optional:
                     raise
@@ -143,26 +143,6 @@ class LabelledTask(Task):
                 count = f"{own['cut']:,} of {plural(own['examples'], 'text')}"
                 lines.append(f"{part}{count} longer than max_len {self.max_len}: {self.cut_message}")
         return lines
-
-    def read_text(self, record, where, column, flag=None):
-        """Return the text in a column of a record.
-
-        Args:
-            flag: the flag that names the column.
-        Raises:
-            BadRowError: there is no such column, or it does not hold text.
-        """
-        text = self.read_cell(record, where, column, flag)
-        if not isinstance(text, str):
-            raise BadRowError(f"{where}: column {column!r} does not hold text: {text!r:.80}")
-        return check_text(text, where, BadRowError)
-
-    @staticmethod
-    def read_cell(record, where, column, flag=None):
-        if column not in record:
-            hint = f"; name it with --{flag}" if flag else ""
-            raise BadRowError(f"{where} has no column {column!r}, but {', '.join(map(repr, record))}{hint}")
-        return record[column]
 
     def encode_truncated(self, texts, length=None):
         """Return the encodings of texts or of pairs of texts, cut to `length` tokens; default: max_len."""
@@ -245,18 +225,12 @@ class PredictionTask(LabelledTask):
         """Return input_ids and attention_mask (rows, length of the longest), token_type_ids if the model has them, and
         labels, whose shape is the task's."""
         texts = [rows.read(int(index)) for index in indices]
-        width = max([1, *(len(ids) for ids, _ in texts)])
-        width = padded_width([width], 1 << 30) if width > 8 else width
-        ids, mask = np.full((len(texts), width), self.pad), np.zeros((len(texts), width), dtype=np.int64)
-        types = np.zeros_like(mask)
-        for row, (text, second) in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)], types[row, second : len(text)] = text, 1, 1
-        batch = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if self.has_token_types else {})
-        batch = to_tensors(batch, size)
-        labels = torch.from_numpy(self.batch_labels(rows, indices, width))
-        missing = len(batch["input_ids"]) - len(labels)
-        batch["labels"] = torch.cat([labels, labels.new_full((missing, *labels.shape[1:]), IGNORE_INDEX)])
-        return batch
+        width = padded_width([len(ids) for ids, _ in texts], longest_exact=8)
+        ids, segments = join_segments([[ids[:second], ids[second:]] for ids, second in texts], width, self.pad)
+        batch = {"input_ids": ids, "attention_mask": segments > 0}
+        if self.has_token_types:
+            batch["token_type_ids"] = segments == 2
+        return to_tensors(batch | {"labels": self.batch_labels(rows, indices, width)}, size)
 
     def batch_labels(self, rows, indices, width):
         """Return the labels of some rows as an array."""
@@ -378,7 +352,7 @@ class LabelNames:
 
     def read_labels(self, record, where):
         """Return what a record has in the column of the label or, with several columns, a dict of them by name."""
-        cells = {name: self.read_cell(record, where, name, "label_column") for name in self.label_columns}
+        cells = {name: read_column(record, where, name, "label_column") for name in self.label_columns}
         return cells if isinstance(self.label_column, list) else cells[self.label_column]
 
     def labels_of(self, source, problem_type=None):

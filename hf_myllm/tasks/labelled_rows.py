@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from ..data.cache import cached_folder
+from ..data.columns import BadRowError
 from ..data.corpus import TokenStream
 from ..data.hold_out import HoldOut
 from ..data.sources import source_key
 from ..data.tokenization import document_digest
 from ..errors import InputError
-from .labels import BadRowError
 
 _BATCH = 1000  # examples tokenized at once
 

@@ -2,18 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from ..data.readers import check_text
-from ..errors import DataError, InputError
+from ..data.columns import BadRowError, check_text
+from ..errors import InputError
 from .base import IGNORE_INDEX
 
 # the values of `problem_type` in stock configurations
 CLASSIFICATION = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
-
-
-class BadRowError(DataError):
-    """A labelled example cannot be used; with skip_bad_rows it is left out."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def label_name(value, where):
         raise BadRowError(
             f"{where}: the label {value!r:.80} is not the name or number of a class; see problem_type for other labels"
         )
-    return check_text(str(value), where, BadRowError)
+    return check_text(str(value), where)
 
 
 def default_names(count):

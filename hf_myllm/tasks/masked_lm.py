@@ -3,16 +3,15 @@
 import numpy as np
 import torch
 
-from ..data.packing import DocumentRows, StridedRows, pack_documents
+from ..data.packing import DocumentRows
 from ..data.sampler import derive_seed, random_uint64
-from ..data.streaming import StreamedRows, Streams
 from ..data.tokenizer import continues_word, end_of_document
 from ..generate import encode_masked, fill_mask
 from .base import (
     IGNORE_INDEX,
     Task,
+    join_segments,
     padded_width,
-    require_marks,
     require_tokens,
     restart_positions,
     show_tokens,
@@ -58,15 +57,8 @@ class MaskedLM(Task):
             self.joins, self.joinable = continues_word(tokenizer, vocab_size)
 
     def make_rows(self, data, name, stride=None):
-        length = self.max_len - self.num_special_tokens
-        if isinstance(data, Streams):
-            return StreamedRows(data, length, name, ahead=0)
-        if self.packing != "stream":
-            require_marks(data, self.ends, name)
-        if not self.pads_rows:
-            return StridedRows(data, length, stride or length, name, ahead=0)
-        marks, is_packed = sorted({*self.ends, self.cls}), self.packing == "best_fit"
-        return pack_documents(data, name, marks, self.max_len, self.num_special_tokens, is_packed, ahead=0)
+        marks = () if self.packing == "stream" else sorted({*self.ends, self.cls})
+        return self.text_rows(data, name, self.max_len - self.num_special_tokens, stride, marks=marks)
 
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids (rows, max_len), masked_positions and labels (rows, slots).
@@ -89,28 +81,20 @@ class MaskedLM(Task):
 
     def _batch_spans(self, rows, indices, step, size):
         """See [`batch`]; a row is one or more whole documents."""
-        row_spans = [rows.read(int(index)) for index in indices]
+        texts = [[self._read_document(rows, *span) for span in rows.read(int(index))] for index in indices]
         width = self.max_len
         if not self.isolates_documents:
-            lengths = [sum(stop - start + self.num_special_tokens for start, stop in spans) for spans in row_spans]
-            width = padded_width(lengths, self.max_len)
-        ids, documents = np.full((len(row_spans), width), self.pad), np.zeros((len(row_spans), width), dtype=np.int64)
-        starts = np.zeros(ids.shape, dtype=bool)
-        for row, spans in enumerate(row_spans):
-            begin = 0
-            for document, (start, stop) in enumerate(spans, start=1):
-                text = np.concatenate([[self.cls], rows.tokens.read(start, stop - start), [self.sep]])
-                end = begin + len(text)
-                ids[row, begin:end], documents[row, begin:end] = text, document
-                starts[row, begin] = True
-                begin = end
-            starts[row, begin : begin + 1] = True
+            width = padded_width([sum(map(len, row)) for row in texts], self.max_len)
+        ids, documents = join_segments(texts, width, self.pad)
         batch = self.mask_tokens(ids, ~self.is_special[ids] & (documents > 0), indices, step)
         if self.isolates_documents:  # the padding is a document of its own, with id 0
-            batch |= {"document_ids": documents, "position_ids": restart_positions(starts)}
+            batch |= {"document_ids": documents, "position_ids": restart_positions(np.diff(documents, prepend=0) != 0)}
         else:
-            batch["attention_mask"] = (documents > 0).astype(np.int64)
+            batch["attention_mask"] = documents > 0
         return to_tensors(batch, size)
+
+    def _read_document(self, rows, start, stop):
+        return np.concatenate([[self.cls], rows.tokens.read(start, stop - start), [self.sep]])
 
     def mask_tokens(self, ids, may_mask, indices, step):
         """Choose among the positions that may be masked and mask them.

@@ -6,12 +6,11 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.readers import check_text
+from ..data.columns import BadRowError, check_text, read_text
 from ..errors import InputError
 from ..terminal import plural
 from .base import cross_entropy_sum, require_tokens, show_tokens
 from .labelled import PredictionTask
-from .labels import BadRowError
 
 _NUM_GUESSES = 20  # of each row, for the starts and for the ends
 
@@ -85,7 +84,7 @@ class QuestionAnswering(PredictionTask):
                 ) from None
 
     def texts(self, record, where):
-        question, context = (self.read_text(record, where, name) for name in ("question", "context"))
+        question, context = (read_text(record, where, name) for name in ("question", "context"))
         if not question.strip():
             raise BadRowError(f"{where} has an empty question")
         return [question.strip(), context]
@@ -93,7 +92,7 @@ class QuestionAnswering(PredictionTask):
     def parse(self, record, where):
         """Return a dict of where, id, question, context and answers, a list of (text, start)."""
         question, context = self.texts(record, where)
-        name = check_text(str(record.get("id", where)), where, BadRowError)
+        name = check_text(str(record.get("id", where)), where)
         answers = parse_answers(record, where, context) if self.reads_labels else []
         return {"where": where, "id": name, "question": question, "context": context, "answers": answers}
 

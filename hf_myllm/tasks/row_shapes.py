@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 
-from .labels import BadRowError
+from ..data.columns import BadRowError
 
 # The columns of all shapes; `system` and `history` belong to ShareGPT and Alpaca.
 COLUMNS = (

@@ -8,7 +8,7 @@ from ..data.packing import SentencePassages
 from ..data.sampler import derive_seed, random_uint64
 from ..data.tokenizer import ends_sentence
 from ..errors import InputError
-from .base import IGNORE_INDEX, cross_entropy_sum, to_tensors
+from .base import IGNORE_INDEX, cross_entropy_sum, join_segments, to_tensors
 from .masked_lm import MaskedLM
 
 
@@ -43,16 +43,12 @@ class SentencePairs(MaskedLM):
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids, token_type_ids and attention_mask (rows, max_len), masked_positions and labels as in
         [`MaskedLM`], and next_sentence_label (rows,): 0 where B follows A."""
-        shape = (len(indices), self.max_len)
-        ids, types, mask = np.full(shape, self.pad), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        next_sentence = np.zeros(len(indices), dtype=np.int64)
-        for row, index in enumerate(indices):
-            a, b, is_next = self.draw_pair(rows, int(index), step)
-            text = np.concatenate([[self.cls], a, [self.sep], b, [self.sep]])
-            ids[row, : len(text)], mask[row, : len(text)], types[row, len(a) + 2 : len(text)] = text, 1, 1
-            next_sentence[row] = not is_next
-        batch = self.mask_tokens(ids, ~self.is_special[ids] & (mask == 1), indices, step)
-        batch |= {"token_type_ids": types, "attention_mask": mask, "next_sentence_label": next_sentence}
+        pairs = [self.draw_pair(rows, int(index), step) for index in indices]
+        texts = [[np.concatenate([[self.cls], a, [self.sep]]), np.concatenate([b, [self.sep]])] for a, b, _ in pairs]
+        ids, segments = join_segments(texts, self.max_len, self.pad)
+        batch = self.mask_tokens(ids, ~self.is_special[ids] & (segments > 0), indices, step)
+        next_sentence = np.array([not is_next for *_, is_next in pairs], dtype=np.int64)
+        batch |= {"token_type_ids": segments == 2, "attention_mask": segments > 0, "next_sentence_label": next_sentence}
         return to_tensors(batch, size)
 
     def draw_pair(self, passages, index, step):

@@ -7,15 +7,15 @@ import datasets
 import numpy as np
 import torch
 
+from ..data.columns import BadRowError, read_column, read_text
 from ..errors import InputError
 from ..generate import decode_target, encode_source, end_tokens, generate_ids
 from ..models.auto import num_positions
 from ..terminal import plural
-from .base import IGNORE_INDEX, padded_width, to_tensors
+from .base import IGNORE_INDEX, join_segments, padded_width, to_tensors
 from .classification import read_lines
 from .encoder_decoder import EncoderDecoder
 from .labelled import LabelledTask
-from .labels import BadRowError
 
 # Names of the columns of the source and the target, where the recipe does not set them.
 _COLUMNS = (
@@ -110,15 +110,15 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         if self.reads_labels or set(record) != {"source"}:  # lines of text are sources
             record = record | self.map_columns(record, where, () if self.reads_labels else ("target",))
         text_column, target_column = self.find_columns(record, where)
-        source = self.read_text(record, where, text_column, "text_column")
+        source = read_text(record, where, text_column, "text_column")
         if not source.strip():
             raise BadRowError(f"{where}: the source, column {text_column!r}, is empty")
         target = record.get(target_column)
         if self.reads_labels:
-            self.read_cell(record, where, target_column, "target_column")
+            read_column(record, where, target_column, "target_column")
             if target is None or target == "":
                 raise BadRowError(f"{where}: the target, column {target_column!r}, is empty")
-            target = self.read_text(record, where, target_column)
+            target = read_text(record, where, target_column)
         elif not isinstance(target, str):
             target = None
         return {"source": source, "target": target, "columns": (text_column, target_column)}
@@ -195,10 +195,10 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
     def batch(self, rows, indices, step=None, size=None):
         """Return input_ids and attention_mask (rows, longest source), and labels (rows, longest target)."""
         texts = [rows.read(int(index)) for index in indices]
-        sources, targets = [ids[:start] for ids, start in texts], [ids[start:] for ids, start in texts]
-        inputs, mask = _pad(sources, self.max_len, self.pad)
-        labels, _ = _pad(targets, self.max_target_len, IGNORE_INDEX)
-        return to_tensors({"input_ids": inputs, "attention_mask": mask, "labels": labels}, size)
+        sources, targets = [[ids[:start]] for ids, start in texts], [[ids[start:]] for ids, start in texts]
+        inputs, segments = join_segments(sources, _width(sources, self.max_len), self.pad)
+        labels, _ = join_segments(targets, _width(targets, self.max_target_len), IGNORE_INDEX)
+        return to_tensors({"input_ids": inputs, "attention_mask": segments > 0, "labels": labels}, size)
 
     @property
     def row_tokens(self):
@@ -343,15 +343,6 @@ def edit_distance(first, second):
     return int(row[-1])
 
 
-def _pad(rows, limit, value):
-    """Return token ids of different lengths as an array (rows, longest), and where it is no padding.
-
-    A longest row of more than 32 tokens is rounded up.
-    """
-    lengths = np.array([len(ids) for ids in rows], dtype=np.int64)
-    longest = lengths.max(initial=1)
-    width = longest if longest <= 32 else padded_width([longest], limit)  # of words, rounding would be half of a row
-    padded, mask = np.full((len(rows), width), value, dtype=np.int64), np.arange(width) < lengths[:, None]
-    if mask.any():
-        padded[mask] = np.concatenate(rows)
-    return padded, mask
+def _width(rows, limit):
+    # of words, rounding up would be half of a row
+    return padded_width([len(ids) for (ids,) in rows], limit, longest_exact=32)

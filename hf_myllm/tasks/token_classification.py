@@ -6,15 +6,14 @@ from itertools import chain
 import datasets
 import numpy as np
 
+from ..data.columns import BadRowError, check_text, read_column
 from ..data.conll import read_conll
 from ..data.discovery import file_suffix
-from ..data.readers import check_text
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
-from .base import IGNORE_INDEX, cross_entropy_sum, join_tokens
+from .base import IGNORE_INDEX, cross_entropy_sum, join_segments, join_tokens
 from .classification import classification_metrics, read_lines
 from .labelled import LabelNames, PredictionTask
-from .labels import BadRowError
 
 
 class TokenClassification(LabelNames, PredictionTask):
@@ -49,14 +48,14 @@ class TokenClassification(LabelNames, PredictionTask):
         return words, self._word_labels(record, where, words) if self.reads_labels else [0] * len(words)
 
     def _words(self, record, where):
-        words = self.read_cell(record, where, self.text_column, "text_column")
+        words = read_column(record, where, self.text_column, "text_column")
         if isinstance(words, str) and not self.reads_labels:
             words = words.split()
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise BadRowError(f"{where}: column {self.text_column!r} does not hold a list of words: {words!r:.80}")
         if not words:
             raise BadRowError(f"{where} has no words")
-        return [check_text(word, where, BadRowError) for word in words]
+        return [check_text(word, where) for word in words]
 
     def _word_labels(self, record, where, words):
         labels = self.read_labels(record, where)
@@ -101,11 +100,8 @@ class TokenClassification(LabelNames, PredictionTask):
         return rows, len(pieces) > 1
 
     def batch_labels(self, rows, indices, width):
-        labels = np.full((len(indices), width), IGNORE_INDEX)
-        for row, index in enumerate(indices):
-            own = rows.token_labels(index)
-            labels[row, : len(own)] = own
-        return labels
+        labels = [[rows.token_labels(index)] for index in indices]
+        return join_segments(labels, width, IGNORE_INDEX)[0]
 
     # ---- loss, predictions, metrics
 

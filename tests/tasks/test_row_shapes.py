@@ -8,12 +8,11 @@ from launching import ROOT
 from tokenizers.processors import TemplateProcessing
 
 from hf_myllm.data import tokenizer
-from hf_myllm.data.columns import check_template, fill_template, template_columns
+from hf_myllm.data.columns import BadRowError, check_template, fill_template, template_columns
 from hf_myllm.data.sources import file_source, in_memory_source
 from hf_myllm.errors import DataError
 from hf_myllm.tasks.instruction import Instruction
 from hf_myllm.tasks.labelled_rows import load_rows
-from hf_myllm.tasks.labels import BadRowError
 from hf_myllm.tasks.row_shapes import read_shape
 from hf_myllm.tasks.seq2seq import Seq2Seq
 

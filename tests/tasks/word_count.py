@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import torch
 
+from hf_myllm.data.columns import read_text
 from hf_myllm.data.tokenizer import end_of_document
 from hf_myllm.tasks.base import IGNORE_INDEX
 from hf_myllm.tasks.labelled import PredictionTask
@@ -17,7 +18,7 @@ class WordCount(PredictionTask):
     label_feature = datasets.Value("float32")
 
     def texts(self, record, where):
-        return [self.read_text(record, where, self.text_column, "text_column")]
+        return [read_text(record, where, self.text_column, "text_column")]
 
     def parse(self, record, where):
         (text,) = self.texts(record, where)
