@@ -73,8 +73,7 @@ def predict(model, task, rows, batch_size):
             for row, text in zip(group, task.generate(model, rows, group), strict=True)
         }
         return [texts[row] for row in range(len(rows))]
-    order = np.argsort(-rows.lengths(np.arange(len(rows))), kind="stable")  # rows of similar length together
-    predictions = [None] * len(rows)
+    order, predictions = task.sort_by_length(rows, np.arange(len(rows))), [None] * len(rows)
     for start in range(0, len(rows), batch_size):
         indices = order[start : start + batch_size]
         batch = task.batch(rows, indices)
@@ -114,7 +113,8 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
         raise InputError(f"--batch_size must be at least 1, not {batch_size}")
     if not 4 <= max_len <= positions:
         raise InputError(f"--max_len must be from 4 to {positions}, the positions of the model, not {max_len}")
-    if output and any(_is_same_file(file, output) for file in source.files):
+    files = list(filter(os.path.exists, source.files))  # without URLs
+    if output and os.path.exists(output) and any(os.path.samefile(file, output) for file in files):
         raise InputError(f"--output {output} is the input: name another file")
     if model.config.pad_token_id is None:
         raise ModelError(f"{run_dir}/config.json has no pad_token_id to pad short rows with: set it there")
@@ -142,10 +142,6 @@ def predict_file(run_dir, input, output=None, batch_size=32, max_len=None, **set
     if num_cut and output:
         print(f"{plural(num_cut, 'text')} longer than max_len {max_len}: {task.cut_message}", file=sys.stderr)
     return count, skipped, task.compute_metrics(*zip(*compared, strict=True)) if compared else {}
-
-
-def _is_same_file(path, other):
-    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def _merge_options(settings, options, task):

@@ -75,7 +75,7 @@ CASES = {
     "glob without match": ({"train_file": "PLACE/*.nope"}, "does not exist"),
     "empty file": ({"train_file": "PLACE/empty.txt"}, "empty.txt is empty"),
     "empty folder": ({"train_file": "PLACE/no_tokenizer"}, "holds no .txt"),
-    "not UTF-8": ({"train_file": "PLACE/latin1.txt"}, "latin1.txt is not UTF-8: byte 0xe9 at offset 3"),
+    "not UTF-8": ({"train_file": "PLACE/latin1.txt"}, "latin1.txt is not UTF-8 text: byte 0xe9 at offset 3"),
     "broken JSON": ({"train_file": "PLACE/bad.jsonl"}, "bad.jsonl line 2 is not JSON"),
     "missing column": ({"train_file": "PLACE/other.jsonl"}, "other.jsonl line 1 has no column 'text', but 'body'"),
     "truncated .bin": ({"train_file": "PLACE/odd.bin", "tokenizer": None}, "odd.bin is cut short: 801 bytes"),
@@ -122,7 +122,10 @@ CASES = {
     "files of several formats": ({"train_file": "PLACE/mixed"}, "files of several formats"),
     "a compressed file": ({"train_file": "PLACE/a.txt.gz"}, "a.txt.gz cannot be read"),
     "an archive": ({"train_file": "PLACE/a.zip"}, "a.zip is an archive: unpack it"),
-    "UTF-16": ({"train_file": "PLACE/utf16.txt"}, "a NUL byte at offset 1; if it is UTF-16"),
+    "UTF-16": (
+        {"train_file": "PLACE/utf16.txt"},
+        "byte 0x00 at offset 1; if it is text, convert it, for example with iconv -f utf-16",
+    ),
     "a source with a file and a dataset": (
         {"train_file": None, "datasets": "[{train_file: a.txt, dataset: b}]"},
         r"datasets\[0\]: needs exactly one of train_file and dataset",

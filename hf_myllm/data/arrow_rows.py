@@ -9,7 +9,6 @@ from . import discovery, remote
 from .sources import load_hub, stream_hub
 
 _BATCH_ROWS = 1000  # read at once
-_DECODED = ("ClassLabel", "Json")  # features whose stored values stand for others
 
 
 def read_arrow(source, progress, columns):
@@ -43,13 +42,12 @@ def _read_batches(name, columns, features, batches):
     """Yield (where, row, number of characters so far); `columns` are the names of all columns."""
     number = num_chars = 0
     for batch in batches:
-        decoded = {name for name in batch.schema.names if _is_decoded(features.get(name))}
         for index in range(batch.num_rows):
             number, row = number + 1, dict.fromkeys(columns)
             for column, values in zip(batch.schema.names, batch.columns, strict=True):
                 value = values[index].as_py()
                 num_chars += len(value) if isinstance(value, str) else 0
-                row[column] = _decode(value, features[column]) if column in decoded else _without_fillers(value)
+                row[column] = _decode(value, features.get(column))
             yield f"{name} row {number}", row, num_chars
 
 
@@ -85,32 +83,19 @@ def open_dataset(source, columns):
     return rows, features
 
 
-def _is_decoded(feature):
-    """Return whether values of a feature are stored in another form: class labels and JSON, also in lists."""
-    if isinstance(feature, dict):
-        return any(map(_is_decoded, feature.values()))
-    if isinstance(feature, (list, tuple)):
-        return _is_decoded(feature[0])
-    return _is_decoded(feature.feature) if hasattr(feature, "feature") else type(feature).__name__ in _DECODED
-
-
-def _without_fillers(value):
-    """Return a value without the None that Arrow gives each object for the keys that only others have."""
-    if isinstance(value, list):
-        return [_without_fillers(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _without_fillers(item) for name, item in value.items() if item is not None}
-    return value
-
-
 def _decode(value, feature):
-    if value is None:
-        return None
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {name: _decode(item, feature.get(name)) for name, item in value.items()}
-    if isinstance(value, list) and (isinstance(feature, list) or hasattr(feature, "feature")):
-        item_feature = feature[0] if isinstance(feature, list) else feature.feature
+    """Return a value as it was before it was stored: class labels by name, JSON as objects, and objects without the
+    None that Arrow gives each for the keys that only others have.
+
+    Args:
+        feature: the feature of `datasets` for it, or None.
+    """
+    if isinstance(value, list):
+        item_feature = feature[0] if isinstance(feature, (list, tuple)) else getattr(feature, "feature", None)
         return [_decode(item, item_feature) for item in value]
+    if isinstance(value, dict):
+        features = feature if isinstance(feature, dict) else {}
+        return {name: _decode(item, features.get(name)) for name, item in value.items() if item is not None}
     if isinstance(feature, datasets.ClassLabel):
-        return None if value < 0 else feature.int2str(value)  # -1 stands for "no label" in `datasets`
+        return None if value is None or value < 0 else feature.int2str(value)  # -1 is "no label" in `datasets`
     return json.loads(value) if type(feature).__name__ == "Json" and isinstance(value, str) else value

@@ -37,14 +37,15 @@ class TokenStream:
         source_starts: the position of the first token of each source.
         documents: (documents,) uint64, a digest of the tokens of each document, or a function that returns these; None
             if they are unknown.
-        old_fingerprint: returns what the fingerprint was before there were token shards; None: the same.
+    Attributes:
+        old_fingerprint: a function that returns what the fingerprint was in version 0.1, which had no token shards.
     """
 
-    def __init__(self, chunks, fingerprint, max_id, source_starts=(0,), documents=None, old_fingerprint=None):
+    def __init__(self, chunks, fingerprint, max_id, source_starts=(0,), documents=None):
         self.chunks = [chunk for chunk in chunks if len(chunk)]
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
         self.fingerprint, self.max_id, self.source_starts = fingerprint, max_id, source_starts
-        self._documents, self.old_fingerprint = documents, old_fingerprint or (lambda: fingerprint)
+        self._documents, self.old_fingerprint = documents, lambda: fingerprint
 
     @property
     def documents(self):
@@ -85,17 +86,14 @@ class TokenStream:
     def split(self, position):
         """Return the streams before a position and from it on."""
         index, offset = self._locate(position)
-        before = [*self.chunks[:index], self.chunks[index][:offset]]
-        after = [self.chunks[index][offset:], *self.chunks[index + 1 :]]
-        return tuple(
-            TokenStream(
-                chunks,
-                f"{self.fingerprint}{part}",
-                self.max_id,
-                old_fingerprint=lambda part=part: f"{self.old_fingerprint()}{part}",
-            )
-            for chunks, part in ((before, f"[:{position}]"), (after, f"[{position}:]"))
-        )
+
+        def part(chunks, name):
+            stream = TokenStream(chunks, f"{self.fingerprint}{name}", self.max_id)
+            stream.old_fingerprint = lambda: f"{self.old_fingerprint()}{name}"
+            return stream
+
+        before = part([*self.chunks[:index], self.chunks[index][:offset]], f"[:{position}]")
+        return before, part([self.chunks[index][offset:], *self.chunks[index + 1 :]], f"[{position}:]")
 
     def digest(self):
         """Return a digest of the token ids, which takes about a second per GB."""
@@ -118,14 +116,15 @@ def concatenate(streams):
         known = [digests for stream in streams if (digests := stream.documents) is not None]
         return np.concatenate(known) if known else None
 
-    return TokenStream(
+    joined = TokenStream(
         chunks,
         join([stream.fingerprint for stream in streams])[:32],
         max(stream.max_id for stream in streams),
         np.cumsum([0, *map(len, streams)])[:-1].tolist(),
         documents,
-        lambda: join([stream.old_fingerprint() for stream in streams]),
     )
+    joined.old_fingerprint = lambda: join([stream.old_fingerprint() for stream in streams])
+    return joined
 
 
 def count_shared(training, validation):

@@ -127,16 +127,16 @@ class SentencePassages:
 
     def __init__(self, tokens, separators, length, name, documents=None, max_rows=None):
         documents = find_documents(tokens, separators) if documents is None else documents
+        counts = -(-(documents[:, 1] - documents[:, 0]) // length)
         if max_rows:
-            counts = -(-(documents[:, 1] - documents[:, 0]) // length)
-            documents = documents[: max(2, np.searchsorted(np.cumsum(counts), max_rows, side="right"))]
+            num_documents = max(2, np.searchsorted(np.cumsum(counts), max_rows, side="right"))
+            documents, counts = documents[:num_documents], counts[:num_documents]
         if len(documents) < 2:
             raise DataError(
                 f"{name} is one document, and pairs of sentences need a second to take some from: give more files, "
                 "lines as documents (--document line) or a larger val_fraction, or learn without pairs (--task mlm)"
             )
         self.tokens, self.documents, self.length, self.name = tokens, documents, length, name
-        counts = -(-(documents[:, 1] - documents[:, 0]) // length)
         self.first = np.concatenate([[0], np.cumsum(counts)])  # the first passage of each document
         self.source_starts = self.first[np.searchsorted(documents[:, 0], tokens.source_starts)].tolist()
 

@@ -25,7 +25,6 @@ _MAX_PIECE_CHARS = 8_000_000  # a piece is split here at the latest, even where 
 _BLOCK_CHARS = 1 << 20  # read at once
 _REPORT_CHARS = 10_000  # between two progress reports
 _SAMPLE_LINES = 10_000  # of tab-separated values, which show whether fields are quoted
-_BINARY = re.compile(rb"[\1-\x08\x0e-\x1a\x1c-\x1f]")  # control characters that text does not have
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _QUOTED = re.compile(r'"[^"]*(?:""[^"]*)+"?')
 _BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)|(?=\n\S)")
@@ -205,21 +204,17 @@ class _NulByte(Exception):
 def _raise_encoding_error(file, stream):
     """Raise a DataError with the offset of the first byte that is not UTF-8 text."""
     offset = 0
-    for number, line in enumerate(stream, start=1):
+    for line in stream:
         try:
             line.decode()
+            position = line.find(b"\0")
         except UnicodeDecodeError as error:
-            is_utf16 = offset == 0 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            if not is_utf16 and _BINARY.search(line) and b"\0" not in line:
-                raise DataError(f"{file} is not text, by its bytes in line {number}; give text") from None
+            position = error.start
+        if position >= 0:
+            is_utf16 = b"\0" in line or line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             raise DataError(
-                f"{file} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}; convert it, "
-                f"for example with iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
-            ) from None
-        if b"\0" in line:
-            raise DataError(
-                f"{file} is not text: a NUL byte at offset {offset + line.index(0)}; if it is UTF-16, convert it, for "
-                "example with iconv -f utf-16 -t utf-8"
+                f"{file} is not UTF-8 text: byte 0x{line[position]:02x} at offset {offset + position}; if it is text, "
+                f"convert it, for example with iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
             )
         offset += len(line)
 

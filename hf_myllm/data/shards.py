@@ -184,22 +184,21 @@ class Index:
         for shard in self.shards:
             for name, size in _sizes(shard, self.dtype).items():
                 if sizes.get(name) != size:
-                    self._refuse(name, f"has {sizes[name]:,} bytes" if name in sizes else "is missing", size)
+                    found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
+                    raise self._damaged(name, f"{found}, and the index names {size:,} bytes")
 
-    def _refuse(self, name, problem, size):
-        raise DataError(
-            f"{self.folder.path}/{name} {problem}, and the index names {size:,} bytes; copy it again, or run hf-myllm "
-            "prepare --to on the folder"
-        )
+    def _damaged(self, name, problem):
+        """Return the error of a file that is not as the index says."""
+        advice = "copy it again, or run hf-myllm prepare --to on the folder"
+        return DataError(f"{self.folder.path}/{name} {problem}; {advice}")
 
     def _read(self, name, start=None, stop=None):
         try:
             return self.folder.read(name, start, stop)
+        except FileNotFoundError:
+            raise self._damaged(name, "is missing") from None
         except OSError as error:
-            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_line(error)}"
-            raise DataError(
-                f"{self.folder.path}/{name} {problem}; copy it again, or run hf-myllm prepare --to on the folder"
-            ) from None
+            raise self._damaged(name, f"cannot be read: {first_line(error)}") from None
 
     def verify(self):
         """Read all shards and return their number; raise DataError at the first whose content is not that of its
@@ -210,7 +209,7 @@ class Index:
             for digest, content in contents.items():
                 if hashlib.sha256(content).hexdigest() != shard[digest]:
                     name = name if digest == "digest" else f"{shard['name']}.documents"
-                    raise self._damaged(name, "its content is not that of the index")
+                    raise self._damaged(name, "is damaged: its content is not that of the index")
         self._check_tokenizer()
         return len(self.shards)
 
@@ -233,19 +232,13 @@ class Index:
             else:
                 content = self._read(name, start * size, stop * size) if stop > start else b""
                 if len(content) != (stop - start) * size:
-                    self._refuse(name, f"ends at byte {start * size + len(content):,}", shard["tokens"] * size)
+                    raise self._damaged(name, f"ends at byte {start * size + len(content):,}")
                 ids = np.frombuffer(content, self.dtype)
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder.path}/{name} cannot be read: {first_line(error)}") from None
+            raise self._damaged(name, f"cannot be read: {first_line(error)}") from None
         if (largest := int(ids.max(initial=0))) > shard["max_id"]:
-            raise self._damaged(name, f"token id {largest} is above the largest that the index names")
+            raise self._damaged(name, f"is damaged: token id {largest} is above the largest that the index names")
         return ids
-
-    def _damaged(self, name, problem):
-        return DataError(
-            f"{self.folder.path}/{name} is damaged: {problem}; copy it again, or run hf-myllm prepare --to on the "
-            "folder"
-        )
 
     def records(self, number):
         """Return the records of the documents of a shard."""

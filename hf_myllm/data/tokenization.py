@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import time
 from array import array
 from collections import deque
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..models.loading import num_token_ids
+from ..terminal import Status
 from . import shards
 from .hold_out import text_hash
 from .readers import read_documents
@@ -23,7 +23,6 @@ from .tokenizer import fingerprint as tokenizer_fingerprint
 
 SHARD_CHARS = 1 << 27  # of text in a shard, about: 64 MB of tokens
 _BATCH_CHARS = 1_000_000  # tokenized at once: enough to use all cores, and about 200 bytes of memory for each
-_LINE_SECONDS = 10  # between two progress reports where there is no terminal
 
 
 def text_key(tokenizer):
@@ -219,28 +218,23 @@ def _batch_pieces(pieces):
 
 
 class Progress:
-    """Report how much of a source is read and how fast: a progress bar on a terminal, otherwise a line now and then.
+    """Show how much of a source is read, and how fast it is tokenized.
 
     Args:
         total: the size of the source, in the unit of `add_read`; None if it is unknown.
-        is_shown: whether to report anything.
+        is_shown: whether to show anything.
     """
 
     def __init__(self, total, is_shown):
-        self.total, self.is_shown, self.is_bar = total, is_shown, is_shown and sys.stderr.isatty()
+        self.total, self.status = total, Status(is_shown)
         self.num_read = self.num_tokens = 0
-        self.start_time = self.report_time = time.monotonic()
+        self.start_time = time.monotonic()
 
     def __enter__(self):
-        bar_format = "tokenizing {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt}, {desc}{remaining} left"
-        if self.total is None:
-            bar_format = "tokenizing {desc}{elapsed}"
-        options = {"unit_scale": True, "leave": False, "delay": 1, "disable": not self.is_bar}
-        self.bar = tqdm(total=self.total, bar_format=bar_format, **options)
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
+        self.status.clear()
 
     @property
     def fraction(self):
@@ -249,17 +243,12 @@ class Progress:
 
     def add_read(self, count):
         self.num_read += count
-        self.bar.update(count)
 
     def add_tokens(self, count):
         self.num_tokens += count
-        now = time.monotonic()
-        elapsed = now - self.start_time
-        speed = f"{self.num_tokens / max(1e-9, elapsed) / 1e6:.2f}M tokens/s"
-        self.bar.set_description_str(f"{speed}, ", refresh=False)
-        if self.is_shown and not self.is_bar and now - self.report_time > _LINE_SECONDS:
-            self.report_time, line = now, f"tokenizing  {self.num_tokens:,} tokens, {speed}"
-            if self.total and self.num_read:
-                left = tqdm.format_interval(elapsed * (1 / self.fraction - 1))
-                line += f", {self.fraction:.0%} done, {left} left"
-            print(line, file=sys.stderr)
+        elapsed = time.monotonic() - self.start_time
+        text = f"tokenizing  {self.num_tokens:,} tokens, {self.num_tokens / max(1e-9, elapsed) / 1e6:.2f}M tokens/s"
+        if self.total and self.num_read:
+            left = tqdm.format_interval(elapsed * (1 / self.fraction - 1))
+            text += f", {self.fraction:.0%} done, {left} left"
+        self.status(text)

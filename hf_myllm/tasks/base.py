@@ -163,28 +163,34 @@ class Task:
         """
         fraction, limit = 0.0 if validation else self.settings.val_fraction, self.settings.max_eval_rows
         options = self.settings.bin_dtype, show_progress, self.settings.splits_by_position
-        loaded = []
-        for source in training:
-            counts = ()
-            if source.max_rows:
-                held_out = limit or max(1, round(source.max_rows * fraction / (1 - fraction)))
-                counts = self.tokens_of_rows(source.max_rows, self.settings.stride), self.tokens_of_rows(held_out)
-                counts = counts if fraction else counts[:1]
-            loaded.append(corpus.load_tokens(source, self.tokenizer, fraction, *options, first=counts))
         train_tokens, val_tokens, stats = None, None, {}
-        if loaded:
-            train_tokens = corpus.concatenate([tokens for tokens, _, _ in loaded])
-            stats = (
-                loaded[0][2]
-                if len(loaded) == 1
-                else corpus.merge_stats([source_stats for _, _, source_stats in loaded])
-            )
-            if held_out := [tokens for _, tokens, _ in loaded if tokens is not None]:
+        if training:
+            loaded = [
+                corpus.load_tokens(
+                    source, self.tokenizer, fraction, *options, first=self._first_tokens(source, fraction)
+                )
+                for source in training
+            ]
+            parts, held_out, all_stats = zip(*loaded, strict=True)
+            train_tokens = corpus.concatenate(parts)
+            stats = all_stats[0] if len(training) == 1 else corpus.merge_stats(all_stats)
+            if held_out := [tokens for tokens in held_out if tokens is not None]:
                 val_tokens = corpus.concatenate(held_out)
         if validation:
             counts = [self.tokens_of_rows(limit)] if limit else ()
             val_tokens, _, _ = corpus.load_tokens(validation, self.tokenizer, 0.0, *options, first=counts)
         return train_tokens, val_tokens, stats
+
+    def _first_tokens(self, source, fraction):
+        """Return how many tokens `max_train_rows` and, if a part is held out, `max_eval_rows` need of a source; () for
+        all."""
+        if not source.max_rows:
+            return ()
+        counts = [self.tokens_of_rows(source.max_rows, self.settings.stride)]
+        if fraction:
+            held_out = self.settings.max_eval_rows or max(1, round(source.max_rows * fraction / (1 - fraction)))
+            counts.append(self.tokens_of_rows(held_out))
+        return counts
 
     def tokens_of_rows(self, count, stride=None):
         """Return in how many tokens of text there are `count` rows, or more: documents may be shorter than a row."""

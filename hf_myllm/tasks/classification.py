@@ -87,9 +87,8 @@ class Classification(LabelNames, PredictionTask):
         return (example[1] if self.labels.problem_type == CLASSIFICATION else None), repr(example[0])
 
     def record(self, example):
-        if not self.reads_labels:
-            texts = example[0] if self.is_pair else (example[0],)
-            return dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
+        texts = example[0] if self.is_pair else (example[0],)
+        return dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
 
     def tokenize(self, examples):
         if not self.has_windows:

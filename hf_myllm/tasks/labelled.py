@@ -127,10 +127,8 @@ class LabelledTask(Task):
         return None, repr(example)
 
     def record(self, example):
-        """Return a dict to keep of an example beside its rows, for metrics or to show it with its predictions.
-
-        It is kept for predictions (`reads_labels` is False), and in training if `record_features` is set.
-        """
+        """Return a dict to keep of an example beside its rows: in predictions, to show it with them; in training, if
+        `record_features` is set, for metrics."""
 
     def update_stats(self, stats, example):
         """Add an example to the statistics of the data."""

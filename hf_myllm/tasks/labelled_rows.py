@@ -233,7 +233,8 @@ class _RowWriter:
             self.num_examples += 1
             self.stats["cut"] += is_cut
             self.task.update_stats(self.stats, example)
-            self.records.append(self.task.record(example))
+            if self.folder is None or self.task.record_features:
+                self.records.append(self.task.record(example))
         for row in rows:
             ids = np.array(row["input_ids"], dtype=np.uint32)
             self.digest.update(ids)

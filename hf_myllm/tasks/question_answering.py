@@ -249,14 +249,10 @@ def parse_answers(record, where, context):
     for text, start in zip_longest(*lists):
         if type(start) is not int or not isinstance(text, str) or not text:
             raise BadRowError(f"{where} has an answer {text!r:.60} at {start!r}: it needs a text and a number")
-        if start < 0 or start + len(text) > len(context):
+        found = context[start : start + len(text)] if start >= 0 else ""
+        if found != text:
             raise BadRowError(
-                f"{where}: the answer {text!r:.60} at {start} lies beyond the {len(context)} characters of the text"
-            )
-        if context[start : start + len(text)] != text:
-            raise BadRowError(
-                f"{where}: the answer {text!r:.60} does not stand at {start}, where the text has "
-                f"{context[start : start + len(text)]!r:.60}"
+                f"{where}: the answer {text!r:.60} does not stand at {start}, where the text has {found!r:.60}"
             )
         parsed.append((text, start))
     return parsed

@@ -71,8 +71,7 @@ class TokenClassification(LabelNames, PredictionTask):
         return [(label, f"{where}, word {index}") for index, label in enumerate(labels, start=1)]
 
     def record(self, example):
-        if not self.reads_labels:
-            return {self.text_column: example[0]}
+        return {self.text_column: example[0]}
 
     def tokenize(self, examples):
         return self.backend().encode_batch([words for words, _ in examples], is_pretokenized=True)

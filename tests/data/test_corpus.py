@@ -302,9 +302,9 @@ def test_errors_name_the_file_and_the_position(tmp_path, bpe):
     refused("l.txt.zst cannot be read", tmp_path / "l.txt.zst", b"no zstd")
     refused("m.bin.gz is compressed", tmp_path / "m.bin.gz", b"x")
     refused("n.zip is an archive", tmp_path / "n.zip", b"x")
-    refused("a NUL byte at offset 1", tmp_path / "o.txt", "ab".encode("utf-16-le"))
+    refused("byte 0x00 at offset 1", tmp_path / "o.txt", "ab".encode("utf-16-le"))
     refused("iconv -f utf-16", tmp_path / "o2.txt", "ab".encode("utf-16"))
-    refused("a NUL byte at offset 6", tmp_path / "o3.txt", b"abc\nab\0", document="line")
+    refused("byte 0x00 at offset 6", tmp_path / "o3.txt", b"abc\nab\0", document="line")
     refused("the list is cut short", tmp_path / "e2.json", b'[{"text": "x"}, {"text": "y"}')
     refused(
         "object 2 is not JSON: '{' where a comma is expected", tmp_path / "e3.json", b'[{"text": "x"} {"text": "y"}]'

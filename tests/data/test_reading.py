@@ -122,7 +122,7 @@ def test_what_is_no_file_or_no_text_is_said(tmp_path):
         ("link.txt", "link.txt is a link to .*gone, which does not exist"),
         ("folders/*", "matches folders only"),
         ("none*", "does not exist"),
-        ("binary.txt", "is not text, by its bytes in line 1"),
+        ("binary.txt", "is not UTF-8 text: byte 0x80 at offset 0"),
     ):
         with pytest.raises(DataError, match=message):
             texts(tmp_path / name)

@@ -748,7 +748,12 @@ def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
         } | more
 
     right = question("text", 0)
-    check("the answer 'number' at 9 lies beyond the 11", [right, question("number", 9)], QuestionAnswering, num_kept=1)
+    check(
+        "the answer 'number' does not stand at 9, where the text has",
+        [right, question("number", 9)],
+        QuestionAnswering,
+        num_kept=1,
+    )
     check(
         "the answer 'number' does not stand at 2, where the text has 'xt num'",
         [right, question("number", 2)],

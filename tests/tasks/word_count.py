@@ -25,8 +25,7 @@ class WordCount(PredictionTask):
         return text, float(len(text.split()))
 
     def record(self, example):
-        if not self.reads_labels:
-            return {self.text_column: example[0]}
+        return {self.text_column: example[0]}
 
     def tokenize(self, examples):
         return self.encode_truncated([text for text, _ in examples])
