@@ -48,7 +48,10 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     task = build_task(recipe, data_sources, tokenizer, stored_config, False)
     if to:
         facts = {"tokenizer_recipe": data.tokenizer} if isinstance(data.tokenizer, dict) else {}
-        return write_all(data_sources, tokenizer, data.val_fraction, to, part, facts)
+        val_fraction = 0.0 if data_sources.validation else data.val_fraction
+        for path, source, key in _places(data_sources, to):
+            write_source(source, tokenizer, val_fraction, path, part, facts, key)
+        return
     config = build_config(recipe, tokenizer, pretrained, task)
     data.max_len = data.max_len or default_max_len(config, tokenizer)
     task.configure(config, data.max_len)
@@ -70,7 +73,7 @@ def _check_writable(recipe, data_sources, to):
         raise DataError(f"--to: it writes the tokens of texts, and task {recipe.task} has rows; leave it out")
     if recipe.data.max_train_rows or recipe.data.max_eval_rows:
         raise DataError("--to: it writes shards of all the text; remove max_train_rows and max_eval_rows")
-    for path, source in _place(data_sources, to):
+    for path, source, _ in _places(data_sources, to):
         if source.format in TOKEN_ID_FORMATS:
             raise DataError(f"--to: {source.name} holds token ids already; give the text")
         is_inside = Path(os.path.realpath(to)).is_relative_to(os.path.realpath(source.name))
@@ -89,30 +92,23 @@ def _check_writable(recipe, data_sources, to):
             )
 
 
-def _place(data_sources, to):
-    """Return (folder or URL, source) of each source: of a single training source the folder itself, of others one
-    below it."""
-    training, validation = data_sources.training, data_sources.validation
-    names = [""] if len(training) == 1 else map(str, range(1, 1 + len(training)))
-    named = [*zip(names, training, strict=True)]
-    named += [(f"validation-{name}".rstrip("-"), source) for name, source in validation.items()]
-    return [("/".join(filter(None, (to.rstrip("/"), name))), source) for name, source in named]
-
-
-def write_all(data_sources, tokenizer, val_fraction, to, part, facts):
-    """Write the shards of each source."""
-    val_fraction = 0.0 if data_sources.validation else val_fraction
-    for number, (path, source) in enumerate(_place(data_sources, to)):
-        is_training = number < len(data_sources.training)
-        key = "train_file" if is_training else "val_file"
-        write_source(source, tokenizer, val_fraction * is_training, path, part, facts, key)
+def _places(data_sources, to):
+    """Return (folder or URL, source, key of a recipe) of each source: of a single training source the folder itself, of
+    others one below it."""
+    folder, training = to.rstrip("/"), data_sources.training
+    places = [(f"{folder}/{number}", source, "train_file") for number, source in enumerate(training, start=1)]
+    if len(training) == 1:
+        places = [(folder, training[0], "train_file")]
+    validation = data_sources.validation.items()
+    return places + [(f"{folder}/validation-{name}".rstrip("-"), source, "val_file") for name, source in validation]
 
 
 def write_source(source, tokenizer, val_fraction, path, part=(1, 1), facts=None, key="train_file"):
-    """Write the token shards of a source or a part of them and, once all are there, the index, with some facts more.
+    """Write the token shards of a source or a part of them and, once all are there, the index.
 
     Args:
-        key: of a recipe that takes the index.
+        facts: further content of the index.
+        key: the key of a recipe that takes the index.
     """
     folder, content = shards.Folder(path), source_key(source)
     if "files" in content:  # which have other paths on other machines
@@ -131,9 +127,8 @@ def write_source(source, tokenizer, val_fraction, path, part=(1, 1), facts=None,
         for name in names:
             with open(os.path.join(temporary, name), "rb") as file:
                 folder.write(f"{shards.TOKENIZER}/{name}", file.read())
-    facts = (
-        found | (facts or {}) | {"key": digest, "source": describe_source(source, content), "tokenizer_files": names}
-    )
+    facts = found | (facts or {}) | {"key": digest, "source": describe_source(source, content)}
+    facts["tokenizer_files"] = names
     index = tokenization.write_index(folder, tokenizer, entries, facts, val_fraction)
     print(f"{path}/{shards.INDEX}: {index['tokens']:,} tokens of {plural(index['documents'], 'document')} in "
           f"{plural(len(entries), 'shard')}; give it as {key}")  # fmt: skip

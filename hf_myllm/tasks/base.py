@@ -334,8 +334,10 @@ def language_metrics(loss_sum, tokens, num_bytes=0):
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "tokens": tokens}
 
 
-def cross_entropy_sum(logits, labels):
-    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+def cross_entropy(logits, labels, **options):
+    """Return the sum of the losses over all targets; `options` are those of torch."""
+    options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"} | options
+    return torch.nn.functional.cross_entropy(logits, labels, **options)
 
 
 def to_tensors(batch, size=None):

@@ -12,7 +12,7 @@ from ..data.columns import fill_template, read_text
 from ..data.readers import read_documents
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
-from .base import IGNORE_INDEX, cross_entropy_sum
+from .base import IGNORE_INDEX, cross_entropy
 from .labelled import LabelNames, PredictionTask
 from .labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, Labels
 
@@ -74,29 +74,24 @@ class Classification(LabelNames, PredictionTask):
         return [text, read_text(record, where, self.text_pair_column, "text_pair_column")]
 
     def parse(self, record, where):
-        """Return the text, or the pair of texts, and the label."""
         texts = self.texts(record, where)
         label = self.labels.encode(self.read_labels(record, where), where) if self.reads_labels else 0
-        return (tuple(texts) if self.is_pair else texts[0]), label
+        text = tuple(texts) if self.is_pair else texts[0]
+        group = label if self.labels.problem_type == CLASSIFICATION else None
+        columns = dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
+        return {"text": text, "label": label, "key": repr(text), "group": group, "record": columns}
 
     def label_values(self, record, where):
         value = self.read_labels(record, where)
         return [(name, where) for name in value] if isinstance(value, list) else (value, where)
 
-    def split_key(self, example):
-        return (example[1] if self.labels.problem_type == CLASSIFICATION else None), repr(example[0])
-
-    def record(self, example):
-        texts = example[0] if self.is_pair else (example[0],)
-        return dict(zip((self.text_column, self.text_pair_column), texts, strict=False))
-
     def tokenize(self, examples):
         if not self.has_windows:
-            return self.encode_truncated([text for text, _ in examples])
-        encodings = self.backend().encode_batch([text for text, _ in examples])
+            return self.encode_truncated([example["text"] for example in examples])
+        encodings = self.backend().encode_batch([example["text"] for example in examples])
         return [
-            self._split(text, encoding) if len(encoding.ids) > self.max_len else encoding
-            for (text, _), encoding in zip(examples, encodings, strict=True)
+            self._split(example["text"], encoding) if len(encoding.ids) > self.max_len else encoding
+            for example, encoding in zip(examples, encodings, strict=True)
         ]
 
     def _split(self, text, encoding):
@@ -118,7 +113,7 @@ class Classification(LabelNames, PredictionTask):
 
     def example_rows(self, example, encoding):
         windows = [encoding, *(encoding.overflowing if self.has_windows else ())]
-        return [self._row(window, example[1]) for window in windows], bool(encoding.overflowing)
+        return [self._row(window, example["label"]) for window in windows], bool(encoding.overflowing)
 
     def _row(self, encoding, label):
         ids = encoding.ids or end_of_document(self.tokenizer)[:1]  # a text without tokens
@@ -141,7 +136,7 @@ class Classification(LabelNames, PredictionTask):
     def loss_sum(self, outputs, labels, mask):
         logits = outputs.logits.float()
         if self.labels.problem_type == CLASSIFICATION:
-            return cross_entropy_sum(logits, labels)
+            return cross_entropy(logits, labels)
         return self._losses(logits, labels).sum()
 
     def _losses(self, logits, labels):

@@ -85,12 +85,12 @@ class Instruction(LabelledTask, CausalLM):
         return [turn["content"] for turn in turns]
 
     def parse(self, record, where):
-        """Return a dict of where, shape, text, spans (the characters that are targets), is_chat, num_unlearned (turns
+        """Return an example with shape, text, spans (the characters that are targets), is_chat, num_unlearned (turns
         of the assistant that are no targets), and, set by `example_rows`, end_tokens (the token that closes the last
         turn) and the numbers of tokens and learned tokens."""
         (shape, row), record = self._read_row(record, where)
-        options = self._template_options(record, where)
-        return {"where": where, "shape": shape} | self._parse_row(row, where, options)
+        example = self._parse_row(row, where, self._template_options(record, where))
+        return example | {"where": where, "shape": shape, "key": example["text"]}
 
     def _parse_row(self, row, where, options):
         if "messages" in row:
@@ -192,9 +192,6 @@ class Instruction(LabelledTask, CausalLM):
             return render_chat(self.tokenizer, messages, **options, **more)
         except ValueError as error:
             raise BadRowError(f"{where}: {error}") from None
-
-    def split_key(self, example):
-        return None, example["text"]
 
     def update_stats(self, stats, example):
         stats["unlearned"] = stats.get("unlearned", 0) + example["num_unlearned"]

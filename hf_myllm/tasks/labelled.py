@@ -1,7 +1,7 @@
 """What the tasks on labelled examples share: reading and checking records, batches with labels, named labels.
 
-A *record* is an item of the data as it was read, a dict of columns. An *example* is a checked record, in the form that
-the task chooses. A *row* is one training sequence; a long example may become several rows.
+A *record* is an item of the data as it was read, a dict of columns. An *example* is a checked record. A *row* is one
+training sequence; a long example may become several rows.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ..data.tokenizer import end_of_document
 from ..data.tokenizer import fingerprint as tokenizer_fingerprint
 from ..errors import InputError, printable
 from ..terminal import first_of, plural
-from .base import IGNORE_INDEX, Task, join_segments, padded_width, require_tokens, to_tensors
+from .base import IGNORE_INDEX, Task, cross_entropy, join_segments, padded_width, require_tokens, to_tensors
 from .labelled_rows import load_rows
 from .labels import CLASSIFICATION, REGRESSION, LabelCollector, Labels
 
@@ -27,19 +27,23 @@ class LabelledTask(Task):
     """Base class of the tasks that read labelled examples. A subclass must provide
 
     texts(record, where)            the texts of a record, checked; a tokenizer is trained on them
-    parse(record, where)            the example of a record, checked
+    parse(record, where)            the example of a record, checked: a dict of what the other methods need, and
+                                    key: a text; examples with the same key are held out together
+                                    group: of each group the same share is held out; may be left out
+                                    record: a dict to keep beside the rows, to show it with predictions or, if
+                                    `record_features` is set, for metrics; may be left out
     tokenize(examples)              one encoding for each example
     example_rows(example, encoding) the rows of an example, dicts of LabelledRows' columns; whether it was cut
 
-    It may override `read`, `record`, `split_key`, `update_stats`, `summary_lines` and the attributes below.
+    It may override `read`, `update_stats`, `summary_lines` and the attributes below.
     """
 
     is_labelled = True
     pads_rows = True
     reads_labels = True  # False for predictions
     label_feature = datasets.Value("int64")  # type of a row's `labels`
-    record_features = None  # columns of what `record` keeps of each training example; None: nothing is kept
-    is_split_by_context = False  # whether `split_key` is less than the example
+    record_features = None  # columns of the `record` of each training example; None: it is not kept
+    is_split_by_context = False  # whether several examples may have one `key`
     default_text_column = "text"  # `text_column` if the recipe does not set it
     cut_message = "split into several rows"  # what happens to examples that are longer than a row
 
@@ -122,14 +126,6 @@ class LabelledTask(Task):
                     raise
         return mapped
 
-    def split_key(self, example):
-        """Return (group, text): of each group the same share is held out; a text does not stand on both sides."""
-        return None, repr(example)
-
-    def record(self, example):
-        """Return a dict to keep of an example beside its rows: in predictions, to show it with them; in training, if
-        `record_features` is set, for metrics."""
-
     def update_stats(self, stats, example):
         """Add an example to the statistics of the data."""
 
@@ -169,16 +165,15 @@ class PredictionTask(LabelledTask):
     compute_metrics(predictions, references)   a dict of metrics
     describe_predictions(rows, predictions)    a dict for each example, for people and JSON Lines
     describe_target(batch, index)              the target of one row in a few words, for the dry run
-    record(example)                            what `describe_predictions` finds in `rows.records`
     labels                                     its [`Labels`], fixed, or from the data by [`LabelNames`]
 
     It may override
 
-    label_feature, record_features             the types of a row's `labels` and of the records
+    label_feature, record_features             the types of a row's `labels` and of the kept records
     unit                                       the unit of the loss, if not that below
     is_pair                                    whether a row is two texts
     batch_labels(rows, indices, width)         the labels of a batch, if not one label or list of labels for each row
-    read, split_key, update_stats, summary_lines, cut_message, default_text_column
+    read, update_stats, summary_lines, cut_message, default_text_column
     """
 
     packings = ("stream",)
@@ -344,9 +339,7 @@ class LabelNames:
         if self.class_weights is not None:  # moved once: it would wait for the GPU
             self.class_weights = self.class_weights.to(logits.device)
         options = {"weight": self.class_weights, "label_smoothing": self.settings.label_smoothing}
-        return torch.nn.functional.cross_entropy(
-            logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction, **options
-        )
+        return cross_entropy(logits, labels.flatten(), reduction=reduction, **options)
 
     def read_labels(self, record, where):
         """Return what a record has in the column of the label or, with several columns, a dict of them by name."""

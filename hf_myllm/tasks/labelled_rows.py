@@ -31,7 +31,7 @@ class LabelledRows:
         dataset: a `datasets.Dataset` with the columns input_ids, second_text (where the second text of a pair begins;
             the row's length if there is none), labels (of the row or of each token), example (index of the example)
             and, if answers are spans of the text, offsets (the start and stop of each token in the text, flat).
-        records: what the task keeps of each example: a list or a `datasets.Dataset`, by index.
+        records: the `record` of each example: a list or a `datasets.Dataset`, by index.
         stats: statistics of the data.
         name: what to call the data in messages.
         documents: see [`TokenStream`]; each row is one.
@@ -169,7 +169,7 @@ def read_examples(source, task, skipped):
 def _write_rows(source, task, val_fraction, folder):
     skipped, positions, pending = [], {}, {}
     by_position = task.settings.splits_by_position
-    keys = (task.split_key(example) for example in read_examples(source, task, []))
+    keys = ((example.get("group"), example["key"]) for example in read_examples(source, task, []))
     if task.is_split_by_context and val_fraction:
         keys = dict.fromkeys(keys)  # each context once
     hold_out = HoldOut(keys, val_fraction, by_position)
@@ -177,9 +177,8 @@ def _write_rows(source, task, val_fraction, folder):
     if val_fraction:
         writers["validation"] = _RowWriter(task, folder / "validation", skipped)
     for count, example in enumerate(read_examples(source, task, skipped)):
-        group, text = task.split_key(example)
-        position = positions.setdefault(text, len(positions)) if task.is_split_by_context else count
-        part = "validation" if hold_out.chooses(position, group, text) else "train"
+        position = positions.setdefault(example["key"], len(positions)) if task.is_split_by_context else count
+        part = "validation" if hold_out.chooses(position, example.get("group"), example["key"]) else "train"
         pending.setdefault(part, []).append(example)
         if len(pending[part]) == _BATCH:
             writers[part].add(pending.pop(part))
@@ -234,7 +233,7 @@ class _RowWriter:
             self.stats["cut"] += is_cut
             self.task.update_stats(self.stats, example)
             if self.folder is None or self.task.record_features:
-                self.records.append(self.task.record(example))
+                self.records.append(example["record"])
         for row in rows:
             ids = np.array(row["input_ids"], dtype=np.uint32)
             self.digest.update(ids)

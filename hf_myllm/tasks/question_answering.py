@@ -9,7 +9,7 @@ import torch
 from ..data.columns import BadRowError, check_text, read_text
 from ..errors import InputError
 from ..terminal import plural
-from .base import cross_entropy_sum, require_tokens, show_tokens
+from .base import cross_entropy, require_tokens, show_tokens
 from .labelled import PredictionTask
 
 _NUM_GUESSES = 20  # of each row, for the starts and for the ends
@@ -90,19 +90,21 @@ class QuestionAnswering(PredictionTask):
         return [question.strip(), context]
 
     def parse(self, record, where):
-        """Return a dict of where, id, question, context and answers, a list of (text, start)."""
         question, context = self.texts(record, where)
         name = check_text(str(record.get("id", where)), where)
         answers = parse_answers(record, where, context) if self.reads_labels else []
-        return {"where": where, "id": name, "question": question, "context": context, "answers": answers}
-
-    def split_key(self, example):
-        return None, example["context"]  # all questions on a context stay on one side
-
-    def record(self, example):
-        texts, starts = zip(*example["answers"], strict=True) if example["answers"] else ((), ())
-        answers = {"text": list(texts), "answer_start": list(starts)}
-        return {name: example[name] for name in ("id", "question", "context")} | {"answers": answers}
+        kept = {"id": name, "question": question, "context": context}
+        texts, starts = zip(*answers, strict=True) if answers else ((), ())
+        kept |= {"answers": {"text": list(texts), "answer_start": list(starts)}}
+        # all questions on a context stay on one side of the split
+        return {
+            "where": where,
+            "answers": answers,
+            "question": question,
+            "context": context,
+            "key": context,
+            "record": kept,
+        }
 
     def update_stats(self, stats, example):
         stats["unanswerable"] = stats.get("unanswerable", 0) + (not example["answers"])
@@ -145,7 +147,7 @@ class QuestionAnswering(PredictionTask):
         # padding cannot hold the answer; with it the loss would depend on the other rows of the batch
         logits = outputs.start_logits, outputs.end_logits
         starts, ends = (values.float().masked_fill(mask == 0, -torch.inf) for values in logits)
-        return cross_entropy_sum(starts, labels[:, 0]) + cross_entropy_sum(ends, labels[:, 1])
+        return cross_entropy(starts, labels[:, 0]) + cross_entropy(ends, labels[:, 1])
 
     def predictions(self, outputs, rows, indices):
         """Return guesses (guesses, 3) of each row: the sum of both logits, and the start and stop of the answer in the

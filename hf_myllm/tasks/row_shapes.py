@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 
-from ..data.columns import BadRowError
+from ..data.columns import BadRowError, read_text
 
 # The columns of all shapes; `system` and `history` belong to ShareGPT and Alpaca.
 COLUMNS = (
@@ -146,13 +146,11 @@ def _read_function_call(content, template):
 
 def _read_alpaca(record, where, template):
     """Return the messages of an instruction with an input and an output; without a chat template, as text."""
-    instruction, extra, output = (record.get(name) for name in ("instruction", "input", "output"))
-    for name, value in (("instruction", instruction), ("input", extra or ""), ("output", output)):
-        if not isinstance(value, str):
-            raise BadRowError(f"{where}: column {name!r} does not hold text: {value!r:.80}")
+    instruction, output = (read_text(record, where, name) for name in ("instruction", "output"))
+    extra = read_text(record, where, "input") if record.get("input") else ""
     if not output:
         raise BadRowError(f"{where} has no output")
-    extra = extra if extra and extra.strip() else ""
+    extra = extra if extra.strip() else ""
     if template or record.get("history") or record.get("system"):
         turns = []
         for turn in record.get("history") or []:

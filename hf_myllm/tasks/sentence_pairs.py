@@ -8,7 +8,7 @@ from ..data.packing import SentencePassages
 from ..data.sampler import derive_seed, random_uint64
 from ..data.tokenizer import ends_sentence
 from ..errors import InputError
-from .base import IGNORE_INDEX, cross_entropy_sum, join_segments, to_tensors
+from .base import IGNORE_INDEX, cross_entropy, join_segments, to_tensors
 from .masked_lm import MaskedLM
 
 
@@ -79,7 +79,7 @@ class SentencePairs(MaskedLM):
     def batch_sums(self, inputs, outputs):
         labels, logits = inputs["next_sentence_label"], outputs.seq_relationship_logits.float()
         return {
-            "pair_loss": cross_entropy_sum(logits, labels).item(),
+            "pair_loss": cross_entropy(logits, labels).item(),
             "correct_pairs": int((logits.argmax(-1) == labels).sum()),
             "pairs": int((labels != IGNORE_INDEX).sum()),
         }

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..generate import decode_target, encode_source, end_tokens, generate_ids
 from ..models.auto import num_positions
 from ..terminal import plural
-from .base import IGNORE_INDEX, join_segments, padded_width, to_tensors
+from .base import IGNORE_INDEX, cross_entropy, join_segments, padded_width, to_tensors
 from .classification import read_lines
 from .encoder_decoder import EncoderDecoder
 from .labelled import LabelledTask
@@ -94,11 +94,9 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
                 return source, target
         if text_column and not self.reads_labels:
             return text_column, "target"
-        unnamed = [flag for flag, name in (("text_column", text_column), ("target_column", target_column)) if not name]
         raise BadRowError(
-            f"{where} has the columns {', '.join(map(repr, record))}; name that of the "
-            f"{'source' if unnamed[0] == 'text_column' else 'target'} with --{unnamed[0]}"
-            + (" and that of the target with --target_column" if len(unnamed) > 1 else "")
+            f"{where} has the columns {', '.join(map(repr, record))}; name those of the source and the "
+            "target with --text_column and --target_column"
         )
 
     def texts(self, record, where):
@@ -106,32 +104,23 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         return [example["source"], example["target"]]
 
     def parse(self, record, where):
-        """Return a dict of source and target, and of the names of their columns."""
         if self.reads_labels or set(record) != {"source"}:  # lines of text are sources
             record = record | self.map_columns(record, where, () if self.reads_labels else ("target",))
         text_column, target_column = self.find_columns(record, where)
         source = read_text(record, where, text_column, "text_column")
         if not source.strip():
             raise BadRowError(f"{where}: the source, column {text_column!r}, is empty")
-        target = record.get(target_column)
         if self.reads_labels:
-            read_column(record, where, target_column, "target_column")
-            if target is None or target == "":
+            if read_column(record, where, target_column, "target_column") in (None, ""):
                 raise BadRowError(f"{where}: the target, column {target_column!r}, is empty")
             target = read_text(record, where, target_column)
-        elif not isinstance(target, str):
-            target = None
-        return {"source": source, "target": target, "columns": (text_column, target_column)}
-
-    def split_key(self, example):
-        return None, example["source"]
-
-    def record(self, example):
-        if self.reads_labels:
-            return {"target": example["target"]}
-        columns = dict(zip(example["columns"], (example["source"], example["target"]), strict=True))
-        columns = {name: text for name, text in columns.items() if text is not None}
-        return {"columns": columns, "target": example["target"]}
+            kept = {"target": target}
+        else:
+            target = record.get(target_column)
+            target = target if isinstance(target, str) else None
+            columns = {text_column: source} | ({} if target is None else {target_column: target})
+            kept = {"target": target, "columns": columns}
+        return {"source": source, "target": target, "key": source, "record": kept}
 
     def update_stats(self, stats, example):
         stats["cut_targets"] = stats.get("cut_targets", 0) + example["is_target_cut"]
@@ -214,10 +203,9 @@ class Seq2Seq(EncoderDecoder, LabelledTask):
         smoothing = self.settings.label_smoothing
         if not (smoothing and model.training):
             return super().forward(model, inputs, counts)
-        outputs, labels = model(**inputs, use_cache=False), inputs["labels"]
-        logits, options = outputs.logits.float().flatten(0, 1), {"label_smoothing": smoothing, "reduction": "sum"}
-        loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, **options)
-        outputs.loss = loss / counts["num_items_in_batch"]
+        outputs = model(**inputs, use_cache=False)
+        logits, labels = outputs.logits.float().flatten(0, 1), inputs["labels"].flatten()
+        outputs.loss = cross_entropy(logits, labels, label_smoothing=smoothing) / counts["num_items_in_batch"]
         return outputs
 
     # ---- generated predictions

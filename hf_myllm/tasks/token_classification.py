@@ -11,7 +11,7 @@ from ..data.conll import read_conll
 from ..data.discovery import file_suffix
 from ..data.tokenizer import end_of_document
 from ..errors import InputError
-from .base import IGNORE_INDEX, cross_entropy_sum, join_segments, join_tokens
+from .base import IGNORE_INDEX, cross_entropy, join_segments, join_tokens
 from .classification import classification_metrics, read_lines
 from .labelled import LabelNames, PredictionTask
 
@@ -43,9 +43,10 @@ class TokenClassification(LabelNames, PredictionTask):
         return [" ".join(self._words(record, where))]
 
     def parse(self, record, where):
-        """Return the words and their label ids."""
         words = self._words(record, where)
-        return words, self._word_labels(record, where, words) if self.reads_labels else [0] * len(words)
+        labels = self._word_labels(record, where, words) if self.reads_labels else [0] * len(words)
+        columns = {self.text_column: words}
+        return {"words": words, "labels": labels, "key": repr((words, labels)), "record": columns}
 
     def _words(self, record, where):
         words = read_column(record, where, self.text_column, "text_column")
@@ -70,14 +71,11 @@ class TokenClassification(LabelNames, PredictionTask):
         labels = labels if isinstance(labels, list) else [labels]
         return [(label, f"{where}, word {index}") for index, label in enumerate(labels, start=1)]
 
-    def record(self, example):
-        return {self.text_column: example[0]}
-
     def tokenize(self, examples):
-        return self.backend().encode_batch([words for words, _ in examples], is_pretokenized=True)
+        return self.backend().encode_batch([example["words"] for example in examples], is_pretokenized=True)
 
     def example_rows(self, example, encoding):
-        words, labels = example
+        words, labels = example["words"], example["labels"]
         missing = set(range(len(words))) - set(encoding.word_ids)
         if not missing and len(encoding.ids) <= self.max_len:
             return [_row(encoding, labels)], False
@@ -105,7 +103,7 @@ class TokenClassification(LabelNames, PredictionTask):
     # ---- loss, predictions, metrics
 
     def loss_sum(self, outputs, labels, mask):
-        return cross_entropy_sum(outputs.logits.float().flatten(0, 1), labels.flatten())
+        return cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten())
 
     def predictions(self, outputs, rows, indices):
         """Return the probability of each class for each word, (words, classes), of each row."""

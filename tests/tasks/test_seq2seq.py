@@ -158,10 +158,10 @@ def test_columns_are_found_by_their_usual_names(tmp_path, bpe, row, settings):
         ({"source": " ", "target": "b"}, {}, "line 2: the source, column 'source', is empty"),
         ({"source": 7, "target": "b"}, {}, "line 2: column 'source' does not hold text: 7"),
         ({"source": "a", "target": ["b"]}, {}, "line 2: column 'target' does not hold text: "),
-        ({"source": "a"}, {}, r"line 2 has the columns 'source'; name that of the source with --text_column and that"),
-        ({"source": "a"}, {"text_column": "source"}, r"line 2 has the columns 'source'; name that of the target with"),
+        ({"source": "a"}, {}, "line 2 has the columns 'source'; name those of the source"),
+        ({"source": "a"}, {"text_column": "source"}, "line 2 has the columns 'source'; name those of the source"),
         ({"a": "a", "b": "b"}, {"text_column": "a", "target_column": "c"}, "line 2 has no column 'c', but 'a', 'b'"),
-        ({"translation": {"en": "a", "de": "b"}}, {}, "line 2 has the columns 'en', 'de'; name that of the source"),
+        ({"translation": {"en": "a", "de": "b"}}, {}, "line 2 has the columns 'en', 'de'; name those of the source"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named_by_their_line(tmp_path, bpe, row, settings, message):

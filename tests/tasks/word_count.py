@@ -22,17 +22,14 @@ class WordCount(PredictionTask):
 
     def parse(self, record, where):
         (text,) = self.texts(record, where)
-        return text, float(len(text.split()))
-
-    def record(self, example):
-        return {self.text_column: example[0]}
+        return {"text": text, "count": float(len(text.split())), "key": text, "record": {self.text_column: text}}
 
     def tokenize(self, examples):
-        return self.encode_truncated([text for text, _ in examples])
+        return self.encode_truncated([example["text"] for example in examples])
 
     def example_rows(self, example, encoding):
         ids = encoding.ids or end_of_document(self.tokenizer)[:1]  # an empty text
-        return [{"input_ids": ids, "second_text": len(ids), "labels": example[1]}], bool(encoding.overflowing)
+        return [{"input_ids": ids, "second_text": len(ids), "labels": example["count"]}], bool(encoding.overflowing)
 
     def loss_sum(self, outputs, labels, mask):
         losses = (outputs.logits[:, 0].float() - labels) ** 2
