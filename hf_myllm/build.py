@@ -67,7 +67,7 @@ class Run:
     resume_from: Path | None
     resume_state: dict | None  # trainer_state/state.json of resume_from
     data_stats: dict
-    metrics: dict | None = None  # of the library `evaluate`, loaded
+    metrics: dict = field(default_factory=dict)  # of the library `evaluate`, loaded
     token_bytes: np.ndarray | None = None  # bytes of text per token id
     # the plan
     start_step: int = 0

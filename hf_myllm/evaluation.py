@@ -19,36 +19,28 @@ from .tasks.base import language_metrics
 from .terminal import Status
 
 
+def _never(done, total):
+    return False
+
+
 @torch.no_grad()
-def evaluate_rows(
-    model,
-    task,
-    rows,
-    indices,
-    batch_size,
-    accelerator,
-    token_bytes=None,
-    should_stop=lambda done, total: False,
-    with_predictions=True,
-    extra_metrics=None,
-    max_generated=None,
-):
+def evaluate_rows(run, model, rows, indices, should_stop=_never, with_predictions=True, max_generated=None):
     """Return the metrics of some rows, each counted once, whatever the batch size and the number of ranks.
 
     Args:
-        task, rows, indices: a [`Task`], its rows, and an array of those to evaluate.
-        token_bytes: bytes of text per token id, for bits per byte.
+        run: a [`~hf_myllm.build.Run`].
+        indices: array of the rows to evaluate.
         should_stop: called before each batch, by all ranks together, with the number of batches done and their total;
             True ends the evaluation.
         with_predictions: whether to compute the metrics of the task's predictions too, if it has any.
-        extra_metrics: metrics of the library `evaluate`, see [`load_metrics`].
         max_generated: of a task that generates its predictions, the number of rows for which it does; default: all.
     Returns:
         None if it was stopped; else a dict of loss and the task's metrics. Tasks on text have perplexity, tokens (the
-        number of targets) and bits_per_byte (None without token_bytes).
+        number of targets) and bits_per_byte (None if the run does not know the bytes of its tokens).
     Raises:
         InputError: see [`library_metrics`].
     """
+    task, accelerator, batch_size = run.task, run.accelerator, run.recipe.training.batch_size
     was_training = model.training
     model.eval()
     by_length, losses, sums, predictions = task.sort_by_length(rows, indices), [], Counter(tokens=0, bytes=0), []
@@ -67,40 +59,41 @@ def evaluate_rows(
         sums.update(tokens=counts["num_items_in_batch"], **task.batch_sums(inputs, outputs))
         if with_predictions and task.has_predictions:
             predictions += zip(share.tolist(), task.predictions(outputs, rows, share), strict=True)
-        if token_bytes is not None:
+        if run.token_bytes is not None:
             targets = task.targets(batch)
-            sums["bytes"] += int(token_bytes[targets[targets >= 0].numpy()].sum())
+            sums["bytes"] += int(run.token_bytes[targets[targets >= 0].numpy()].sum())
     model.train(was_training)
     sums["loss"] = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch waits for it
     if with_predictions and task.generates_predictions:
         indices = indices[evenly_spaced(max_generated, len(indices))]
-        predictions = generate_rows(model, task, rows, indices, batch_size, accelerator, should_stop)
+        predictions = generate_rows(run, model, rows, indices, should_stop)
         if predictions is None:
             return None
     elif with_predictions and task.has_predictions:
         predictions = list(chain.from_iterable(gather(accelerator, predictions)))
-    return _all_metrics(task, rows, sum_over_ranks(accelerator, sums), predictions, extra_metrics or {})
+    return _all_metrics(run, rows, sum_over_ranks(accelerator, sums), predictions)
 
 
-def _all_metrics(task, rows, sums, predictions, extra_metrics):
+def _all_metrics(run, rows, sums, predictions):
     """Return the metrics of the sums and the (row, prediction) pairs from all ranks."""
-    metrics = task.loss_metrics(sums)
+    task, metrics = run.task, run.task.loss_metrics(sums)
     if predictions:
         indices, predictions = zip(*sorted(predictions, key=lambda pair: pair[0]), strict=True)
         metrics |= task.example_metrics(rows, np.array(indices), predictions)
         inputs = task.metric_inputs(rows, np.array(indices), predictions)
         metrics |= task.compute_metrics(*inputs)
-        metrics |= library_metrics(extra_metrics, *inputs, metrics)
+        metrics |= library_metrics(run.metrics, *inputs, metrics)
     return metrics
 
 
-def generate_rows(model, task, rows, indices, batch_size, accelerator, should_stop=lambda done, total: False):
+def generate_rows(run, model, rows, indices, should_stop=_never):
     """Return (row, prediction) of some rows from all ranks, or None if it was stopped.
 
     The groups of rows that are generated together do not depend on the number of ranks, and so neither do the texts.
     """
+    task, accelerator, world_size, predictions = run.task, run.accelerator, run.accelerator.num_processes, []
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    groups, world_size, predictions = task.generation_groups(rows, indices, batch_size), accelerator.num_processes, []
+    groups = task.generation_groups(rows, indices, run.recipe.training.batch_size)
     rounds = math.ceil(len(groups) / world_size)
     for done in range(rounds):
         if should_stop(done, rounds):
@@ -335,16 +328,5 @@ def _evaluate_some(run, model, rows, count, at_step=None, with_predictions=True,
         return questions["current"].ask()
 
     indices = run.task.choose_rows(rows, count)
-    return evaluate_rows(
-        model,
-        run.task,
-        rows,
-        indices if at_step is None else run.sampler.current_rows(indices, at_step),
-        run.recipe.training.batch_size,
-        run.accelerator,
-        run.token_bytes,
-        should_stop,
-        with_predictions,
-        run.metrics,
-        max_generated,
-    )
+    indices = indices if at_step is None else run.sampler.current_rows(indices, at_step)
+    return evaluate_rows(run, model, rows, indices, should_stop, with_predictions, max_generated)

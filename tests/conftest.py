@@ -190,6 +190,12 @@ def make_task(name, tokenizer, max_len, vocab_size=None, seed=0, **settings):
     return task
 
 
+def plain_run(task, accelerator, batch_size, token_bytes=None):
+    """Return what evaluations need of a run."""
+    recipe = SimpleNamespace(training=SimpleNamespace(batch_size=batch_size))
+    return SimpleNamespace(task=task, accelerator=accelerator, recipe=recipe, token_bytes=token_bytes, metrics={})
+
+
 @pytest.fixture(scope="session")
 def entities_run(tmp_path_factory):
     """A folder with train.conll, val.conll and a trained run."""

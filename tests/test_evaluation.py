@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import train, write_story
+from conftest import plain_run, train, write_story
 
 from hf_myllm.data.corpus import TokenStream
 from hf_myllm.data.packing import StridedRows
@@ -81,7 +81,8 @@ def setting():
 def evaluate(setting, batch_size, token_bytes=None):
     model, _, rows = setting
     indices = np.arange(len(rows))
-    return evaluate_rows(model.train(), CausalLM(), rows, indices, batch_size, Accelerator(), token_bytes)
+    run = plain_run(CausalLM(), Accelerator(), batch_size, token_bytes)
+    return evaluate_rows(run, model.train(), rows, indices)
 
 
 def test_the_batch_size_does_not_matter(setting):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_runs as runs
 import torch
-from conftest import read_weights, train
+from conftest import plain_run, read_weights, train
 from families import CASES
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -256,7 +256,7 @@ def test_groups_have_rows_of_equal_length_and_every_row_once():
 def test_generated_texts_are_those_of_stock_rows_alone_on_any_number_of_ranks(generator, bpe, monkeypatch, num_beams):
     task, rows, model, indices = generator.task, generator.rows, generator.model, np.arange(12)
     task.settings.num_beams = num_beams
-    gathered = evaluation.generate_rows(model, task, rows, indices, 4, fake_rank(0, 1))
+    gathered = evaluation.generate_rows(plain_run(task, fake_rank(0, 1), 4), model, rows, indices)
     assert model.training
     texts = dict(gathered)
     assert len(set(texts.values())) > 3
@@ -266,7 +266,8 @@ def test_generated_texts_are_those_of_stock_rows_alone_on_any_number_of_ranks(ge
         (output,) = model.eval().generate(torch.from_numpy(ids[None, :start]), **options)
         assert texts[row] == bpe.decode(output, skip_special_tokens=True)
     monkeypatch.setattr(evaluation, "gather", lambda accelerator, predictions: [predictions])
-    shares = [evaluation.generate_rows(model, task, rows, indices, 4, fake_rank(rank, 3)) for rank in range(3)]
+    runs = [plain_run(task, fake_rank(rank, 3), 4) for rank in range(3)]
+    shares = [evaluation.generate_rows(run, model, rows, indices) for run in runs]
     assert all(shares)
     assert dict(itertools.chain(*shares)) == texts
     assert sum(map(len, shares)) == len(indices)
@@ -291,7 +292,7 @@ def test_an_evaluation_generates_a_limited_number_of_rows(generator, monkeypatch
         task, "generate", lambda model, rows, group: generated.extend(group) or ["5 words"] * len(group)
     )
     monkeypatch.setattr(task, "forward", lambda model, inputs, counts: SimpleNamespace(loss=torch.tensor(1.0)))
-    arguments = generator.model, task, rows, np.arange(len(ROWS)), 4, fake_rank(0, 1)
+    arguments = plain_run(task, fake_rank(0, 1), 4), generator.model, rows, np.arange(len(ROWS))
     metrics = evaluation.evaluate_rows(*arguments, max_generated=10)
     assert sorted(generated) == list(range(0, 30, 3))
     assert metrics["generated_rows"] == 10
