@@ -67,7 +67,7 @@ def _parquet_batches(file, table, columns):
         if group.column(index).path_in_schema.split(".")[0] in used
     ]
     discovery.check_expansion(file, sum(sizes), remote.file_size(file))
-    # one value of a dictionary may stand in every row
+    # a dictionary-encoded value may be repeated in every row: read fewer rows at once if values are large
     yield from table.iter_batches(
         max(1, min(_BATCH_ROWS, discovery.MAX_LINE_CHARS * 16 // max(sizes, default=1))), columns=used
     )

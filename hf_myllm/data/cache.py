@@ -30,8 +30,8 @@ def key_digest(key):
 def cached_folder(key, make):
     """Return the cached folder for a key; `make(folder)` fills it if it does not exist. It is complete or absent.
 
-    Every rank may call this: one rank of each machine makes the folder while the others wait. A folder that has lost a
-    file, or whose files have other content, is made again. The content of a file is read if it was written to later.
+    Every rank may call this: one rank of each machine makes the folder while the others wait. A folder that lacks a
+    file, or has one with other content, is made again. Only files that changed after it was made are read to see that.
 
     Raises:
         DataError: the cache cannot be written.
@@ -51,7 +51,7 @@ def cached_folder(key, make):
                     known = {name: [path.stat().st_size, digest_file(path)] for name, path in files.items()}
                     (partial / _FILES).write_text(json.dumps(known))
     except OSError as error:
-        raise DataError(f"the cache {folder.parent} cannot be written: {error}; HF_HOME names another place") from None
+        raise DataError(f"the cache {folder.parent} cannot be written: {error}; change HF_HOME") from None
     return folder
 
 
@@ -67,8 +67,8 @@ def _is_whole(folder):
             return False
     except (OSError, ValueError, TypeError, AttributeError):
         return False
-    with suppress(OSError):  # as others see it: read-only
-        if changed:  # a copy of the folder, or a link to a file: the content need not be read again
+    with suppress(OSError):  # the cache may be read-only
+        if changed:  # the folder was copied or a file linked: do not read the content again next time
             os.utime(folder / _FILES)
     return True
 

@@ -34,7 +34,7 @@ def read_conll(source, words="tokens", labels="label", needs_labels=True):
     """
     for file in source.open_files():
         sentences, first = _sentences(file), []
-        for sentence in sentences:  # those of one word do not show whether words are numbered
+        for sentence in sentences:  # a sentence of one word does not show whether words are numbered
             first.append(sentence)
             if len(_numbered_words(sentence)) > 1:
                 break
@@ -96,9 +96,9 @@ def _find_layout(sentence, names, labels, needs_labels, file):
     names = names or (_CONLLU if is_numbered and width == 10 else _CONLL2003 if (is_numbered, width) == (0, 4) else {})
     if labels.isdecimal() and len(labels) < 5:
         index = max(0, int(labels) - 1)
-    elif len(choices) == 1:  # whatever its name is
+    elif len(choices) == 1:  # the only column of labels, whatever its name
         index = start
-    elif labels == "label" and labels not in names:  # not given
+    elif labels == "label" and labels not in names:  # not set in the recipe
         index = _CONLLU["upos"] if names is _CONLLU else None if is_numbered else -1
     else:
         index = names.get(labels.lower())

@@ -31,8 +31,8 @@ def _open_zstd(raw):
 
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
-# (first bytes, what they are, suffixes or formats that hold them, what to do). All have four bytes or more, so that
-# token ids do not look like one of them by chance.
+# (first bytes, what they are, suffixes or formats that hold them, what to do). Each pattern has four bytes or more, so
+# that token ids do not match one by chance.
 _SIGNATURES = [
     (re.compile(pattern, re.DOTALL), name, allowed, advice)
     for pattern, name, allowed, advice in (
@@ -94,7 +94,7 @@ def _expand(pattern):
         raise DataError(f"folder {pattern} holds no {', '.join(('.txt', *_FORMATS))}; give a glob: {pattern}/*.md")
     if os.path.exists(path):
         return [path]
-    parent = path  # what exists is no pattern, whatever characters it has
+    parent = path  # the part of the path that exists, in which *, ? and [ are characters of names
     while not os.path.lexists(parent) and os.path.dirname(parent) != parent:
         parent = os.path.dirname(parent)
     matches = glob.glob(glob.escape(parent) + path[len(parent) :], recursive=True)
@@ -157,7 +157,7 @@ def _check_file(path, reads_content=True):
         try:
             with remote.open_file(path) as raw:
                 head = COMPRESSIONS[suffix](raw).read(_HEAD_BYTES)
-        except Exception:  # reading the file names the problem
+        except Exception:  # reading the file will report the problem
             return
         refuse_content(path, head, (), "it holds ")
 

@@ -18,8 +18,8 @@ class HoldOut:
     """Decides which items are held out. `seen` is None unless nearly all items are equal.
 
     Args:
-        items: an iterable over (group, text) of all items, or (group, [`text_hash`] of the text). The share is held out
-            of each group, such as a label.
+        items: an iterable over (group, [`text_hash`]) of all items. The share is held out of each group, such as a
+            label.
         fraction: share of the items to hold out.
         by_position: hold out evenly spaced items, as runs that began with version 0.1 did.
     """
@@ -30,8 +30,8 @@ class HoldOut:
         if not fraction or by_position:
             return
         groups = defaultdict(Counter)
-        for count, (group, text) in enumerate(items, start=1):
-            groups[group][text_hash(text)] += 1
+        for count, (group, item) in enumerate(items, start=1):
+            groups[group][item] += 1
             if count > _RANKED:
                 self.limits = defaultdict(lambda: int(fraction * (1 << 64)))
                 return
@@ -40,34 +40,28 @@ class HoldOut:
         if not num_chosen and int(num_items * fraction + 0.5):  # nearly all items are equal: tell them apart
             self.seen = Counter()
             repeated = {
-                group: [text_hash(f"{item} {n}") for item, count in counts.items() for n in range(count)]
+                group: [_hash_repeated(item, n) for item, count in counts.items() for n in range(count)]
                 for group, counts in groups.items()
             }
             self.limits, _ = _find_limits(repeated, fraction)
 
-    def chooses(self, index, group, text):
-        """Return whether an item is held out; `index` is its place in the data, and items are asked for in order."""
-        if self.by_position:  # with 0.05, the 10th, 30th, 50th, ... item
-            return int((index + 1) * self.fraction + 0.5) > int(index * self.fraction + 0.5)
-        item = text_hash(text)
-        if self.seen is not None:
-            self.seen[group, item] += 1
-            item = text_hash(f"{item} {self.seen[group, item] - 1}")
-        return item < self.limits[group]
-
-    def choose_all(self, first, hashes):
-        """Return [`chooses`] of consecutive items without groups, as an array.
+    def choose(self, first, hashes, group=None):
+        """Return which of some consecutive items of a group are held out; items are asked for in order.
 
         Args:
-            first: the place of the first one in the data.
+            first: the position of the first one in the data.
             hashes: their [`text_hash`]es, (items,) uint64.
         """
-        if self.by_position:
+        if self.by_position:  # with 0.05, the 10th, 30th, 50th, ... item
             counts = np.floor(np.arange(first, first + len(hashes) + 1) * self.fraction + 0.5)
             return np.diff(counts) > 0
-        if self.seen is None:
-            return hashes < np.uint64(self.limits[None])
-        return np.array([self.chooses(index, None, item) for index, item in enumerate(hashes.tolist(), first)])
+        if self.seen is not None:
+            items = hashes.tolist()
+            for index, item in enumerate(items):
+                items[index] = _hash_repeated(item, self.seen[group, item])
+                self.seen[group, item] += 1
+            hashes = np.array(items, dtype=np.uint64)
+        return hashes < np.uint64(self.limits[group])
 
 
 def _find_limits(groups, fraction):
@@ -84,7 +78,10 @@ def _find_limits(groups, fraction):
 
 
 def text_hash(text):
-    """Return a number that stands for a text; a number stands for itself."""
-    if isinstance(text, int):
-        return text
+    """Return a number below 2^64 that stands for a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _hash_repeated(item, number):
+    """Return the hash of one of several equal items."""
+    return text_hash(f"{item} {number}")

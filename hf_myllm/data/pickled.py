@@ -113,7 +113,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in _FUNCTIONS:
             raise _RefusedError(f"{module}.{name}")
-        return partial(_FUNCTIONS[module, name])  # a pickle can set attributes of what it loads, so not the function
+        return partial(_FUNCTIONS[module, name])  # a copy: a pickle can set attributes of what it loads
 
     def persistent_load(self, pid):
         raise _RefusedError("an object outside the file")

@@ -1,8 +1,8 @@
 """Files in object storage, on the Hub or behind a URL, by fsspec: s3://, gs://, hf://datasets/..., https://, memory://.
 
-A file here and a file there are opened, measured and listed by the same functions. What cannot be read in parts is
-downloaded once into the cache. A remote file counts by what its server says of its content, such as an ETag, so that
-a second run neither downloads nor tokenizes it again. Credentials come from the environment or from fsspec's
+The same functions open, measure and list local and remote files. A file that cannot be read in parts is downloaded
+once into the cache. A remote file is identified by what its server says of its content, such as an ETag, so that a
+second run neither downloads nor tokenizes it again. Credentials come from the environment or from fsspec's
 configuration; those in a URL are never shown.
 """
 
@@ -129,7 +129,7 @@ def local_path(path):
         if tag is not None:
             key = ["download", hide_secrets(path), tag]
             folder = cached_folder(key, lambda folder: _download(path, folder / name))
-        else:  # nothing tells whether it has changed: download it to see
+        else:  # the server does not say whether it has changed: download it to see
             root = cached_path(()).parent
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as temporary:
@@ -180,7 +180,7 @@ def _content_tag(url):
     tag = tag.timestamp() if hasattr(tag, "timestamp") else tag
     if tag is None:
         return None
-    is_digest = re.search("[0-9a-fA-F]{32}", str(tag))  # of the content; a time is that of one URL
+    is_digest = re.search("[0-9a-fA-F]{32}", str(tag))  # else, a time: it identifies the content of one URL only
     own = [] if is_digest or "?" not in url else [hashlib.sha256(url.encode()).hexdigest()]
     return [info.get("size"), str(tag), *own]
 

@@ -103,7 +103,7 @@ class Folder:
         if self.is_local:
             return {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
         with _errors(f"{self.path} cannot be read"):
-            if "http" in self.files.protocol:  # which does not list a folder
+            if "http" in self.files.protocol:  # HTTP servers do not list folders
                 paths = [f"{self.root}/{name}" for name in names]
                 try:
                     sizes = self.files.sizes(paths)
@@ -173,7 +173,7 @@ class Index:
                 "hf-myllm prepare RECIPE --to FOLDER"
             ) from None
         self.content, self.shards = content, content["shards"]
-        self._map_file = functools.lru_cache(_OPEN_SHARDS)(_map_file)  # not of all runs: a file may be replaced
+        self._map_file = functools.lru_cache(_OPEN_SHARDS)(_map_file)  # a new run opens the files anew
         self.dtype = np.dtype(content["dtype"]).newbyteorder("<")
         self.digest = digest_shards(self.dtype, [shard["digest"] for shard in self.shards])
         continued = np.cumsum([shard["continues"] for shard in self.shards])
@@ -259,7 +259,7 @@ class Index:
                 (folder / name).write_bytes(self._read(f"{TOKENIZER}/{name}"))
 
         if self.folder.is_local:
-            self._check_tokenizer()  # what is not there would be looked for on the Hub
+            self._check_tokenizer()  # transformers would look for a missing file on the Hub
             return Path(self.folder.path, TOKENIZER)
         return cached_folder(["index's tokenizer", self.content["tokenizer"]], download)
 
@@ -309,7 +309,7 @@ class Split:
         self.hold_out = HoldOut(((None, item) for item in index.hashes()), fraction, by_position)
         self.chosen = None
         if self.hold_out.seen is not None:  # of few documents
-            self.chosen = self.hold_out.choose_all(0, np.fromiter(index.hashes(), dtype=np.uint64))
+            self.chosen = self.hold_out.choose(0, np.fromiter(index.hashes(), dtype=np.uint64))
         self.spans = functools.lru_cache(_OPEN_SHARDS)(self._find_spans)
 
     def mask(self, number, records):
@@ -317,7 +317,7 @@ class Split:
         first = int(self.index.first_documents[number])
         if self.chosen is not None:
             return self.chosen[first : first + len(records)]
-        return self.hold_out.choose_all(first, records["hash"])
+        return self.hold_out.choose(first, records["hash"])
 
     def totals(self):
         """Return of each shard the [`COUNTS`] of what is held out, computed once per machine."""

@@ -161,7 +161,7 @@ def _blocks(file):
                 if not (block := text.read(size)):
                     return
                 yield block
-    except Exception:  # errors of the decompressors have many classes; reading the file names the problem
+    except Exception:  # decompressors raise many classes of errors; reading the file will report the problem
         return
 
 
@@ -226,15 +226,14 @@ def in_memory_source(data, name, text_column="text", document="file"):
 def source_key(source):
     """Return what a cached result of this source depends on, as JSON values.
 
-    A file counts by its path and content, so a copy in its place with other times is the same. The digest of its
-    content is cached by what changes with every write. What is too large to be read whole, a stream or a sample of the
-    beginning, counts by that instead.
+    A file is identified by its path and the digest of its content, not by its times. The digest is cached by the file's
+    size, times and inode. A stream, or a sample of the beginning, is not read whole: its files are identified by these.
 
     Raises:
         DataError: a file no longer exists.
     """
     key = asdict(replace(source, files=(), data=None))
-    for name in ("template", "deduplicate", "max_rows"):  # which keys of version 0.1 do not have
+    for name in ("template", "deduplicate", "max_rows"):  # keys that version 0.1 did not have
         if not key[name]:
             del key[name]
     if source.format == "hub":  # an unpinned revision may have changed
@@ -279,7 +278,7 @@ def _digests(source):
         digests.extend(map(remote.content_key, source.files))
         (folder / "digests.json").write_text(json.dumps(digests))
 
-    # a write within the clock's tick after the last one would look the same
+    # a second write within one tick of the clock would leave the same times
     is_final = time.time_ns() - max((changed for *_, changed, _ in states), default=0) > _CLOCK_TICK
     folder = cached_folder(["digests", states, is_final], measure)
     if is_final:
@@ -297,7 +296,7 @@ def total_size(source):
         try:
             return sum(remote.open_parquet(file).metadata.num_rows for file in source.open_files())
         except (OSError, DataError, pa.ArrowException):
-            return None  # reading the file raises the error
+            return None  # reading the file will report the error
     sizes = list(map(remote.file_size, source.files))
     return None if None in sizes else sum(sizes)
 
@@ -322,7 +321,7 @@ def load_hub(source):
     """Return a Hub data set as a `datasets.Dataset`, downloaded or from the cache of `datasets`."""
     try:
         return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # errors of the network and of the library have many classes
+    except Exception as error:  # the network and the library raise many classes of errors
         raise DataError(
             f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({first_line(error)[:200]}); to "
             "train without the Hub, pass --train_file FILE (.txt, .jsonl, .csv, .parquet or .bin)"

@@ -44,7 +44,7 @@ class TokenWindows:
     def __init__(self, source, tokenizer, size, owner="", positions=None, is_maker=True):
         self.source, self.tokenizer, self.size, self.is_maker = source, tokenizer, size, is_maker
         key = source_key(source)
-        if source.files:  # a checkpoint outlives a copy of the files elsewhere, and a touch
+        if source.files:  # by content: the files may be copied or touched before a run resumes
             samples = max(1, _SAMPLES // len(source.files))
             key = key | {"files": [content_key(file, samples) for file in source.files]}
         key = ["window", key, fingerprint(tokenizer), end_of_document(tokenizer), size]
@@ -75,7 +75,8 @@ class TokenWindows:
         if self.prefetch is not None:
             self.prefetch.join()
         last = max(self.opened, default=0)
-        for window in [*self.opened, last + 1, last + 2] if self.is_maker else ():  # of the last there is a position
+        # the window after the next may have a position
+        for window in [*self.opened, last + 1, last + 2] if self.is_maker else ():
             self._remove(window)
 
     def recent_positions(self):
@@ -173,7 +174,7 @@ class TokenWindows:
 class Streams:
     """The [`TokenWindows`] of one source, or of each source of a mixture."""
 
-    max_id = 0  # token ids come from the tokenizer, so none is out of its vocabulary
+    max_id = 0  # all token ids come from the tokenizer
 
     def __init__(self, streams):
         self.streams, self.size = streams, streams[0].size

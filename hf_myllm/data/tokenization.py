@@ -21,7 +21,7 @@ from .sources import total_size
 from .tokenizer import end_of_document, safe_split_pattern
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-SHARD_CHARS = 1 << 27  # of text in a shard, about: 64 MB of tokens
+SHARD_CHARS = 1 << 27  # of text in a shard, about 64 MB of tokens
 _BATCH_CHARS = 1_000_000  # tokenized at once: enough to use all cores, and about 200 bytes of memory for each
 
 

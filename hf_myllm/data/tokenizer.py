@@ -189,7 +189,7 @@ def train(algorithm, texts, vocab_size, new_tokens):
         ModelError: they leave too few tokens for the text.
     """
     num_new = sum(len(value) if isinstance(value, list) else 1 for value in new_tokens.values())
-    smallest = num_new + (100 if algorithm == "wordpiece" else 257)  # as without new tokens
+    smallest = num_new + (100 if algorithm == "wordpiece" else 257)
     if vocab_size is not None and vocab_size < smallest:
         raise ModelError(
             f"tokenizer: vocab_size {vocab_size} leaves too few tokens beside {num_new} special tokens of the task; "
@@ -341,7 +341,7 @@ def safe_split_pattern(tokenizer):
     added = tokenizer.added_tokens_decoder.values()
     if any(token.rstrip or any(character.isspace() for character in token.content) for token in added):
         return None  # such a token may extend across the split
-    # added tokens are matched before the text is split into words, so a space before one is not part of it
+    # added tokens are matched before the text is split into words, so the space before one is not part of it
     word = f"(?!{'|'.join(re.escape(token.content) for token in added) or '(?!)'})\\S"
     backend = tokenizer.backend_tokenizer
     normalizer, splitter = repr(backend.normalizer), repr(backend.pre_tokenizer)

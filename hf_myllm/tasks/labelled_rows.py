@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from ..data.cache import cached_folder
 from ..data.columns import BadRowError
 from ..data.corpus import TokenStream
-from ..data.hold_out import HoldOut
+from ..data.hold_out import HoldOut, text_hash
 from ..data.sources import source_key
 from ..data.tokenization import document_digest
 from ..errors import InputError
@@ -169,7 +169,7 @@ def read_examples(source, task, skipped):
 def _write_rows(source, task, val_fraction, folder):
     skipped, positions, pending = [], {}, {}
     by_position = task.settings.splits_by_position
-    keys = ((example.get("group"), example["key"]) for example in read_examples(source, task, []))
+    keys = ((example.get("group"), text_hash(example["key"])) for example in read_examples(source, task, []))
     if task.is_split_by_context and val_fraction:
         keys = dict.fromkeys(keys)  # each context once
     hold_out = HoldOut(keys, val_fraction, by_position)
@@ -178,7 +178,8 @@ def _write_rows(source, task, val_fraction, folder):
         writers["validation"] = _RowWriter(task, folder / "validation", skipped)
     for count, example in enumerate(read_examples(source, task, skipped)):
         position = positions.setdefault(example["key"], len(positions)) if task.is_split_by_context else count
-        part = "validation" if hold_out.chooses(position, example.get("group"), example["key"]) else "train"
+        item = np.array([text_hash(example["key"])], dtype=np.uint64)
+        part = "validation" if hold_out.choose(position, item, example.get("group"))[0] else "train"
         pending.setdefault(part, []).append(example)
         if len(pending[part]) == _BATCH:
             writers[part].add(pending.pop(part))
