@@ -91,8 +91,7 @@ def _decode(value, feature):
         feature: the feature of `datasets` for it, or None.
     """
     if isinstance(value, list):
-        item_feature = feature[0] if isinstance(feature, (list, tuple)) else getattr(feature, "feature", None)
-        return [_decode(item, item_feature) for item in value]
+        return [_decode(item, getattr(feature, "feature", None)) for item in value]
     if isinstance(value, dict):
         features = feature if isinstance(feature, dict) else {}
         return {name: _decode(item, features.get(name)) for name, item in value.items() if item is not None}

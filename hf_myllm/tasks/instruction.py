@@ -79,31 +79,26 @@ class Instruction(LabelledTask, CausalLM):
 
     def texts(self, record, where):
         (_, row), _ = self._read_row(record, where)
-        if isinstance(row.get("prompt"), str):
-            return [read_text(row, where, name) for name in ("prompt", "completion")]
-        turns = row["messages"] if "messages" in row else [*(row["prompt"] or []), *(row["completion"] or [])]
-        return [turn["content"] for turn in turns]
+        if "messages" in row:
+            return [turn["content"] for turn in row["messages"]]
+        return [read_text(row, where, name) for name in ("prompt", "completion")]
 
     def parse(self, record, where):
         """Return an example with shape, text, spans (the characters that are targets), is_chat, num_unlearned (turns
         of the assistant that are no targets), and, set by `example_rows`, end_tokens (the token that closes the last
         turn) and the numbers of tokens and learned tokens."""
         (shape, row), record = self._read_row(record, where)
-        example = self._parse_row(row, where, self._template_options(record, where))
+        options = self._template_options(record, where)
+        if "messages" in row:
+            example = self._parse_chat(row["messages"], row.get("num_prompt_turns", 0), where, options)
+        else:
+            example = self._parse_completion(row, where)
         return example | {"where": where, "shape": shape, "key": example["text"]}
 
-    def _parse_row(self, row, where, options):
-        if "messages" in row:
-            return self._parse_chat(row["messages"], 0, where, options)
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list):
-            if not isinstance(completion, list):
-                raise BadRowError(
-                    f"{where}: the prompt is a list of turns, and so must the completion be: {completion!r:.80}"
-                )
-            return self._parse_chat([*prompt, *completion], len(prompt), where, options)
+    @staticmethod
+    def _parse_completion(row, where):
         prompt = read_text(row, where, "prompt")
-        if completion is None or completion == "":
+        if row["completion"] in (None, ""):
             raise BadRowError(f"{where} has no completion")
         completion = read_text(row, where, "completion")
         spans = [(len(prompt), len(prompt) + len(completion))]

@@ -21,7 +21,8 @@ _ALPACA = ("### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n") 
 
 
 def read_shape(record, where, template):
-    """Return (shape, row): what a record looks like, in words, and its messages, or its prompt and completion.
+    """Return (shape, row): what a record looks like, in words; and a dict of its prompt and completion, or of its
+    messages and, where the first ones are the prompt, their number as num_prompt_turns.
 
     Args:
         record: a dict of columns.
@@ -35,14 +36,12 @@ def read_shape(record, where, template):
             turns = _check_turns(record[column], where, column)
             is_sharegpt = bool(turns) and "role" not in turns[0] and "from" in turns[0]
             shape = "ShareGPT (turns of from and value)" if is_sharegpt else "chats (turns of role and content)"
-            turns = [read_turn(turn, f"{where}, turn {number}", template) for number, turn in enumerate(turns, start=1)]
-            return shape, {"messages": _with_system(record, turns)}
+            return shape, {"messages": _with_system(record, _read_turns(turns, where, template))}
     if {"prompt", "completion"} <= set(record):
         row = {name: record[name] for name in ("prompt", "completion")}
-        for name, value in row.items():
-            if isinstance(value, list):
-                turns = enumerate(_check_turns(value, where, name), start=1)
-                row[name] = [read_turn(turn, f"{where}, turn {number}", template) for number, turn in turns]
+        if isinstance(row["prompt"], list):
+            turns = [_read_turns(_check_turns(row[name], where, name), where, template) for name in row]
+            row = {"messages": turns[0] + turns[1], "num_prompt_turns": len(turns[0])}
         return "prompts with completions", row
     if {"instruction", "output"} <= present:
         return "Alpaca (instruction, input, output)", _read_alpaca(record, where, template)
@@ -60,6 +59,10 @@ def _check_turns(turns, where, column):
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRowError(f"{where}: {column} is not a list of turns, each with role and content: {turns!r:.80}")
     return turns
+
+
+def _read_turns(turns, where, template):
+    return [read_turn(turn, f"{where}, turn {number}", template) for number, turn in enumerate(turns, start=1)]
 
 
 def _with_system(record, turns):

@@ -805,7 +805,12 @@ def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
     )
     check("line 2 has neither messages, conversations", [good, {"prompt": "x"}], Instruction, num_kept=1)
     turn = [{"role": "user", "content": "x"}]
-    check("so must the completion be: 5", [good, {"prompt": turn, "completion": 5}], Instruction, num_kept=1)
+    check(
+        "completion is not a list of turns, each with role and content: 5",
+        [good, {"prompt": turn, "completion": 5}],
+        Instruction,
+        num_kept=1,
+    )
     bpe.chat_template = "{{ 1 / 0 }}"
     chat = {"messages": [{"role": "assistant", "content": "x"}]}
     check("the chat template refuses it: division", [good, chat], Instruction, num_kept=1)
