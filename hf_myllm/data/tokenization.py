@@ -22,6 +22,7 @@ from .tokenizer import end_of_document, safe_split_pattern
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
 SHARD_CHARS = 1 << 27  # of text in a shard, about 64 MB of tokens
+_TOKENS, _BYTES, _UNKNOWN, _DIGEST = -5, -4, -3, -1  # where the fields of the last [`shards.RECORD`] are in an array
 _BATCH_CHARS = 1_000_000  # tokenized at once: enough to use all cores, and about 200 bytes of memory for each
 
 
@@ -146,11 +147,11 @@ class _ShardWriter:
             self.records.extend((0, 0, 0, text_hash(opening), 0))
             self.document = document_digest()
         self.document.update(ids)
-        self.records[-1] = int.from_bytes(self.document.digest(), "little")
-        self.records[-5] += len(ids)
-        self.records[-4] += len(text.encode())
+        self.records[_DIGEST] = int.from_bytes(self.document.digest(), "little")
+        self.records[_TOKENS] += len(ids)
+        self.records[_BYTES] += len(text.encode())
         if self.unknown_id is not None:  # GPT-2 has one token for unknown text and for the end of a document
-            self.records[-3] += int((ids == self.unknown_id).sum()) - end.count(self.unknown_id)
+            self.records[_UNKNOWN] += int((ids == self.unknown_id).sum()) - end.count(self.unknown_id)
 
 
 def document_digest(ids=b""):

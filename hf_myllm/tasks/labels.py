@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ..data.columns import BadRowError, check_text
 from ..errors import InputError
+from ..terminal import first_of, plural
 from .base import IGNORE_INDEX
 
 # the values of `problem_type` in stock configurations
@@ -73,10 +74,9 @@ class Labels:
         if name not in self.names and f"LABEL_{name}" in self.names:  # a class without a name of its own
             name = f"LABEL_{name}"
         if name not in self.names:
-            known = ", ".join(self.names[:10]) + (" ..." if len(self.names) > 10 else "")
             raise BadRowError(
-                f"{where}: the label {name!r} is not in the training data, which has {known}; name it in "
-                "labels, or leave out such rows, with skip_bad_rows"
+                f"{where}: the label {name!r} is not in the training data, which has {first_of(self.names, 10)}; name "
+                "it in labels, or leave out such rows, with skip_bad_rows"
             )
         return self.names.index(name)
 
@@ -154,7 +154,7 @@ class LabelCollector:
         if len(self.lengths) == 1 and None not in self.lengths:
             return Labels(MULTI_LABEL, default_names(self.lengths.pop()))
         if len(self.names) < 2:
-            count = f"{len(self.names)} label{'s' * (len(self.names) != 1)}"
+            count = plural(len(self.names), "label")
             raise InputError(f"{source_name} has {count}: there is nothing to tell apart; give data with two or more")
         order = sorted(self.names, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
         return Labels(self.problem_type, tuple(order))
