@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -19,56 +19,60 @@ from .tasks.base import language_metrics
 from .terminal import Status
 
 
-def _never(done, total):
-    return False
+class EvaluationStopped(Exception):
+    """A signal came while rows were evaluated."""
+
+
+@contextmanager
+def _evaluation_mode(model):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
-def evaluate_rows(run, model, rows, indices, should_stop=_never, with_predictions=True, max_generated=None):
+def evaluate_rows(run, model, rows, indices, check=lambda done, total: None, with_predictions=True, max_generated=None):
     """Return the metrics of some rows, each counted once, whatever the batch size and the number of ranks.
 
     Args:
         run: a [`~hf_myllm.build.Run`].
         indices: array of the rows to evaluate.
-        should_stop: called before each batch, by all ranks together, with the number of batches done and their total;
-            True ends the evaluation.
+        check: called before each batch, by all ranks together, with the number of batches done and their total. It may
+            raise [`EvaluationStopped`].
         with_predictions: whether to compute the metrics of the task's predictions too, if it has any.
         max_generated: of a task that generates its predictions, the number of rows for which it does; default: all.
     Returns:
-        None if it was stopped; else a dict of loss and the task's metrics. Tasks on text have perplexity, tokens (the
-        number of targets) and bits_per_byte (None if the run does not know the bytes of its tokens).
+        dict of loss and the task's metrics. Tasks on text have perplexity, tokens (the number of targets) and
+        bits_per_byte (None if the run does not know the bytes of its tokens).
     Raises:
         InputError: see [`library_metrics`].
     """
     task, accelerator, batch_size = run.task, run.accelerator, run.recipe.training.batch_size
-    was_training = model.training
-    model.eval()
     by_length, losses, sums, predictions = task.sort_by_length(rows, indices), [], Counter(tokens=0, bytes=0), []
     rounds = math.ceil(len(indices) / (batch_size * accelerator.num_processes))
     # every rank takes part in every round, with an empty batch once its rows have run out
     shares = micro_batches(by_length, batch_size, accelerator.process_index, accelerator.num_processes, rounds)
-    for done, (_, share) in enumerate(shares):
-        if should_stop(done, rounds):
-            model.train(was_training)
-            return None
-        batch = task.batch(rows, share, size=batch_size)
-        inputs = {name: to_device(value, accelerator.device) for name, value in batch.items()}
-        counts = task.count_targets(batch)
-        outputs = task.forward(model, inputs, dict.fromkeys(counts, 1))  # divided by 1: sums
-        losses.append(outputs.loss.clone())  # a CUDA graph may overwrite it
-        sums.update(tokens=counts["num_items_in_batch"], **task.batch_sums(inputs, outputs))
-        if with_predictions and task.has_predictions:
-            predictions += zip(share.tolist(), task.predictions(outputs, rows, share), strict=True)
-        if run.token_bytes is not None:
-            targets = task.targets(batch)
-            sums["bytes"] += int(run.token_bytes[targets[targets >= 0].numpy()].sum())
-    model.train(was_training)
+    with _evaluation_mode(model):
+        for done, (_, share) in enumerate(shares):
+            check(done, rounds)
+            batch = task.batch(rows, share, size=batch_size)
+            inputs = {name: to_device(value, accelerator.device) for name, value in batch.items()}
+            counts = task.count_targets(batch)
+            outputs = task.forward(model, inputs, dict.fromkeys(counts, 1))  # divided by 1: sums
+            losses.append(outputs.loss.clone())  # a CUDA graph may overwrite it
+            sums.update(tokens=counts["num_items_in_batch"], **task.batch_sums(inputs, outputs))
+            if with_predictions and task.has_predictions:
+                predictions += zip(share.tolist(), task.predictions(outputs, rows, share), strict=True)
+            if run.token_bytes is not None:
+                targets = task.targets(batch)
+                sums["bytes"] += int(run.token_bytes[targets[targets >= 0].numpy()].sum())
     sums["loss"] = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, so that no batch waits for it
     if with_predictions and task.generates_predictions:
         indices = indices[evenly_spaced(max_generated, len(indices))]
-        predictions = generate_rows(run, model, rows, indices, should_stop)
-        if predictions is None:
-            return None
+        predictions = generate_rows(run, model, rows, indices, check)
     elif with_predictions and task.has_predictions:
         predictions = list(chain.from_iterable(gather(accelerator, predictions)))
     return _all_metrics(run, rows, sum_over_ranks(accelerator, sums), predictions)
@@ -86,8 +90,8 @@ def _all_metrics(run, rows, sums, predictions):
     return metrics
 
 
-def generate_rows(run, model, rows, indices, should_stop=_never):
-    """Return (row, prediction) of some rows from all ranks, or None if it was stopped.
+def generate_rows(run, model, rows, indices, check=lambda done, total: None):
+    """Return (row, prediction) of some rows from all ranks; see [`evaluate_rows`].
 
     The groups of rows that are generated together do not depend on the number of ranks, and so neither do the texts.
     """
@@ -96,8 +100,7 @@ def generate_rows(run, model, rows, indices, should_stop=_never):
     groups = task.generation_groups(rows, indices, run.recipe.training.batch_size)
     rounds = math.ceil(len(groups) / world_size)
     for done in range(rounds):
-        if should_stop(done, rounds):
-            return None
+        check(done, rounds)
         position = done * world_size + accelerator.process_index
         has_group = position < len(groups)
         if has_group or accelerator.is_fsdp2:  # sharded weights need all ranks
@@ -195,11 +198,12 @@ def evaluate_run(run, model, step, is_final=False):
     section, run.phase = run.recipe.evaluation, f"the evaluation after step {step}"
     count = (section.eval_iter or 20) * run.recipe.training.total_batch_size
     needs_predictions, val_metrics = run.task.has_windows, {}  # for the loss
-    train_metrics = _evaluate_some(run, model, run.train_rows, count, max(0, step - 1), needs_predictions)
-    if train_metrics is not None and run.val_sets:
-        reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
-        val_metrics = _evaluate_with_average(run, model, None if reads_all else count, max_generated=count)
-    if train_metrics is None or val_metrics is None:
+    try:
+        train_metrics = _evaluate_some(run, model, run.train_rows, count, max(0, step - 1), needs_predictions)
+        if run.val_sets:
+            reads_all = is_final or section.metric_for_best or (run.task.has_predictions and section.eval_iter is None)
+            val_metrics = _evaluate_with_average(run, model, None if reads_all else count, max_generated=count)
+    except EvaluationStopped:
         return None
     line = {"step": step, "train_loss": train_metrics["loss"]}
     line |= {f"val_{name}": value for name, value in val_metrics.items()}
@@ -226,11 +230,11 @@ def check_metric_for_best(run, model):
     """Raise RecipeError if `metric_for_best` is not a metric of a few validation rows."""
     if run.recipe.evaluation.metric_for_best in (None, "val_loss"):
         return
-    metrics = None  # if a signal ends the evaluation
-    with suppress(InputError):  # a metric of the library `evaluate` may need more rows
+    try:
         metrics = _evaluate_with_average(run, model, run.recipe.training.total_batch_size)
-    if metrics is not None:
-        _require_metric_for_best(run, metrics)
+    except (InputError, EvaluationStopped):  # a metric of the library `evaluate` may need more rows
+        return
+    _require_metric_for_best(run, metrics)
 
 
 def _require_metric_for_best(run, metrics):
@@ -257,26 +261,22 @@ def evaluate_all(run):
 def _evaluate_with_average(run, model, count, **options):
     """Return what [`_evaluate_sets`] does and, as ema_<metric>, the metrics of the average of the weights."""
     metrics = _evaluate_sets(run, model, count, **options)
-    if run.weight_average is None or metrics is None:
+    if run.weight_average is None:
         return metrics
     with run.weight_average.applied():
         of_average = _evaluate_sets(run, model, count, **options)
-    return of_average and metrics | {f"ema_{name}": value for name, value in of_average.items()}
+    return metrics | {f"ema_{name}": value for name, value in of_average.items()}
 
 
 def _evaluate_sets(run, model, count, **options):
-    """Return the metrics of `count` rows of each validation set (None: all), or None if a signal came in between.
+    """Return the metrics of `count` rows of each validation set (None: all).
 
     Of several sets, each metric is its mean over the sets, and NAME_METRIC its value of one set.
 
     Args:
         options: see [`_evaluate_some`].
     """
-    sets = {}
-    for name, rows in run.val_sets.items():
-        sets[name] = _evaluate_some(run, model, rows, count, **options)
-        if sets[name] is None:
-            return None
+    sets = {name: _evaluate_some(run, model, rows, count, **options) for name, rows in run.val_sets.items()}
     if len(sets) == 1 and "" in sets:
         return sets[""]
     metrics = {}
@@ -310,23 +310,25 @@ def describe_sets(task, metrics, names):
 
 
 def _evaluate_some(run, model, rows, count, at_step=None, with_predictions=True, status=None, max_generated=None):
-    """Return the metrics of `count` rows, evenly spaced (None: all).
+    """Return the metrics of `count` rows, evenly spaced (None: all); see [`evaluate_rows`].
 
     Args:
         at_step: for training rows, which are those of the windows at this step if they are streamed.
-        max_generated: see [`evaluate_rows`].
         status: called with a text about the progress; default: the reporter's, if there is one.
+    Raises:
+        EvaluationStopped: a signal came.
     """
     show = status or (run.reporter.status if run.reporter else lambda text: None)
 
     questions = {}  # by the number of batches: those of the loss and those that generate take other times
 
-    def should_stop(done, total):
+    def check(done, total):
         show(f"evaluating {done}/{total}")
         if done == 0:
             questions["current"] = StopQuestion(run.accelerator, run.signals)
-        return questions["current"].ask()
+        if questions["current"].ask():
+            raise EvaluationStopped
 
     indices = run.task.choose_rows(rows, count)
     indices = indices if at_step is None else run.sampler.current_rows(indices, at_step)
-    return evaluate_rows(run, model, rows, indices, should_stop, with_predictions, max_generated)
+    return evaluate_rows(run, model, rows, indices, check, with_predictions, max_generated)

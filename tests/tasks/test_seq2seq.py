@@ -299,7 +299,14 @@ def test_an_evaluation_generates_a_limited_number_of_rows(generator, monkeypatch
     assert metrics["exact_match"] == 0.0
     assert evaluation.evaluate_rows(*arguments)["exact_match"] == 1 / 30
     assert "exact_match" not in evaluation.evaluate_rows(*arguments, with_predictions=False)
-    assert evaluation.evaluate_rows(*arguments, should_stop=lambda done, total: len(generated) > 45) is None
+
+    def stop(done, total):
+        if len(generated) > 45:
+            raise evaluation.EvaluationStopped
+
+    with pytest.raises(evaluation.EvaluationStopped):
+        evaluation.evaluate_rows(*arguments, stop)
+    assert generator.model.training
 
 
 # ---- with our models
