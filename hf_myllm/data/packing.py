@@ -6,7 +6,7 @@
 
 Each has `tokens`, `name` (for messages), `len()`, `source_starts` (the first row of each source), `lengths` (a function
 from row numbers to row lengths; None if all are equal) and `num_used_tokens()` (the tokens that are targets or inputs
-of some row). [`streaming.StreamedRows`] has the same interface.
+of some row). [`streaming.StreamedRows`] has the same interface, without num_used_tokens.
 """
 
 import bisect

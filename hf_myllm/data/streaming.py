@@ -208,7 +208,7 @@ class StreamedRows:
     lengths = None
 
     def __init__(self, windows, length, name, ahead=1):
-        self.windows, self.length, self.stride, self.name, self.ahead = windows, length, length, name, ahead
+        self.windows, self.length, self.name, self.ahead = windows, length, name, ahead
         self.num_rows = windows.size // length  # of a window
         if self.num_rows < 1:
             raise DataError(f"streaming_window {windows.size} is less than one row of {length} tokens: raise it")
@@ -224,9 +224,6 @@ class StreamedRows:
         streams = zip(self.windows.streams, self.current, strict=True)
         chunks = [stream.open(window)[:-1] for stream, window in streams]
         return TokenStream(chunks, self.windows.fingerprint, len(self.windows.streams[0].tokenizer) - 1)
-
-    def num_used_tokens(self):
-        return len(self) * self.length
 
     def read(self, rows):
         """See [`packing.StridedRows.read`]."""
