@@ -209,7 +209,7 @@ def evaluate_run(run, model, step, is_final=False):
     line |= {f"val_{name}": value for name, value in val_metrics.items()}
     if val_metrics:
         _require_metric_for_best(run, val_metrics)
-    details = describe_sets(run.task, val_metrics, run.val_sets) if val_metrics else ""
+    details = describe_sets(run, val_metrics) if val_metrics else ""
     run.reporter.show_evaluation(step, train_metrics, val_metrics, details)
     generates = run.accelerator.is_main_process or run.accelerator.is_fsdp2  # sharded weights need all ranks
     if section.start_context is not None and run.tokenizer is not None and generates:
@@ -295,18 +295,15 @@ def _evaluate_sets(run, model, count, **options):
     return metrics | of_sets
 
 
-def describe_sets(task, metrics, names):
-    """Return the metrics beside the loss in a few words: the task's, and the loss of each of several validation sets.
-
-    Args:
-        names: of the validation sets.
-    """
-    of_sets = {f"{name}_{metric}" for name in names for metric in metrics if name}
+def describe_sets(run, metrics):
+    """Return the metrics beside the loss in a few words: the task's, and the loss of each named validation set."""
+    names = [name for name in run.val_sets if name]
+    of_sets = {f"{name}_{metric}" for name in names for metric in metrics}
     own = {name: value for name, value in metrics.items() if name not in of_sets and not name.startswith("ema_")}
-    losses = [f"{name} {metrics[f'{name}_loss']:.4f}" for name in names if name]
+    losses = [f"{name} {metrics[f'{name}_loss']:.4f}" for name in names]
     if "ema_loss" in metrics:
         losses.append(f"average {metrics['ema_loss']:.4f}")
-    return ", ".join(filter(None, [task.describe_metrics(own), *losses]))
+    return ", ".join(filter(None, [run.task.describe_metrics(own), *losses]))
 
 
 def _evaluate_some(run, model, rows, count, at_step=None, with_predictions=True, status=None, max_generated=None):

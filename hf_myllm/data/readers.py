@@ -219,7 +219,7 @@ def _raise_encoding_error(file, stream):
         offset += len(line)
 
 
-def _read_blocks(file, progress=lambda count: None):
+def _read_blocks(file, progress):
     """Yield the text of a file in blocks."""
     with _open_text(file, progress) as (stream, report):
         num_chars = 0

@@ -38,7 +38,7 @@ def file_name(path):
     return Path(re.sub(r"[?#].*", "", path) if is_remote(path) else path).name
 
 
-def list_files(pattern, is_data=lambda name: True):
+def list_files(pattern, is_data):
     """Return the URLs of the files that a URL stands for: a file, a folder (for HTTP with / at its end), or a glob.
 
     Args:

@@ -355,7 +355,7 @@ class ShardTokens:
         split: None for all tokens.
     """
 
-    def __init__(self, index, number, length, split=None, is_held_out=False):
+    def __init__(self, index, number, length, split, is_held_out):
         self.index, self.number, self.length, self.split, self.is_held_out = index, number, length, split, is_held_out
 
     def __len__(self):
@@ -386,7 +386,7 @@ def document_digests(chunks):
     return np.concatenate(digests)
 
 
-def split_chunks(index, fraction=0.0, by_position=False):
+def split_chunks(index, fraction, by_position):
     """Return the tokens of an index that are not held out, and those that are, each as a list of chunks with the
     [`COUNTS`] of all of them."""
     whole = [[shard[name] for name in COUNTS] for shard in index.shards]

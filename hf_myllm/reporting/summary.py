@@ -207,7 +207,7 @@ def print_result(run, reporter, result, unigram):
         if not run.task.has_predictions:
             targets = f"{metrics['tokens']:,} {run.task.target_name}"
         compared = "" if unigram is None else f"; unigram loss {unigram['loss']:.4f}"
-        details = describe_sets(run.task, metrics, run.val_sets)
+        details = describe_sets(run, metrics)
         reporter.info(f"done        validation loss {format_loss(metrics['loss'])} {run.task.unit}")
         for line in indent(f"{details + ', ' if details else ''}{_over_all(run, targets)}{compared}"):
             reporter.info(line)

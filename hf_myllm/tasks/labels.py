@@ -114,7 +114,7 @@ class LabelCollector:
         problem_type: CLASSIFICATION or MULTI_LABEL, or None to let the first label decide.
     """
 
-    def __init__(self, problem_type=None):
+    def __init__(self, problem_type):
         self.problem_type = problem_type
         self.names = {}
         self.first = None  # type and place of the first label
