@@ -13,6 +13,7 @@ BENCHMARKS = ROOT / "benchmarks"
 # Everything but what takes a minute: compiling for a CPU.
 SLOW_ITEMS = ("resume", "deterministic", "fsdp2", "ddp", "waiting", "fp8", "fp16", "warm", "forget", "gpt", "llama")
 sys.path.append(str(BENCHMARKS))
+import rank_memory  # noqa: E402
 from gpu import Report  # noqa: E402
 from processes import ALONE, Forked, Item, run_items  # noqa: E402
 
@@ -121,6 +122,15 @@ def test_the_gpu_benchmark_in_full(tmp_path):
     result, results = rehearse(tmp_path, [*SLOW_ITEMS, "profile"])
     assert_all_right(result, results)
     assert "| fsdp2: validation loss of the stock class |" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.chaos
+def test_a_rank_of_fsdp2_needs_no_more_host_memory_than_its_share():
+    """44M parameters in four ranks: a tensor that each of them loads, gathers or copies whole would be seen."""
+    results = rank_memory.run("0.04B", 4, with_step=True)
+    assert len(results) == 6
+    for phase, sizes in results.items():
+        assert sizes["peak"] < 1.3 * sizes["share"] + 2e7, phase
 
 
 def test_the_gpu_benchmark_reports_what_was_skipped_or_is_wrong(tmp_path, capsys):

@@ -1,12 +1,22 @@
 """A stored model that is read by rows is the model that transformers loads."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 from families import CASES
 from models.stock_types import SIZES
+from safetensors.torch import save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from hf_myllm import checkpoint
 from hf_myllm.errors import ModelError
 from hf_myllm.models import FAMILIES, loading, weights
+from hf_myllm.models.export import weights_to_save
+from hf_myllm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from hf_myllm.saver import Saver
+from hf_myllm.sharding import local_rows, shard_model, to_local
 
 STOCK = [name if name == "roberta" else pytest.param(name, marks=pytest.mark.chaos) for name in SIZES]
 
@@ -80,3 +90,78 @@ def test_a_new_head_and_an_infinite_weight(tmp_path):
     model.read_rows("bert.embeddings.word_embeddings.weight", 5, 9)
     with pytest.raises(ModelError, match="NaN or infinity"):
         model.read_rows("bert.embeddings.word_embeddings.weight", 0, 9)
+
+
+@pytest.fixture
+def shard_as_rank():
+    """Return a function that shards a model as a rank of 4 does, in this process, whose collectives do nothing."""
+
+    def shard(rank, model):
+        dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+        plugin = SimpleNamespace(cpu_offload=None, reshard_after_forward=True)
+        names = {"state": SimpleNamespace(fsdp_plugin=plugin), "mixed_precision": "no", "torch_device_mesh": None}
+        names |= {"process_index": rank, "num_processes": 4}
+        accelerator = SimpleNamespace(**names, device=torch.device("cpu"))
+        shard_model(accelerator, model, False)
+        return accelerator
+
+    yield shard
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def contents(content):
+    """Return the tensors of a file of a checkpoint."""
+    return (content() if callable(content) else content).values()
+
+
+def counted(function, counts):
+    """Return a function that adds to `counts` how many numbers `function` returns."""
+
+    def call(*arguments):
+        rows = function(*arguments)
+        counts.append(rows.numel())
+        return rows
+
+    return call
+
+
+def test_a_rank_holds_its_share_of_a_model_and_of_a_checkpoint(tmp_path, shard_as_rank, monkeypatch):
+    """Of a new model, a stored one, the stored state of the optimizer and the copies for the next checkpoint."""
+    whole = CASES["llama"].make_model()
+    whole.save_pretrained(tmp_path)
+    state = {name: torch.randn_like(weight) for name, weight in whole.named_parameters()}
+    (tmp_path / "trainer_state").mkdir()
+    tensors = {f"{name}/{key}": value.clone() for name, value in state.items() for key in ("exp_avg", "exp_avg_sq")}
+    tensors |= {f"{name}/step": torch.tensor(1.0) for name in state}
+    save_file(tensors, tmp_path / "trainer_state/optimizer.safetensors")
+    monkeypatch.setattr(checkpoint, "_read_marker", lambda path: ["trainer_state/optimizer.safetensors"])
+    config, counts, kept = whole.config, {name: [] for name in ("new", "stored", "state")}, []
+    total = sum(weight.numel() for weight in whole.parameters())
+    for rank in range(4):
+        for name, folder in (("new", None), ("stored", tmp_path)):
+            model, _ = loading.build_model("llama", "causal", config, folder, on_meta=True)
+            model.read_rows = counted(model.read_rows, counts[name])
+            accelerator = shard_as_rank(rank, model)
+            if folder is None:
+                dist.destroy_process_group()
+        optimizer, files = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1), checkpoint.OptimizerFiles(tmp_path)
+        files.rows = counted(files.rows, counts["state"])
+        load_optimizer_tensors(model, optimizer, files)
+        for name, parameter in model.named_parameters():
+            start, stop = local_rows(parameter)
+            assert torch.equal(to_local(parameter), whole.get_parameter(name)[start:stop]), name
+            assert torch.equal(to_local(optimizer.state[parameter]["exp_avg"]), state[name][start:stop]), name
+        saver, mailbox = Saver(accelerator), SimpleNamespace(rank=rank, world_size=4)
+        files = saver.copy_state(model, weights_to_save(model), optimizer_tensors(model, optimizer), mailbox)
+        kept += [tensor.numel() for content in files.values() for tensor in contents(content)]
+        size = sum(len(memory._buffer) for memory in (saver._weights, saver._optimizer_state))
+        assert size < 1.3 * 3 * 4 * total / 4  # bytes
+        dist.destroy_process_group()
+    scalars = 4 * len(state)  # the number of steps
+    assert {name: sum(numbers) for name, numbers in counts.items()} == {
+        "new": total,
+        "stored": total,
+        "state": 2 * total + scalars,
+    }
+    assert sum(kept) == 3 * total + scalars
