@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,35 +93,32 @@ def process_settings(log_level="info", deterministic=False):
         InputError: another thread has a run open.
     """
     check_no_other_run()
-    verbosity = transformers.utils.logging.get_verbosity()
-    hub_verbosity = huggingface_hub.utils.logging.get_verbosity()
-    datasets_verbosity, hides_bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    shows_transformers_bars = transformers.utils.logging.is_progress_bar_enabled()
-    environment, num_threads = dict(os.environ), torch.get_num_threads()
     is_first_use, has_accelerator = not PartialState._shared_state, bool(AcceleratorState._shared_state)
-    gradient_state = dict(GradientState._shared_state)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with _RUN_LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices), preserved_tf32():
-        try:
-            silence_libraries(log_level)
-            _set_num_threads()
-            with deterministic_algorithms() if deterministic else nullcontext():
-                yield is_first_use
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
-            huggingface_hub.utils.logging.set_verbosity(hub_verbosity)
-            datasets.utils.logging.set_verbosity(datasets_verbosity)
-            if shows_transformers_bars:
-                transformers.utils.logging.enable_progress_bar()
-            if not hides_bars:
-                datasets.enable_progress_bars()
-            os.environ.clear()
-            os.environ.update(environment)
-            torch.set_num_threads(num_threads)
-            if not has_accelerator:
-                AcceleratorState._reset_state(reset_partial_state=is_first_use)
-            GradientState._shared_state.clear()
-            GradientState._shared_state.update(gradient_state)
+    with ExitStack() as restore:
+        for context in (_RUN_LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices), preserved_tf32()):
+            restore.enter_context(context)
+        if not has_accelerator:
+            restore.callback(AcceleratorState._reset_state, reset_partial_state=is_first_use)
+        for state in (os.environ, GradientState._shared_state):
+            restore.callback(_set_content, state, dict(state))
+        restore.callback(torch.set_num_threads, torch.get_num_threads())
+        for library in (transformers, huggingface_hub, datasets):
+            restore.callback(library.utils.logging.set_verbosity, library.utils.logging.get_verbosity())
+        if transformers.utils.logging.is_progress_bar_enabled():
+            restore.callback(transformers.utils.logging.enable_progress_bar)
+        if not datasets.are_progress_bars_disabled():
+            restore.callback(datasets.enable_progress_bars)
+        silence_libraries(log_level)
+        _set_num_threads()
+        if deterministic:
+            restore.enter_context(deterministic_algorithms())
+        yield is_first_use
+
+
+def _set_content(mapping, content):
+    mapping.clear()
+    mapping.update(content)
 
 
 def _set_num_threads():
@@ -323,7 +320,7 @@ def explain_failures(accelerator, phase):
         RankError: the cause, on the rank that failed first.
         PeerFailure: on the other ranks, which fail only because they cannot reach that one.
     """
-    peers = accelerator.peers
+    peers, is_single = accelerator.peers, accelerator.num_processes == 1
     peers.phase = phase
     try:
         yield
@@ -333,7 +330,7 @@ def explain_failures(accelerator, phase):
         if not peers.is_first_failure():
             raise PeerFailure("another rank failed first") from None
         if isinstance(error, InputError):
-            if accelerator.num_processes == 1:
+            if is_single:
                 raise
             raise RankError(str(error)) from None  # printed by this rank, whichever it is
         if isinstance(error, torch.OutOfMemoryError):
@@ -342,9 +339,9 @@ def explain_failures(accelerator, phase):
             problem = message
         elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of the output
             problem = os_problem(error, can_resume=phase() != PREPARATION)
-            if accelerator.num_processes == 1:
+            if is_single:
                 raise InputError(problem) from None
-        elif accelerator.num_processes == 1:
+        elif is_single:
             raise
         elif _is_peer_failure(error):
             problem = f"{peers.find_dead()}; --init_from resume continues from the newest checkpoint"

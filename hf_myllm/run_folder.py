@@ -35,33 +35,26 @@ def check_run_dir(recipe):
     Raises:
         InputError: `save_model` is not a folder that can be written, or it holds another run.
     """
-    run_dir = Path(recipe.run.save_model)
-    if recipe.evaluation.eval_only and not recipe.run.resume:
+    section, eval_only, run_dir = recipe.run, recipe.evaluation.eval_only, Path(recipe.run.save_model)
+    if eval_only and not section.resume:
         return
     _require_writable(run_dir)
     if foreign := _foreign_files(run_dir):
         raise CheckpointError(
             f"save_model: {run_dir} holds files of another origin ({foreign[0]}) and no run; name another folder"
         )
-    if recipe.run.resume:
-        is_empty = not checkpoint.has_checkpoints(run_dir)
-        if is_empty and recipe.evaluation.eval_only:
-            raise CheckpointError(f"{run_dir}: it holds no checkpoint to evaluate; give --load_model FOLDER")
-        if is_empty and recipe.run.init_from == "scratch" and (run_dir / "recipe.yaml").exists():
-            recipe.run.init_from, recipe.run.with_optimizer = _init_from_of(run_dir / "recipe.yaml")
-        return _check_branch_point(recipe.run) if is_empty else None
-    if recipe.run.dry_run:
-        return _check_branch_point(recipe.run)
-    choice = "resume it with --init_from resume, or write elsewhere with --save_model FOLDER"
-    if checkpoint.has_model(run_dir):
-        raise CheckpointError(f"{run_dir} already holds a finished run; {choice}")
-    if checkpoint.has_checkpoints(run_dir):
-        raise CheckpointError(f"{run_dir} holds the checkpoints of an unfinished run; {choice}")
-    return _check_branch_point(recipe.run)
-
-
-def _check_branch_point(section):
-    """Raise CheckpointError if `with_optimizer` is to go on from what is no checkpoint."""
+    has_checkpoints = checkpoint.has_checkpoints(run_dir)
+    if section.resume and has_checkpoints:
+        return
+    if section.resume and eval_only:
+        raise CheckpointError(f"{run_dir}: it holds no checkpoint to evaluate; give --load_model FOLDER")
+    if section.resume and section.init_from == "scratch" and (run_dir / "recipe.yaml").exists():
+        section.init_from, section.with_optimizer = _init_from_of(run_dir / "recipe.yaml")
+    has_model = checkpoint.has_model(run_dir)
+    if (has_model or has_checkpoints) and not (section.resume or section.dry_run):
+        content = "already holds a finished run" if has_model else "holds the checkpoints of an unfinished run"
+        choice = "resume it with --init_from resume, or write elsewhere with --save_model FOLDER"
+        raise CheckpointError(f"{run_dir} {content}; {choice}")
     path = Path(section.init_from)
     if section.with_optimizer and (checkpoint.step_of(path) < 0 or not path.is_dir()):
         raise CheckpointError(f"with_optimizer: {path} is no checkpoint of a run; give --init_from RUN/checkpoint-500")
@@ -77,15 +70,16 @@ def find_checkpoint(recipe, accelerator):
         RankError: a rank does not see it.
     """
     section, path = recipe.run, None
-    if accelerator.is_main_process and section.resume:
-        path = checkpoint.find_latest(section.save_model, lambda line: print(f"warning: {line}", file=sys.stderr))
-    branches = section.with_optimizer and (section.resume or not recipe.evaluation.eval_only)
-    if accelerator.is_main_process and branches and path is None:
-        path = Path(section.init_from)
-        if problem := checkpoint.find_corruption(path):
-            raise CheckpointError(f"with_optimizer: {path}: {problem}; give another checkpoint")
-    elif accelerator.is_main_process and path is None:
-        checkpoint.check_weights(section.init_from)
+    if accelerator.is_main_process:
+        if section.resume:
+            path = checkpoint.find_latest(section.save_model, lambda line: print(f"warning: {line}", file=sys.stderr))
+        branches = section.with_optimizer and (section.resume or not recipe.evaluation.eval_only)
+        if path is None and branches:
+            path = Path(section.init_from)
+            if problem := checkpoint.find_corruption(path):
+                raise CheckpointError(f"with_optimizer: {path}: {problem}; give another checkpoint")
+        elif path is None:
+            checkpoint.check_weights(section.init_from)
     path = gather(accelerator, path)[0]
     if path is not None and not path.exists():
         rank = rank_name(accelerator)
