@@ -25,6 +25,7 @@ from .precision import inference_precision
 
 _COMMAND_DEFAULTS = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "num_samples": 1, "seed": 0}
 _DECODER_STARTS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # of a generation config
+_NUM_GUESSES = 5  # for a mask token
 _NO_LIMIT = 1 << 30  # positions of a model with relative positions
 _LIMITS = {  # option -> its lowest and highest value
     "max_new_tokens": (1, math.inf),
@@ -260,7 +261,7 @@ def encode_prompt(tokenizer, prompt, max_positions, is_chat=False):
     Raises:
         InputError: the prompt leaves no position to generate at, or is empty and the tokenizer has no start token.
     """
-    _check_utf8("prompt", prompt)
+    _check_utf8(prompt)
     if is_chat:
         if tokenizer.chat_template is None:
             raise InputError("--chat: the tokenizer has no chat template; leave out --chat")
@@ -273,7 +274,7 @@ def encode_prompt(tokenizer, prompt, max_positions, is_chat=False):
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     while ids and ids[-1] in ends and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1])):
         ids.pop()
-    _check_length("prompt", ids, max_positions - 1)
+    _check_length(ids, max_positions - 1)
     if ids:
         return ids, False
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
@@ -288,12 +289,12 @@ def encode_source(tokenizer, text, max_positions):
     Raises:
         InputError: the text is empty, or has more tokens than the model has positions.
     """
-    _check_utf8("prompt", text)
+    _check_utf8(text)
     if not text:
         raise InputError("prompt: it is empty, and an encoder-decoder reads a text; give some")
     before, after = special_affixes(tokenizer)
     ids = [*before, *tokenizer(text, add_special_tokens=False)["input_ids"], *after]
-    _check_length("prompt", ids, max_positions)
+    _check_length(ids, max_positions)
     return ids
 
 
@@ -305,7 +306,7 @@ def decode_target(tokenizer, ids):
 
 
 @torch.no_grad()
-def fill_mask(model, tokenizer, text, num_guesses=5):
+def fill_mask(model, tokenizer, text):
     """Return the text and, in a line for each of its mask tokens, the likeliest tokens with their probabilities.
 
     Raises:
@@ -320,7 +321,7 @@ def fill_mask(model, tokenizer, text, num_guesses=5):
     logits = outputs.logits if "logits" in outputs else outputs.prediction_logits
     lines = [text]
     for position in (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]:
-        likeliest = logits[0, position].float().softmax(-1).topk(min(num_guesses, logits.shape[-1]))
+        likeliest = logits[0, position].float().softmax(-1).topk(min(_NUM_GUESSES, logits.shape[-1]))
         pairs = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
         guesses = [f"{tokenizer.decode([token_id]).strip()} {probability:.1%}" for probability, token_id in pairs]
         lines.append(f"{tokenizer.mask_token}  {'   '.join(guesses)}")
@@ -333,9 +334,9 @@ def encode_masked(tokenizer, text, max_positions):
     Raises:
         InputError: it has no mask token, or more tokens than the model has positions.
     """
-    _check_utf8("prompt", text)
+    _check_utf8(text)
     ids = tokenizer(text)["input_ids"]
-    _check_length("prompt", ids, max_positions)
+    _check_length(ids, max_positions)
     if tokenizer.mask_token_id not in ids:
         mask = tokenizer.mask_token
         raise InputError(
@@ -344,13 +345,13 @@ def encode_masked(tokenizer, text, max_positions):
     return ids
 
 
-def _check_utf8(name, text):
+def _check_utf8(prompt):
     try:
-        text.encode()
+        prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{name}: it is not UTF-8 at character {error.start}; correct it") from None
+        raise InputError(f"prompt: it is not UTF-8 at character {error.start}; correct it") from None
 
 
-def _check_length(name, ids, limit):
+def _check_length(ids, limit):
     if len(ids) > limit:
-        raise InputError(f"{name}: it has {len(ids)} tokens and the model takes at most {limit}; shorten it")
+        raise InputError(f"prompt: it has {len(ids)} tokens and the model takes at most {limit}; shorten it")
