@@ -53,9 +53,8 @@ def average(folders, output, last=None, ema=None):
         raise CheckpointError(f"ema: {ema} must be above 0 and below 1; leave it out to average all alike")
     if Path(output).exists():
         raise CheckpointError(f"{output}: it exists already; give another folder to write the average to")
-    _check_alike(folders)
     models = [_open_weights(folder) for folder in folders]
-    _check_tensors(folders, models)
+    _check_alike(folders, models)
     try:
         Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as partial:
@@ -92,37 +91,6 @@ def _find_folders(folders, last):
     return folders
 
 
-def _check_alike(folders):
-    """Raise CheckpointError if models differ in their configurations or tokenizers."""
-    *others, last = folders
-    for folder in others:
-        pairs = [(lora.read_config(folder), lora.read_config(last))]
-        if bool(lora.base_of(folder)) != bool(lora.base_of(last)):
-            raise CheckpointError(f"{folder}: one of it and {last} is an adapter, and the other a model; give one kind")
-        if lora.base_of(last):
-            pairs.append((_read_adapter_config(folder), _read_adapter_config(last)))
-        for here, there in pairs:
-            for key in here | there:
-                if here.get(key) != there.get(key) and key not in _FREE_KEYS:
-                    raise CheckpointError(
-                        f"{folder}: {key} is {here.get(key)!r:.80}, and {there.get(key)!r:.80} in {last}; average "
-                        "models of one architecture"
-                    )
-        texts = [
-            path.read_bytes() if path.is_file() else b""
-            for path in (folder / "tokenizer.json", last / "tokenizer.json")
-        ]
-        if texts[0] != texts[1]:
-            raise CheckpointError(
-                f"{folder}: its tokenizer.json is not that of {last}; average models of one tokenizer"
-            )
-
-
-def _read_adapter_config(folder):
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}  # sets of names
-
-
 def _open_weights(folder):
     """Return {tensor name: open file} of a folder's model; the files are memory-mapped."""
     weights = {}
@@ -135,19 +103,36 @@ def _open_weights(folder):
     return weights
 
 
-def _check_tensors(folders, models):
-    """Raise CheckpointError if the models have tensors of other names, shapes or data types."""
-    layouts = [
-        {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name, file in model.items()}
-        for model in models
-    ]
-    for folder, layout in zip(folders, layouts, strict=True):
-        for name in layout | layouts[-1]:
-            here, there = (" ".join(map(str, part.get(name, ("absent",)))) for part in (layout, layouts[-1]))
+def _check_alike(folders, models):
+    """Raise CheckpointError if models differ in more than the values of their weights."""
+    last, expected = folders[-1], _layout(folders[-1], models[-1])
+    for folder, model in zip(folders[:-1], models, strict=False):
+        if bool(lora.base_of(folder)) != bool(lora.base_of(last)):
+            raise CheckpointError(f"{folder}: one of it and {last} is an adapter, and the other a model; give one kind")
+        tokenizers = [path / "tokenizer.json" for path in (folder, last)]
+        if len({path.read_bytes() if path.is_file() else b"" for path in tokenizers}) > 1:
+            raise CheckpointError(
+                f"{folder}: its tokenizer.json is not that of {last}; average models of one tokenizer"
+            )
+        layout = _layout(folder, model)
+        for name in layout | expected:
+            here, there = layout.get(name, "absent"), expected.get(name, "absent")
             if here != there:
                 raise CheckpointError(
-                    f"{folder}: {name} is {here}, and {there} in {folders[-1]}; average models of one architecture"
+                    f"{folder}: {name} is {here:.80}, and {there:.80} in {last}; average models of one architecture"
                 )
+
+
+def _layout(folder, model):
+    """Return the configuration of a model, and the data type and the shape of each of its tensors, as text by name."""
+    config = lora.read_config(folder)
+    if lora.base_of(folder):
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config |= {key: sorted(value) if isinstance(value, list) else value for key, value in adapter.items()}
+    layout = {key: repr(value) for key, value in config.items() if value is not None and key not in _FREE_KEYS}
+    for name, file in model.items():
+        layout[name] = f"{file.get_slice(name).get_dtype()} {file.get_slice(name).get_shape()}"
+    return layout
 
 
 def _write_model(folder, last, models, ema):

@@ -96,7 +96,8 @@ def save(run_dir, step, files, mailbox=None, must_stop=lambda: False):
             mailbox.put("files", _attempt(lambda: _write_files(partial, files, must_stop)))
         return final
     try:
-        created = _attempt(lambda: _create(partial))
+        shutil.rmtree(partial, ignore_errors=True)
+        created = _attempt(lambda: (partial / "trainer_state").mkdir(parents=True))
         if mailbox is not None:
             mailbox.put("folder", created)
         _raise_first([created])
@@ -154,11 +155,6 @@ def _raise_first(outcomes):
     for rank, outcome in enumerate(outcomes):
         if outcome["problem"] is not None:
             raise OSError(f"rank {rank}: {outcome['problem']}" if len(outcomes) > 1 else outcome["problem"])
-
-
-def _create(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "trainer_state").mkdir(parents=True)
 
 
 def _write_files(folder, files, must_stop):
@@ -222,8 +218,7 @@ def find_latest(run_dir, warn=lambda message: None):
     """
     problems = []
     for _, path in _list(run_dir):
-        problem = find_corruption(path)
-        if problem is None:
+        if not (problem := find_corruption(path)):
             for line in problems:
                 warn(f"skipped {line}")
             return path
@@ -236,11 +231,10 @@ def find_latest(run_dir, warn=lambda message: None):
 
 
 def find_model(run_dir, verify=True):
-    """Return the folder of a run's model: the run's own or, while it is empty, its newest checkpoint; or that of
-    `id@revision`, a model of the Hub.
+    """Return the folder of the model of a run (its own, else its newest checkpoint), or of `id@revision` on the Hub.
 
     Raises:
-        CheckpointError: there is neither, or all checkpoints are damaged, or with `verify` the weights are.
+        CheckpointError: there is none, or all checkpoints are damaged, or with `verify` the weights are.
     """
     folder = Path(resolve(run_dir))
     if not folder.is_dir():
