@@ -25,14 +25,7 @@ from .build_data import (
 )
 from .data import sampler
 from .data import tokenizer as tokenizers
-from .distributed import (
-    PREPARATION,
-    create_accelerator,
-    end_training,
-    explain_failures,
-    is_rank_zero,
-    process_settings,
-)
+from .distributed import PREPARATION, create_accelerator, end_training, explain_failures, is_rank_zero, process_settings
 from .errors import InputError, RecipeError
 from .evaluation import load_metrics
 from .hub import check_target
@@ -125,14 +118,7 @@ class Run:
 
 @contextmanager
 def open_run(recipe, train_data=None, eval_data=None):
-    """Build the run of a recipe, and close it when the block ends.
-
-    Args:
-        recipe: a [`Recipe`], which stays as it is.
-        train_data, eval_data: data in memory; see [`~hf_myllm.train.train`].
-
-    Yields:
-        a [`Run`].
+    """Yield the [`Run`] of a recipe, which stays as it is, and close the run when the block ends.
 
     Raises:
         InputError: the recipe, the data, the model or the folder cannot be used.

@@ -33,13 +33,7 @@ from accelerate.utils import (
 
 from .errors import InputError, PeerFailure, RankError, first_line, os_problem
 from .peers import Peers
-from .precision import (
-    allow_tf32,
-    choose_precision,
-    deterministic_algorithms,
-    explain_nondeterminism,
-    preserved_tf32,
-)
+from .precision import allow_tf32, choose_precision, deterministic_algorithms, explain_nondeterminism, preserved_tf32
 
 try:
     import resource
@@ -166,9 +160,7 @@ def create_accelerator(precision="auto", trains=True, compile_model=False, log_w
 
     Args:
         precision, trains: see [`choose_precision`].
-        compile_model: compile with torch.compile.
-        log_with: names of trackers.
-        run_dir: folder of the trackers' files.
+        log_with, run_dir: names of trackers, and the folder of their files.
 
     Raises:
         InputError: a tracker's package is missing, or the precision or the launcher's settings do not work here.

@@ -68,8 +68,6 @@ class WeightAverage:
     def load(self, tensors):
         """Load what [`tensors`] returned, on any number of ranks, and return True; return False if there is none.
 
-        Args:
-            tensors: see [`~hf_myllm.optim.load_optimizer_tensors`].
         Raises:
             KeyError: the average of a parameter is missing.
         """

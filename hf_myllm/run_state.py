@@ -14,10 +14,7 @@ MAX_SCALE_STEPS = 24  # in a row that halve the loss scale of fp16, from 65,536 
 
 
 class RunState:
-    """The progress of a run.
-
-    Args:
-        run: a [`~hf_myllm.build.Run`].
+    """The progress of a [`~hf_myllm.build.Run`].
 
     Attributes:
         step: optimizer steps done.

@@ -12,13 +12,7 @@ from ..checkpoint import find_run_dir
 from ..errors import HubError, hide_secrets
 from ..files import render_template, write_text_atomically
 from ..models import find_family, lora
-from ..reporting.metrics_log import (
-    last_evaluation,
-    metric_label,
-    metrics_of_weights,
-    read_run,
-    validation_metrics,
-)
+from ..reporting.metrics_log import last_evaluation, metric_label, metrics_of_weights, read_run, validation_metrics
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _MARKER = "<!-- written by hf_myllm; delete this line to keep your own edits -->"

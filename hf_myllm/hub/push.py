@@ -61,15 +61,11 @@ def check_target(repo):
 
 
 def push(run, repo, private=False, revision=None):
-    """Push the model of a run's folder, or of one of its checkpoints, with its card.
+    """Push the model of a run's folder, or of one of its checkpoints, with its card; return the URL of the commit.
 
     Args:
-        run: the folder.
-        repo: user/name; created if it does not exist.
-        private: create it as a private repository.
+        repo: user/name; created if it does not exist, as a private repository with `private`.
         revision: the branch; default: main.
-    Returns:
-        the URL of the commit.
     Raises:
         HubError: the folder holds no valid model, stock transformers does not reproduce it, or the Hub refuses it.
     """
@@ -164,12 +160,7 @@ def _retry(upload, repo):
 
 
 class BackgroundUploads:
-    """Pushes the checkpoints of a run, each in a process of its own, one at a time.
-
-    Args:
-        run_dir: the run's folder.
-        repo, private, revision: see [`push`].
-    """
+    """Pushes the checkpoints of a run, each in a process of its own, one at a time; see [`push`] for the arguments."""
 
     def __init__(self, run_dir, repo, private=False, revision=None):
         self.run_dir, self.repo = Path(run_dir), repo

@@ -97,10 +97,8 @@ def partition(weights, count):
 def write_safetensors(path, tensors, must_stop=lambda: False):
     """Write tensors on the host as safetensors.save_file does, and return the file's size and SHA-256 digest.
 
-    Unlike safetensors, hashes while it writes, flushes, and lets other threads run.
-
-    Args:
-        must_stop: see [`~hf_myllm.files.write_and_digest`].
+    Unlike safetensors, it hashes while it writes, flushes, and lets other threads run; see
+    [`~hf_myllm.files.write_and_digest`].
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:

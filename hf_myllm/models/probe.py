@@ -22,7 +22,6 @@ def check_class(model, task, packing, isolates_documents=False, pads_rows=False)
     """Check that a model does in training what a task expects of it. Of our own classes, nothing is checked.
 
     Args:
-        task, packing: as in a recipe.
         isolates_documents: whether the documents of a row must not see each other.
         pads_rows: whether rows are padded on the right.
     Raises:

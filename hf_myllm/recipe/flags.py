@@ -22,9 +22,6 @@ def parse(argv, families, prog="hf-myllm train"):
     Args:
         argv: an optional recipe (file or name) first, then `--key value`, `--key=value`, or `--key` for a boolean.
         families: see `Recipe.check_family`; the names of their configurations are flags too.
-
-    Raises:
-        RecipeError: see `Recipe`.
     """
     arguments = list(argv)
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None

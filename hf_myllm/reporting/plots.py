@@ -115,12 +115,9 @@ def plot(run_dirs, by="step", output=None):
 
 
 def draw(runs, files, by="step"):
-    """Draw losses and learning rate. Several runs share the axes, each with its smoothed and its validation loss.
+    """Draw the losses and the learning rate of runs (a list of [`Curves`]); see [`plot`].
 
-    Args:
-        runs: a list of [`Curves`].
-        files: paths to write, ending in .png or .svg.
-        by: the x axis: "step", "tokens" or "time".
+    Several runs share the axes, each with its smoothed and its validation loss.
     """
     matplotlib = _import_matplotlib()
     from matplotlib.figure import Figure

@@ -32,13 +32,7 @@ _CATEGORIES = {  # the first whose pattern matches
 
 
 class Profiler:
-    """Records some steps of a run after a warmup, on rank 0.
-
-    Args:
-        run_dir: the run's folder.
-        steps: how many steps to record; None records nothing.
-        total_steps: of the run. The warmup is shorter if the run is.
-    """
+    """Records `steps` steps of a run (None: none) on rank 0, after a warmup, which is shorter in a short run."""
 
     def __init__(self, run_dir, steps, total_steps):
         self.profile = None
