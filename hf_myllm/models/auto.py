@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError
 from .loss import IGNORE_INDEX
-from .stock import StockConfigMixin
+from .stock import StockConfigMixin, same_document
 
 # Tasks -> the library's list of the classes that have their head.
 _HEADS = {
@@ -137,17 +137,13 @@ def _mean_cross_entropy(logits, targets, count):
 
 def _document_mask(config, document_ids, dtype):
     """Return the mask of an encoder for rows of several documents, or a dict of masks by layer type."""
-
-    def same_document(batch, head, query, key):
-        return document_ids[batch, query] == document_ids[batch, key]
-
     embeddings = torch.empty(*document_ids.shape, 0, dtype=dtype, device=document_ids.device)
     arguments = {"config": config, "inputs_embeds": embeddings, "attention_mask": None}
-    mask = create_bidirectional_mask(**arguments, and_mask_function=same_document)
+    arguments["and_mask_function"] = same_document(document_ids)
+    mask = create_bidirectional_mask(**arguments)
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
         return mask
-    sliding = create_bidirectional_sliding_window_mask(**arguments, and_mask_function=same_document)
-    return {"full_attention": mask, "sliding_attention": sliding}
+    return {"full_attention": mask, "sliding_attention": create_bidirectional_sliding_window_mask(**arguments)}
 
 
 def _input_names(model_class):

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .stock import Attention, StockConfigMixin, StockPreTrainedModel, make_document_mask, project
+from .stock import Attention, StockConfigMixin, StockPreTrainedModel, make_document_mask, project, same_document
 
 
 @strict
@@ -173,15 +173,11 @@ class MyBertModel(MyBertPreTrainedModel):
         if self.config._attn_implementation == "flex_attention" and attention_mask is None and document_ids is not None:
             mask = make_document_mask(document_ids)
         elif attention_mask is not None or document_ids is not None:
-
-            def same_document(batch, head, query, key):
-                return document_ids[batch, query] == document_ids[batch, key]
-
             mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                and_mask_function=None if document_ids is None else same_document,
+                and_mask_function=None if document_ids is None else same_document(document_ids),
             )
         hidden_states = self.embeddings(inputs_embeds, token_type_ids, position_ids)
         hidden_states = self.encoder(hidden_states, mask, **kwargs)

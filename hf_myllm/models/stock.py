@@ -151,23 +151,22 @@ def check_rope(rope, head_dim):
     required, optional = _ROPE_KEYS[rope_type]
     if missing := [name for name in required if name not in rope]:
         raise ValueError(f"rope_parameters: rope_type {rope_type} needs {' and '.join(missing)}")
+
+    def is_number(value, low=5e-324):  # the smallest number above 0
+        return type(value) in (int, float) and low <= value < math.inf
+
     for name, value in rope.items():
         if name not in (*required, *optional, "rope_theta"):
             raise ValueError(f"rope_parameters: rope_type {rope_type} has no key {name!r}; remove it")
-        if name == "truncate" and isinstance(value, bool):
-            continue
-        numbers, expected = [value], "true or false" if name == "truncate" else "a finite number above 0"
-        if name == "factor":
-            expected = "a finite number of at least 1"
+        is_valid, expected = is_number(value), "a finite number above 0"
+        if name == "truncate":
+            is_valid, expected = isinstance(value, bool), "true or false"
+        elif name == "factor":
+            is_valid, expected = is_number(value, low=1), "a finite number of at least 1"
         elif name in ("short_factor", "long_factor"):
-            numbers, expected = value, f"a list of {head_dim // 2} numbers above 0, half of the size of a head"
-        is_list = isinstance(numbers, (list, tuple)) and (numbers is not value or len(value) == head_dim // 2)
-        low = 1 if name == "factor" else 5e-324  # the smallest number above 0
-        if (
-            name == "truncate"
-            or not is_list
-            or not all(type(number) in (int, float) and low <= number < math.inf for number in numbers)
-        ):
+            is_valid = isinstance(value, (list, tuple)) and len(value) == head_dim // 2 and all(map(is_number, value))
+            expected = f"a list of {head_dim // 2} numbers above 0, half of the size of a head"
+        if not is_valid:
             raise ValueError(f"rope_parameters: {name} must be {expected}, not {value!r}")
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError("rope_parameters: high_freq_factor must be above low_freq_factor")
@@ -199,6 +198,19 @@ class StockPreTrainedModel(PreTrainedModel):
         return self.config.stock_name(type(self).__name__.removeprefix("FSDP"))  # as fully_shard renames the class
 
 
+def same_document(document_ids):
+    """Return the mask function by which tokens attend to those of their own document only.
+
+    Args:
+        document_ids: (batch, length), equal within a document.
+    """
+
+    def is_same(batch, head, query, key):
+        return document_ids[batch, query] == document_ids[batch, key]
+
+    return is_same
+
+
 def make_document_mask(document_ids, *conditions):
     """Return flex attention's block mask for rows of several documents, which do not attend to each other.
 
@@ -206,18 +218,13 @@ def make_document_mask(document_ids, *conditions):
     compile itself.
 
     Args:
-        document_ids: (batch, length), equal within a document.
+        document_ids: see [`same_document`].
         conditions: functions of the indices (batch, head, query, key) that must hold as well.
     """
-
-    def same_document(batch, head, query, key):
-        return document_ids[batch, query] == document_ids[batch, key]
-
     # Not compiled, the function stores a mask of length x length.
     create = create_block_mask if torch.compiler.is_compiling() else torch.compile(create_block_mask)
-    batch_size, length = document_ids.shape
-    device = document_ids.device
-    return create(and_masks(same_document, *conditions), batch_size, None, length, length, device=device)
+    (batch_size, length), condition = document_ids.shape, and_masks(same_document(document_ids), *conditions)
+    return create(condition, batch_size, None, length, length, device=document_ids.device)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
