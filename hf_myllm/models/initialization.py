@@ -7,6 +7,7 @@ needs no more memory than its share.
 
 import math
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 import transformers.initialization as library
@@ -260,6 +261,45 @@ def make_on_meta(model_class, config):
     """Return a model without memory for its parameters and buffers. None of its weights is tied to another yet."""
     with torch.device("meta"), library.no_tie_weights():
         return model_class(config)
+
+
+def grow_vocabulary(model, vocab_size, seed):
+    """Add rows to a model's embeddings and to its head: close to the mean of the old ones (Hewitt 2021), so that no
+    token starts out likely.
+
+    They are drawn by the parameter's name from the normal distribution with the mean of the old rows and 1e-9 of their
+    covariance, as the library has it; here from blocks of the old rows, so that none is loaded whole. The sums are in
+    float64: the rows do not depend on the number of threads.
+    """
+    shapes, read_rows = (
+        {name: parameter.shape for name, parameter in model.named_parameters()},
+        vars(model).get("read_rows"),
+    )
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    added = {}
+    for name, parameter in model.named_parameters():
+        if parameter.shape != shapes[name]:
+            read = (
+                partial(read_rows, name) if read_rows else lambda start, stop, values=parameter.data: values[start:stop]
+            )
+            added[name] = _draw_alike(read, shapes[name], len(parameter) - shapes[name][0], seed, name)
+            if not read_rows:
+                parameter.data[shapes[name][0] :] = added[name]
+    if read_rows:
+        read_rows.add(added, model.config)
+
+
+def _draw_alike(read, shape, count, seed, name):
+    """Return `count` new rows for a parameter of this shape; see [`grow_vocabulary`]."""
+    num_rows, per_block = shape[0], max(1, _BLOCK // math.prod(shape[1:]))
+    blocks = [(start, min(num_rows, start + per_block)) for start in range(0, num_rows, per_block)]
+    mean = sum(read(*block).double().sum(0) for block in blocks) / num_rows
+    rows = mean.expand(count, *shape[1:]).clone()
+    for start, stop in blocks:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "vocabulary", name, start))
+        factors = torch.randn(count, stop - start, dtype=torch.float64, generator=generator)
+        rows += math.sqrt(1e-9 / num_rows) * torch.tensordot(factors, read(start, stop).double() - mean, 1)
+    return rows
 
 
 def reinitialize(model, names, seed):

@@ -20,7 +20,7 @@ from transformers import (
 from ..errors import ModelError, first_line
 from ..terminal import first_of, plural
 from . import FAMILIES, auto, lora, weights
-from .initialization import InitialWeights, make_on_meta, reinitialize
+from .initialization import InitialWeights, grow_vocabulary, make_on_meta, reinitialize
 from .stock import check_sizes
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in a configuration as in its tokenizer
@@ -226,8 +226,8 @@ def build_model(
         return _initialize(family, task, config, seed, dtype, on_meta), []
     try:  # what a base model lacks, its adapter has
         source, must_be_whole = base or pretrained, is_trained and not base
-        rows_seed = seed if on_meta and not base else None
-        model, new = _load_whole_model(family, task, config, source, must_be_whole, replaces_head, dtype, rows_seed)
+        by_rows = on_meta and not base
+        model, new = _load(family, task, config, source, must_be_whole, replaces_head, dtype, seed, by_rows)
         reinitialize(model, new, seed)
     except ModelError as error:
         raise _explain(error, pretrained, base) from None
@@ -304,7 +304,7 @@ def use_flex_attention(model, device_type):
         model.set_attn_implementation("flex_attention")
 
 
-def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, dtype, rows_seed):
+def _load(family, task, config, path, must_be_whole, replaces_head, dtype, seed, by_rows):
     """Return a model without an adapter and the names of its newly initialized weights; see [`build_model`]."""
     vocab_size = config.vocab_size
     try:
@@ -312,15 +312,12 @@ def _load_whole_model(family, task, config, path, must_be_whole, replaces_head, 
     except Exception as error:
         raise ModelError(f"the model {path} cannot be loaded: {first_line(error)[:300]}") from None
     config.vocab_size = stored_config.vocab_size
-    if vocab_size > config.vocab_size:
-        rows_seed = None  # the new rows of the vocabulary follow from all old ones
-    model, loading_info = weights.load(FAMILIES[family].tasks[task], path, config, dtype, rows_seed)
+    model, loading_info = weights.load(FAMILIES[family].tasks[task], path, config, dtype, seed if by_rows else None)
     new = _find_new_weights(family, task, model, path, loading_info, must_be_whole, replaces_head, stored_config)
     weights.warn_unused(path, loading_info["unused"])
-    if vocab_size > config.vocab_size:
-        # New rows are drawn close to the mean of the old ones (Hewitt 2021), so that no token starts out likely.
-        model.resize_token_embeddings(vocab_size)
-        new.append(f"{plural(vocab_size - config.vocab_size, 'row')} of the vocabulary")
+    if vocab_size > stored_config.vocab_size:
+        grow_vocabulary(model, vocab_size, seed)
+        new.append(f"{plural(vocab_size - stored_config.vocab_size, 'row')} of the vocabulary")
         config.vocab_size = vocab_size
     return model, new
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import GenerationConfig
@@ -27,11 +28,19 @@ class StoredRows:
     """
 
     def __init__(self, stored, initial):
-        self._stored, self._initial, self._files = stored, initial, {}
+        self._stored, self._initial, self._files, self._added = stored, initial, {}, {}
 
     def __call__(self, name, start=0, stop=None):
         if name not in self._stored:
             return self._initial.rows(name, start, stop)
+        if name not in self._added:
+            return self._read(name, start, stop)
+        first, added = self._added[name]
+        stop = first + len(added) if stop is None else stop
+        old = self._read(name, min(start, first), min(stop, first))
+        return torch.cat([old, added[max(0, start - first) : max(0, stop - first)].to(old.dtype)])
+
+    def _read(self, name, start, stop):
         file, stored_name = self._stored[name]
         if file not in self._files:
             self._files[file] = safe_open(file, framework="pt")
@@ -45,6 +54,12 @@ class StoredRows:
         """Give these parameters initial values."""
         for name in names:
             self._stored.pop(name, None)
+
+    def add(self, rows, config):
+        """Add rows to parameters; `config` is that of the model with them."""
+        initial, old = self._initial, self._initial.shapes
+        self._added = {name: (old[name][0], values) for name, values in rows.items()}
+        self._initial = InitialWeights(make_on_meta(type(initial.model), config), initial.seed, initial.dtype)
 
 
 def open_model(model_class, path, config, dtype, seed):

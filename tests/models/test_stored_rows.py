@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_myllm import checkpoint
 from hf_myllm.errors import ModelError
-from hf_myllm.models import FAMILIES, loading, weights
+from hf_myllm.models import FAMILIES, initialization, loading, weights
 from hf_myllm.models.export import weights_to_save
 from hf_myllm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from hf_myllm.saver import Saver
@@ -165,3 +165,41 @@ def test_a_rank_holds_its_share_of_a_model_and_of_a_checkpoint(tmp_path, shard_a
         "state": 2 * total + scalars,
     }
     assert sum(kept) == 3 * total + scalars
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_vocabulary_that_grows_is_read_by_rows_too(name, tmp_path, monkeypatch):
+    """The new rows are those of one process, and close to the mean of the old ones."""
+    monkeypatch.setattr(initialization, "_BLOCK", 500)  # several blocks
+    case, task = CASES[name], next(iter(CASES[name].family.tasks))
+    case.make_model().save_pretrained(tmp_path)
+    size = case.make_config().vocab_size
+    for dtype in (torch.float32, torch.bfloat16):
+        (model, new), (read, read_new) = (
+            loading.build_model(
+                name, task, case.make_config(vocab_size=size + 5), tmp_path, seed=3, dtype=dtype, on_meta=on_meta
+            )
+            for on_meta in (False, True)
+        )
+        assert new == read_new
+        assert "5 rows of the vocabulary" in new
+        assert read.config.vocab_size == model.config.vocab_size == size + 5
+        grown = 0
+        for key, parameter in model.named_parameters():
+            assert read.get_parameter(key).is_meta
+            assert read.get_parameter(key).shape == parameter.shape, key
+            pieces = [(0, 3), (3, size - 1), (size - 1, size + 2), (size + 2, size + 5)]
+            if len(parameter) != size + 5:
+                pieces = [(0, len(parameter))]
+            grown += len(pieces) > 1
+            rows = torch.cat([read.read_rows(key, *piece) for piece in pieces])
+            assert rows.dtype == parameter.dtype
+            assert torch.equal(rows, parameter), key
+            assert torch.equal(read.read_rows(key), parameter), key
+            if len(pieces) > 1 and dtype == torch.float32:
+                old, added = parameter[:size], parameter[size:]
+                assert ((added - old.mean(0)).abs() <= 3e-4 * old.std(0) + 1e-9).all()
+                assert parameter.dim() == 1 or len(added.unique(dim=0)) == 5
+        assert grown
+        for key, buffer in model.named_buffers():
+            assert torch.equal(read.get_buffer(key), buffer), key
