@@ -53,31 +53,44 @@ def build_optimizer(model, learning_rate, betas, epsilon, weight_decay, name="ad
     Args:
         name: "adamw" (Loshchilov and Hutter 2019), or "muon" (Jordan et al. 2024) for the matrices of the layers and
             AdamW for embeddings, heads, biases and norms. Muon's updates are scaled to AdamW's root mean square (Liu
-            et al. 2025, "Muon is Scalable for LLM Training"), so that one learning rate serves both.
+            et al. 2025, "Muon is Scalable for LLM Training"), so that one learning rate serves both. A family may scale
+            it for some parameters; see [`lr_scales`].
         compile_updates: compile Muon's element-wise operations; AdamW's are one kernel as they are.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hidden = hidden_matrices(model) if name == "muon" else {}
-    others = [parameter for parameter in parameters if parameter not in hidden]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    hidden, scales = (hidden_matrices(model), lr_scales(model)) if name == "muon" else ({}, {})
     if name == "muon" and not hidden:
         raise InputError("optimizer: muon finds no matrices in the layers of this model; use adamw")
+    groups = {}
+    for parameter in parameters:
+        decay, scale = weight_decay if parameter.dim() >= 2 else 0.0, scales.get(parameter, 1.0)
+        groups.setdefault((hidden.get(parameter), decay, scale), []).append(parameter)
+    matrices, others = [], []
+    for (projections, decay, scale), params in groups.items():
+        # A decay is multiplied by the learning rate: it must not depend on the scale.
+        group = {"params": params, "lr": learning_rate * scale, "lr_scale": scale, "weight_decay": decay / scale}
+        if projections is None:
+            others.append(group)
+        else:
+            matrices.append(group | {"projections": projections})
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    adamw = torch.optim.AdamW(others or [{"params": []}], lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
     if not hidden:
         return adamw
-    matrices = {}
-    for parameter in parameters:
-        if parameter in hidden:
-            matrices.setdefault(hidden[parameter], []).append(parameter)
-    groups = [{"params": params, "projections": projections} for projections, params in matrices.items()]
-    muon = Muon(groups, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
     if compile_updates:
         muon.compile()
     return ChainedOptimizer([muon, adamw])
+
+
+def lr_scales(model):
+    """Return the factors of Muon's learning rate, {parameter: factor}, of the parameters that have one.
+
+    Updates of Muon and AdamW have one size, whatever that of the weights. A module whose weights are larger or smaller
+    than those of other layers, because another factor of the model makes up for it, has `lr_scale`.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "lr_scale")]
+    return {parameter: module.lr_scale for module in modules for parameter in module.parameters(recurse=False)}
 
 
 def hidden_matrices(model):

@@ -211,7 +211,7 @@ def set_learning_rate(run, optimizer, step):
         section.decay_steps,
     )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
 
 

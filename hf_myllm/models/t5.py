@@ -106,10 +106,12 @@ class MyT5Attention(EncoderDecoderAttention):
         super().__init__(
             config, layer_idx, config.num_heads, config.d_kv, 1.0, config.dropout_rate, bias=False, is_causal=is_causal
         )
-        self.q.init_scale = config.d_kv**-0.5  # in place of the scaling of the scores
+        # In place of the scaling of the scores. At the full learning rate, the scores would soon saturate the softmax.
+        self.q.init_scale = self.q.lr_scale = config.d_kv**-0.5
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
             self.relative_attention_bias.init_scale = config.d_model**-0.5
+            self.relative_attention_bias.lr_scale = config.d_model**0.5  # other scores are sums over d_model products
 
     def add_position_bias(self, attention_mask, distances, num_keys, dtype):
         """Return the bias of the relative positions and the mask, (1 or batch, heads, queries, keys).
@@ -286,6 +288,7 @@ class MyT5Model(EncoderDecoderMixin, MyT5PreTrainedModel):
     def __init__(self, config: MyT5Config):
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared.lr_scale = config.d_model**0.5  # as it is larger than the matrices
         self.encoder = MyT5Stack(config, is_decoder=False)
         self.decoder = MyT5Stack(config, is_decoder=True)
         self.add_head(config)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from hf_myllm.errors import ModelError
 from hf_myllm.models import loading
 from hf_myllm.models.encoder_decoder import shift_tokens_right
 from hf_myllm.models.t5 import position_buckets
-from hf_myllm.optim import hidden_matrices
+from hf_myllm.optim import build_optimizer, hidden_matrices
 from hf_myllm.precision import cast_to_bf16
+from hf_myllm.recipe import Recipe
+from hf_myllm.train import set_learning_rate
 
 T5, BART = ENCODER_DECODERS["t5"], ENCODER_DECODERS["bart"]
 ONE_LAYER = {
@@ -413,6 +416,34 @@ def test_muon_optimizes_the_matrices_of_the_layers(family):
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and (".block." in name or ".layers." in name) and "relative" not in name
         assert (id(parameter) in hidden) == is_matrix, name
+
+
+def test_muon_trains_t5_as_its_equivalent_with_scaled_attention():
+    """With q times sqrt(d_kv), embeddings and position biases by sqrt(d_model); the decay is the same."""
+    scaled = {"q.weight": 4, "shared.weight": 1 / 8, "relative_attention_bias.weight": 1 / 8}
+    recipe = Recipe(model="t5", training={"optimizer": "muon", "warmup_steps": 0, "lr_schedule": "constant"})
+    run, trained = SimpleNamespace(recipe=recipe, total_steps=9), []
+    for is_scaled in (True, False):
+        model = T5.make_model(d_kv=16, d_model=64)
+        factors = {
+            parameter: next((factor for end, factor in scaled.items() if name.endswith(end)), 1)
+            for name, parameter in model.named_parameters()
+        }
+        for module in [] if is_scaled else [module for module in model.modules() if hasattr(module, "lr_scale")]:
+            del module.lr_scale
+        with torch.no_grad():
+            for parameter, factor in factors.items():
+                parameter.mul_(1 if is_scaled else factor)
+        optimizer = build_optimizer(model, 1e-2, (0.9, 0.95), 0.0, 0.1, "muon")
+        for step in range(3):
+            set_learning_rate(run, optimizer, step)
+            torch.manual_seed(step)
+            for parameter, factor in factors.items():
+                parameter.grad = torch.randn_like(parameter) / (1 if is_scaled else factor)
+            optimizer.step()
+        trained.append([parameter * (factor if is_scaled else 1) for parameter, factor in factors.items()])
+    for scaled, equivalent in zip(*trained, strict=True):
+        torch.testing.assert_close(scaled, equivalent, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
