@@ -4,9 +4,9 @@
 [`DocumentRows`]: each row is one whole document, or as many as fit.
 [`SentencePassages`]: each row is a part of one document, for pairs of sentences.
 
-Each has `tokens`, `name` (for messages), `len()`, `source_starts` (the first row of each source), `lengths` (a function
-from row numbers to row lengths; None if all are equal) and `num_used_tokens()` (the tokens that are targets or inputs
-of some row). [`streaming.StreamedRows`] has the same interface, without num_used_tokens.
+Each has `tokens` (a [`TokenStream`]), `name` (of the data, for messages), `len()`, `source_starts` (the first row of
+each source), `lengths` (a function from row numbers to row lengths; None if all are equal) and `num_used_tokens()` (the
+tokens that are targets or inputs of some row). [`streaming.StreamedRows`] has all but num_used_tokens.
 """
 
 import bisect
@@ -23,10 +23,8 @@ class StridedRows:
     No token is lost: the last row starts earlier if it would not be full, and its repeated targets do not count.
 
     Args:
-        tokens: a [`TokenStream`].
         length: predictions per row.
         stride: tokens between the starts of two rows: rows overlap if it is below length, and skip tokens if above.
-        name: how messages refer to the data.
         ahead: tokens read after a row's positions: 1 if each position predicts the next token, 0 if its own.
     Raises:
         DataError: there are too few tokens for one row.
@@ -78,12 +76,9 @@ class DocumentRows:
     """Rows of one or more whole documents; a document longer than a row is split.
 
     Args:
-        tokens: a [`TokenStream`].
         spans: (spans, 2) int64, where each document, or part of one, starts and stops, in the order of the rows.
         first: (rows + 1,) int64, the first span of each row, and the number of spans.
         num_special: positions that each span takes in a row beyond its tokens.
-        name: how messages refer to the data.
-        source_starts: the first row of each source.
         loss_mask: a [`TokenStream`] of 0 and 1, which tokens are targets; None: all.
     Raises:
         DataError: there is no document.
@@ -114,10 +109,8 @@ class SentencePassages:
     """Passages of one document each; a document longer than `length` is split into equal parts.
 
     Args:
-        tokens: a [`TokenStream`].
         separators: the token ids that stand between documents.
         length: tokens per passage, at most.
-        name: how messages refer to the data.
         documents, max_rows: use the first of these documents, with at most so many passages.
     Raises:
         DataError: there are fewer than two documents.
@@ -199,7 +192,6 @@ def pack_documents(tokens, name, separators, length, num_special, is_packed, ahe
     """Return the documents of a stream as [`DocumentRows`], memory-mapped from the cache.
 
     Args:
-        name: how messages refer to the data.
         separators: the token ids that stand between documents.
         length: positions per row.
         num_special: positions that each document takes in a row beyond its tokens.

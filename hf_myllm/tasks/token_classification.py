@@ -44,7 +44,9 @@ class TokenClassification(LabelNames, PredictionTask):
 
     def parse(self, record, where):
         words = self._words(record, where)
-        labels = self._word_labels(record, where, words) if self.reads_labels else [0] * len(words)
+        labels = [0] * len(words)
+        if self.reads_labels:
+            labels = [self.labels.label_id(label, place) for label, place in self.label_values(record, where)]
         columns = {self.text_column: words}
         return {"words": words, "labels": labels, "key": repr((words, labels)), "record": columns}
 
@@ -58,18 +60,13 @@ class TokenClassification(LabelNames, PredictionTask):
             raise BadRowError(f"{where} has no words")
         return [check_text(word, where) for word in words]
 
-    def _word_labels(self, record, where, words):
-        labels = self.read_labels(record, where)
+    def label_values(self, record, where):
+        words, labels = self._words(record, where), self.read_labels(record, where)
         if not isinstance(labels, list) or len(labels) != len(words):
             count = f"{len(labels)} labels" if isinstance(labels, list) else "no list of labels"
             raise BadRowError(f"{where} has {len(words)} words and {count}; give each word a label")
         places = (f"{where}, word {index} ({word!r:.40})" for index, word in enumerate(words, start=1))
-        return [self.labels.label_id(label, place) for label, place in zip(labels, places, strict=True)]
-
-    def label_values(self, record, where):
-        labels = self.read_labels(record, where)
-        labels = labels if isinstance(labels, list) else [labels]
-        return [(label, f"{where}, word {index}") for index, label in enumerate(labels, start=1)]
+        return list(zip(labels, places, strict=True))
 
     def tokenize(self, examples):
         return self.backend().encode_batch([example["words"] for example in examples], is_pretokenized=True)

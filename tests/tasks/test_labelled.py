@@ -727,7 +727,7 @@ def test_mistakes_are_named_by_their_place(tmp_path, wordpiece, bpe):
         num_kept=1,
     )
     check(
-        "line 2, word 2 has no label",
+        r"line 2, word 2 \('y'\) has no label",
         [*words, {"tokens": ["x", "y"], "label": ["O", None]}],
         TokenClassification,
         num_kept=1,
