@@ -52,7 +52,7 @@ class Classification(LabelNames, PredictionTask):
         if self.settings.problem_type == REGRESSION:
             return Labels(REGRESSION)
         if not isinstance(self.label_column, list):
-            return super().labels_of(source, self.settings.problem_type)
+            return super().labels_of(source)
         if len(set(self.label_column)) < len(self.label_column):
             raise InputError(f"label_column names a column twice: {', '.join(self.label_column)}; name each once")
         return Labels(MULTI_LABEL, tuple(self.label_column))

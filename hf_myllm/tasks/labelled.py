@@ -346,9 +346,9 @@ class LabelNames:
         cells = {name: read_column(record, where, name, "label_column") for name in self.label_columns}
         return cells if isinstance(self.label_column, list) else cells[self.label_column]
 
-    def labels_of(self, source, problem_type=None):
+    def labels_of(self, source):
         """Return the labels of training data."""
-        collector = LabelCollector(problem_type)
+        collector = LabelCollector(self.settings.problem_type)
         for where, record in self.read_first(source):
             try:
                 self.texts(record, where)

@@ -110,8 +110,8 @@ class TokenClassification(LabelNames, PredictionTask):
 
     has_one_class = True
 
-    def labels_of(self, source, problem_type=None):
-        labels = super().labels_of(source, problem_type)
+    def labels_of(self, source):
+        labels = super().labels_of(source)
         if find_scheme(labels.names) == "mixed":
             shown = ", ".join(labels.names[:12])
             raise InputError(f"{source.name}: the labels mix schemes of entities: {shown}; use IOB, BIOES or BILOU")
