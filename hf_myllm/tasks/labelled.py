@@ -4,6 +4,7 @@ A *record* is an item of the data as it was read, a dict of columns. An *example
 training sequence; a long example may become several rows.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -93,6 +94,16 @@ class LabelledTask(Task):
     def read_first(self, source):
         """Yield what `read` does, up to the source's `max_rows`."""
         return islice(self.read(source), source.max_rows or None)
+
+    @contextmanager
+    def skipping_bad_rows(self, skipped):
+        """With `skip_bad_rows`, end the block at a BadRowError, whose message the list `skipped` receives."""
+        try:
+            yield
+        except BadRowError as problem:
+            if not self.settings.skip_bad_rows:
+                raise
+            skipped.append(str(problem))
 
     def used_columns(self):
         """Return the names of the columns that the task reads."""
@@ -350,12 +361,9 @@ class LabelNames:
         """Return the labels of training data."""
         collector = LabelCollector(self.settings.problem_type)
         for where, record in self.read_first(source):
-            try:
+            with self.skipping_bad_rows([]):
                 self.texts(record, where)
                 collector.add(self.label_values(record, where))
-            except BadRowError:
-                if not self.settings.skip_bad_rows:
-                    raise
         if unknown := [name for name in collector.names if self.settings.labels and name not in self.settings.labels]:
             raise InputError(f"labels: {source.name} has {first_of(unknown, 8)} too; add what is missing")
         collector.names |= dict.fromkeys(self.settings.labels or ())

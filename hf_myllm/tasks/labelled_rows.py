@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from ..data.cache import cached_folder
-from ..data.columns import BadRowError
 from ..data.corpus import TokenStream
 from ..data.hold_out import HoldOut, text_hash
 from ..data.sources import source_key
@@ -156,14 +155,8 @@ def rows_in_memory(examples, task, name, skipped):
 def read_examples(source, task, skipped):
     """Yield the examples of a source, checked; `skipped` receives the message of each one that is left out."""
     for where, record in task.read_first(source):
-        try:
-            example = task.parse(record, where)
-        except BadRowError as problem:
-            if not task.settings.skip_bad_rows:
-                raise
-            skipped.append(str(problem))
-        else:
-            yield example
+        with task.skipping_bad_rows(skipped):
+            yield task.parse(record, where)
 
 
 def _write_rows(source, task, val_fraction, folder):
@@ -222,19 +215,14 @@ class _RowWriter:
         """Write the rows of some examples, at most _BATCH."""
         rows = []
         for example, encoding in zip(examples, self.task.tokenize(examples) if examples else [], strict=True):
-            try:
+            with self.task.skipping_bad_rows(self.skipped):
                 example_rows, is_cut = self.task.example_rows(example, encoding)
-            except BadRowError as problem:
-                if not self.task.settings.skip_bad_rows:
-                    raise
-                self.skipped.append(str(problem))
-                continue
-            rows += [row | {"example": self.num_examples} for row in example_rows]
-            self.num_examples += 1
-            self.stats["cut"] += is_cut
-            self.task.update_stats(self.stats, example)
-            if self.folder is None or self.task.record_features:
-                self.records.append(example["record"])
+                rows += [row | {"example": self.num_examples} for row in example_rows]
+                self.num_examples += 1
+                self.stats["cut"] += is_cut
+                self.task.update_stats(self.stats, example)
+                if self.folder is None or self.task.record_features:
+                    self.records.append(example["record"])
         for row in rows:
             ids = np.array(row["input_ids"], dtype=np.uint32)
             self.digest.update(ids)
