@@ -181,7 +181,7 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
 
     show_progress = accelerator.is_local_main_process
     training, validation, stats = load_data(
-        recipe, data_sources, tokenizer, task, trainer_state, config.vocab_size, cleanup, show_progress
+        recipe, data_sources, task, trainer_state, config.vocab_size, cleanup, show_progress
     )
     on_meta = accelerator.is_fsdp2
     model, newly_initialized = build_model(recipe, config, pretrained, stored_config, is_trained, task, on_meta)

@@ -158,7 +158,7 @@ def first_part(source):
     return part if size is None or size > limit else source
 
 
-def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, cleanup, show_progress):
+def load_data(recipe, data_sources, task, trainer_state, vocab_size, cleanup, show_progress):
     """Tokenize the data, or open it in the cache.
 
     Args:
@@ -170,7 +170,7 @@ def load_data(recipe, data_sources, tokenizer, task, trainer_state, vocab_size, 
     """
     data = recipe.data
     if data.streaming and not recipe.evaluation.eval_only:
-        training, validation, stats = open_stream(recipe, data_sources, tokenizer, trainer_state, show_progress)
+        training, validation, stats = open_stream(recipe, data_sources, task, trainer_state, show_progress)
         cleanup.callback(training.close)
     else:
         training, validation, stats = load_sets(task, data_sources, show_progress)
@@ -253,22 +253,19 @@ def make_rows(recipe, data_sources, task, training, validation):
     return train_rows, val_sets
 
 
-def open_stream(recipe, data_sources, tokenizer, trainer_state, is_maker):
+def open_stream(recipe, data_sources, task, trainer_state, is_maker):
     """Return what `task.load` does, of a corpus that is tokenized a window at a time."""
     data, training = recipe.data, data_sources.training
     positions = trainer_state.get("stream") if trainer_state else None
     if token_ids := [source.name for source in training if source.format in ("bin", "pkl")]:
         raise DataError(f"streaming: {token_ids[0]} holds token ids, which are memory-mapped; leave streaming out")
-    validation = {
-        name: corpus.load_tokens(held_out, tokenizer, 0.0, data.bin_dtype, is_maker)[0]
-        for name, held_out in data_sources.validation.items()
-    }
+    validation = {name: task.load([], source, is_maker)[1] for name, source in data_sources.validation.items()}
     size = min(data.streaming_window, 1_000_000) if recipe.run.dry_run else data.streaming_window
     owner, streams = os.path.abspath(recipe.run.save_model), []
     for index, own in enumerate(streaming.stored_positions(positions, len(training))):
         source = replace(training[index], is_streamed=True)
         own_owner = f"{owner} {index}" if index else owner  # a source may be named twice
-        streams.append(streaming.TokenWindows(source, tokenizer, size, own_owner, own, is_maker))
+        streams.append(streaming.TokenWindows(source, task.tokenizer, size, own_owner, own, is_maker))
     whole = streaming.Streams(streams)
     if positions and trainer_state["data"].get("training data") != whole.fingerprint:
         for stream in streams:
