@@ -201,8 +201,14 @@ class QuestionAnswering(PredictionTask):
             references.append({"id": str(example), "answers": expected})
         return predicted, references
 
-    def compute_metrics(self, predictions, references):
-        return answer_metrics(predictions, references)
+    @staticmethod
+    def compute_metrics(predictions, references):
+        """Return exact_match and f1 (shares from 0 to 1) as SQuAD's script counts them: the best of several references;
+        case, punctuation and articles do not count, and no answer is the text ""."""
+        from torchmetrics.functional.text import squad  # slow to import, and not every run needs it
+
+        scores = squad(predictions, references)
+        return {"exact_match": float(scores["exact_match"]) / 100, "f1": float(scores["f1"]) / 100}
 
     def describe_predictions(self, rows, predictions):
         """Yield the id and question of each example with its answer, score and start, and the five best guesses."""
@@ -269,12 +275,3 @@ def answer_tokens(example, offsets):
     if not len(inside):
         raise BadRowError(f"{example['where']}: the answer {text!r:.60} has no tokens")
     return int(inside[0]), int(inside[-1])
-
-
-def answer_metrics(predictions, references):
-    """Return exact_match and f1 (shares from 0 to 1) as SQuAD's script counts them: the best of several references;
-    case, punctuation and articles do not count, and no answer is the text ""."""
-    from torchmetrics.functional.text import squad  # slow to import, and not every run needs it
-
-    scores = squad(predictions, references)
-    return {"exact_match": float(scores["exact_match"]) / 100, "f1": float(scores["f1"]) / 100}

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from hf_myllm.tasks import Labels
 from hf_myllm.tasks.base import language_metrics
 from hf_myllm.tasks.classification import classification_metrics
-from hf_myllm.tasks.question_answering import answer_metrics
+from hf_myllm.tasks.question_answering import QuestionAnswering
 from hf_myllm.tasks.token_classification import entity_metrics, find_entities
 
 
@@ -168,7 +168,7 @@ def test_metrics_by_hand():
         {"id": str(n), "answers": {"text": texts, "answer_start": [0] * len(texts)}}
         for n, (_, texts) in enumerate(answers)
     ]
-    metrics = answer_metrics(predictions, references)
+    metrics = QuestionAnswering.compute_metrics(predictions, references)
     assert metrics == pytest.approx({"exact_match": 2 / 4, "f1": (1 + 2 / 3 + 1 + 0) / 4})
     metrics = language_metrics(math.log(8) + math.log(2), 2, 4)
     assert metrics == pytest.approx({"loss": math.log(4), "perplexity": 4, "bits_per_byte": 1, "tokens": 2})
