@@ -12,6 +12,7 @@ from ..terminal import plural
 from .base import cross_entropy, require_tokens, show_tokens
 from .labelled import PredictionTask
 
+_NO_ANSWER = {"text": [], "answer_start": []}
 _NUM_GUESSES = 20  # of each row, for the starts and for the ends
 
 
@@ -92,29 +93,19 @@ class QuestionAnswering(PredictionTask):
     def parse(self, record, where):
         question, context = self.texts(record, where)
         name = check_text(str(record.get("id", where)), where)
-        answers = parse_answers(record, where, context) if self.reads_labels else []
-        kept = {"id": name, "question": question, "context": context}
-        texts, starts = zip(*answers, strict=True) if answers else ((), ())
-        kept |= {"answers": {"text": list(texts), "answer_start": list(starts)}}
-        # all questions on a context stay on one side of the split
-        return {
-            "where": where,
-            "answers": answers,
-            "question": question,
-            "context": context,
-            "key": context,
-            "record": kept,
-        }
+        answers = parse_answers(record, where, context) if self.reads_labels else _NO_ANSWER
+        kept = {"id": name, "question": question, "context": context, "answers": answers}
+        return {"where": where, "record": kept, "key": context}  # all questions on a context are held out, or none
 
     def update_stats(self, stats, example):
-        stats["unanswerable"] = stats.get("unanswerable", 0) + (not example["answers"])
+        stats["unanswerable"] = stats.get("unanswerable", 0) + (not example["record"]["answers"]["text"])
 
     def tokenize(self, examples):
-        questions = [example["question"] for example in examples]
+        questions = [example["record"]["question"] for example in examples]
         return self.backend().encode_batch(questions, add_special_tokens=False)
 
     def example_rows(self, example, encoding):
-        where, context = example["where"], example["context"]
+        where, context = example["where"], example["record"]["context"]
         if self._encoded_context[0] != context:  # consecutive questions often share a context
             encoded = self.tokenizer.backend_tokenizer.encode(context, add_special_tokens=False)
             self._encoded_context = context, encoded.ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
@@ -238,7 +229,7 @@ class QuestionAnswering(PredictionTask):
 
 
 def parse_answers(record, where, context):
-    """Return the answers of a record as a list of (text, start), empty if the question has none.
+    """Return the answers of a record as SQuAD has them, a dict of lists of text and answer_start; empty without answer.
 
     Raises:
         BadRowError: the answers are not in SQuAD's format, or do not stand where they should.
@@ -247,13 +238,12 @@ def parse_answers(record, where, context):
     if is_impossible not in (False, True):
         raise BadRowError(f"{where}: is_impossible is {is_impossible!r:.40}, and must be true or false")
     if is_impossible:
-        return []
+        return _NO_ANSWER
     if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):  # as in SQuAD's files
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
     lists = [answers.get(name) for name in ("text", "answer_start")] if isinstance(answers, dict) else []
     if len(lists) != 2 or not all(isinstance(values, list) for values in lists):
         raise BadRowError(f"{where} has no answers, lists of text and answer_start; empty lists mean no answer")
-    parsed = []
     for text, start in zip_longest(*lists):
         if type(start) is not int or not isinstance(text, str) or not text:
             raise BadRowError(f"{where} has an answer {text!r:.60} at {start!r}: it needs a text and a number")
@@ -262,15 +252,15 @@ def parse_answers(record, where, context):
             raise BadRowError(
                 f"{where}: the answer {text!r:.60} does not stand at {start}, where the text has {found!r:.60}"
             )
-        parsed.append((text, start))
-    return parsed
+    return dict(zip(("text", "answer_start"), lists, strict=True))
 
 
 def answer_tokens(example, offsets):
     """Return the first and last token of an example's first answer, or None if it has no answer."""
-    if not example["answers"]:
+    answers = example["record"]["answers"]
+    if not answers["text"]:
         return None
-    text, start = example["answers"][0]
+    text, start = answers["text"][0], answers["answer_start"][0]
     inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
     if not len(inside):
         raise BadRowError(f"{example['where']}: the answer {text!r:.60} has no tokens")
