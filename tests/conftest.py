@@ -128,17 +128,22 @@ def tiny_bert(tiny_family):
     return tiny_family("bert")
 
 
+def flags(**settings):
+    """Return the settings of a recipe as flags; those that are None are left out."""
+    return [text for key, value in settings.items() if value is not None for text in (f"--{key}", str(value))]
+
+
 class Flags(dict):
     """The keys of a recipe; called, they are the arguments of a command line. A key with None is left out."""
 
     def __call__(self, **changes):
-        flags = {**self, **changes}
+        keys = {**self, **changes}
         if "max_steps" in changes:  # a recipe has either of the two
-            flags["epochs"] = None
-            flags["warmup_steps"] = changes.get("warmup_steps", min(5, changes["max_steps"]))
-        if flags.get("start_context") is None or flags.get("model") == "bert":  # no text is generated
-            flags["max_new_tokens"] = changes.get("max_new_tokens")
-        return [text for key, value in flags.items() if value is not None for text in (f"--{key}", str(value))]
+            keys["epochs"] = None
+            keys["warmup_steps"] = changes.get("warmup_steps", min(5, changes["max_steps"]))
+        if keys.get("start_context") is None or keys.get("model") == "bert":  # no text is generated
+            keys["max_new_tokens"] = changes.get("max_new_tokens")
+        return flags(**keys)
 
 
 def run_cli(*arguments):

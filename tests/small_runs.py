@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 
-from conftest import run_cli
+from conftest import flags, run_cli  # noqa: F401, flags is imported from here by the tests
 
 BERT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 DROPOUT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
@@ -12,11 +12,6 @@ GPT = {"n_layer": 2, "n_head": 2, "n_embd": 48, "resid_pdrop": 0, "embd_pdrop": 
 WORDPIECE, BPE = "{train: wordpiece, vocab_size: 300}", "{train: bpe, vocab_size: 300}"
 NAMES = ["anna", "boris", "carla", "dimitri"]
 PLACES = ["rome", "oslo", "lima", "cairo"]
-
-
-def flags(**settings):
-    """Return the settings of a recipe as flags; those that are None are left out."""
-    return [text for key, value in settings.items() if value is not None for text in (f"--{key}", str(value))]
 
 
 def write_lines(path, rows):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import train
+from conftest import flags, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from word_count import WordCount
 
@@ -33,10 +33,10 @@ def test_a_new_task_trains_saves_and_predicts(word_count, tmp_path, capsys):
     settings |= {"train_file": write_texts(tmp_path / "train.jsonl", 300, 0), "save_model": tmp_path / "run"}
     settings |= {"val_file": write_texts(tmp_path / "val.jsonl", 41, 1), "learning_rate": 5e-3, "max_steps": 150}
     settings["tokenizer"] = "{train: bpe, vocab_size: 300}"
-    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    assert train(*flags, "--dry_run") == 0
+    arguments = flags(**settings)
+    assert train(*arguments, "--dry_run") == 0
     assert " words\n" in capsys.readouterr().out
-    assert train(*flags, "--save_freq", 100) == 0
+    assert train(*arguments, "--save_freq", 100) == 0
     run = tmp_path / "run"
     out = capsys.readouterr().out
     metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
