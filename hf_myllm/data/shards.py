@@ -179,13 +179,12 @@ class Index:
         continued = np.cumsum([shard["continues"] for shard in self.shards])
         records = np.cumsum([0, *(shard["records"] for shard in self.shards)])
         self.first_documents = records[:-1] - continued  # the number of the document of each shard's first record
-        names = [name for shard in self.shards for name in _sizes(shard, self.dtype)]
-        sizes = self.folder.sizes(names)
-        for shard in self.shards:
-            for name, size in _sizes(shard, self.dtype).items():
-                if sizes.get(name) != size:
-                    found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
-                    raise self._damaged(name, f"{found}, and the index names {size:,} bytes")
+        expected = {name: size for shard in self.shards for name, size in _sizes(shard, self.dtype).items()}
+        sizes = self.folder.sizes(list(expected))
+        for name, size in expected.items():
+            if sizes.get(name) != size:
+                found = f"has {sizes[name]:,} bytes" if name in sizes else "is missing"
+                raise self._damaged(name, f"{found}, and the index names {size:,} bytes")
 
     def _damaged(self, name, problem):
         """Return the error of a file that is not as the index says."""
