@@ -90,9 +90,9 @@ class Task:
     has_bits_per_byte = False  # the targets add up to the text
     logits_share = 0.0  # share of a row's positions that get logits over the vocabulary (to estimate memory)
     never_predicted = ()  # token ids that are never a target
-    chance_loss = 0.0  # nats that guessing costs beside the tokens
-    text_share = 1.0  # share of the targets that are text; to guess the others costs nothing
-    new_tokens = {}  # special tokens that a tokenizer gets which is trained for the task: {attribute: token or list}
+    chance_loss = 0.0  # loss, in nats, of guessing what is predicted beside the tokens
+    text_share = 1.0  # share of the targets that are text; the others are known: their loss is 0
+    new_tokens = {}  # special tokens of a tokenizer that is trained for the task: {attribute: token or list}
     own_columns = ()  # names of columns that `columns` and `template` of a recipe may give
     target_note = "(\u00b7 is a position without a target)"  # explains `describe_target`
     labels = None  # [`labels.Labels`] of tasks that have them
@@ -100,7 +100,7 @@ class Task:
     def __init__(self, tokenizer=None, seed=0, **settings):
         self.tokenizer, self.seed, self.settings = tokenizer, seed, Settings(**settings)
         self.max_len, self.packing = self.settings.max_len, self.settings.packing or self.packings[0]
-        self.resolved_settings = {}  # keys of the recipe that were unset and that the data has decided
+        self.resolved_settings = {}  # keys that the recipe leaves open, with the values that follow from the data
 
     @property
     def pads_rows(self):

@@ -16,7 +16,7 @@ from .base import IGNORE_INDEX, cross_entropy
 from .labelled import LabelNames, PredictionTask
 from .labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, Labels
 
-_LINE = None  # column of a line of text, which no file has
+_LINE = None  # the column of a line of plain text: no file has a column of this name
 
 
 class Classification(LabelNames, PredictionTask):

@@ -23,7 +23,7 @@ from .causal_lm import CausalLM
 from .labelled import LabelledTask
 
 _SHOWN_CHARS, _SHOWN_PARTS = 160, 6  # of a row in the dry run
-_BESIDE = ("system", "tools", "documents")  # columns that belong to a chat in any column
+_BESIDE = ("system", "tools", "documents")  # columns that complete a chat, whatever column the chat is in
 _WEIGHTS = ("weight", "train", "training")  # of a turn: 0 or false if it is read and not learned
 
 

@@ -347,7 +347,7 @@ class LabelNames:
     def training_losses(self, outputs, labels, reduction="none"):
         """Return the losses of one class per text or word, with class weights and label smoothing."""
         logits = outputs.logits.float().flatten(0, -2)
-        if self.class_weights is not None:  # moved once: it would wait for the GPU
+        if self.class_weights is not None:  # moved once: each copy waits for the GPU
             self.class_weights = self.class_weights.to(logits.device)
         options = {"weight": self.class_weights, "label_smoothing": self.settings.label_smoothing}
         return cross_entropy(logits, labels.flatten(), reduction=reduction, **options)

@@ -51,7 +51,7 @@ class MaskedLM(Task):
         self.ends = [self.sep, end_of_document(tokenizer)[0]]
         self.is_special = np.zeros(vocab_size, dtype=bool)
         self.is_special[[token_id for token_id in tokenizer.all_special_ids if token_id < vocab_size]] = True
-        ids = np.array(sorted(set(tokenizer.get_vocab().values())))  # without gaps, whose embeddings stand for nothing
+        ids = np.array(sorted(set(tokenizer.get_vocab().values())))  # ids without a token are left out
         self.ordinary_ids = ids[~self.is_special[ids]]
         if self.settings.whole_word_masking:
             self.joins, self.joinable = continues_word(tokenizer, vocab_size)

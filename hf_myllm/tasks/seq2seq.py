@@ -332,5 +332,5 @@ def edit_distance(first, second):
 
 
 def _width(rows, limit):
-    # of words, rounding up would be half of a row
+    # short rows, such as words, are not rounded up: half of a row would be padding
     return padded_width([len(ids) for (ids,) in rows], limit, longest_exact=32)
