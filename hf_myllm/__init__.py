@@ -8,20 +8,12 @@ import types
 
 __version__ = "0.1.0"
 
-_EXPORTS = {  # public name -> (module, name there); imported on first use, so that `import hf_myllm` stays fast
-    "Recipe": ("recipe", "Recipe"),
-    "RunResult": ("train", "RunResult"),
-    "train": ("train", "train"),
-    "evaluate": ("train", "evaluate"),
-    "average": ("average", "average"),
-    "generate": ("generate", "generate"),
-    "load": ("generate", "load"),
-    "InputError": ("errors", "InputError"),
-    "RecipeError": ("errors", "RecipeError"),
-    "DataError": ("errors", "DataError"),
-    "ModelError": ("errors", "ModelError"),
-    "CheckpointError": ("errors", "CheckpointError"),
-    "HubError": ("errors", "HubError"),
+_EXPORTS = {  # public name -> its module, imported on first use, so that `import hf_myllm` stays fast
+    "Recipe": "recipe",
+    **dict.fromkeys(("RunResult", "train", "evaluate"), "train"),
+    "average": "average",
+    **dict.fromkeys(("generate", "load"), "generate"),
+    **dict.fromkeys(("InputError", "RecipeError", "DataError", "ModelError", "CheckpointError", "HubError"), "errors"),
 }
 __all__ = list(_EXPORTS)
 
@@ -30,8 +22,7 @@ class _Package(types.ModuleType):
     def __getattr__(self, name):
         if name not in _EXPORTS:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module, attribute = _EXPORTS[name]
-        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+        value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
         setattr(self, name, value)
         return value
 

@@ -81,7 +81,7 @@ def first_line(error):
 
 
 def os_problem(error, can_resume=False):
-    """Return an OSError in words: the file, the problem and, of a full disk, what to do."""
+    """Return an OSError in words: the file, the problem and, if the disk is full, what to do."""
     text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
     again = "use --init_from resume" if can_resume else "try again"
     return f"{text}; free some space, then {again}" if error.errno in DISK_FULL else text

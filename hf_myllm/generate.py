@@ -67,8 +67,8 @@ def load_tokenizer(folder):
 
 
 def read_recipe(run_dir):
-    """Return the task, the settings of data and evaluation, and the precision of a run's recipe, given its folder or a
-    checkpoint. Of any other folder: no task, no settings, and auto.
+    """Return the task, the settings of data and evaluation, and the precision of the recipe of a run or a checkpoint;
+    for any other folder no task, no settings, and "auto".
     """
     try:
         folder = checkpoint.find_run_dir(Path(run_dir).resolve())

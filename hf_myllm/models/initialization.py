@@ -60,7 +60,7 @@ class InitialWeights:
             self._whole |= {self._source[name]: whole.get_parameter(name).detach() for name in self.made_whole}
             for name in buffers:
                 set_buffer(model, name, whole.get_buffer(name))
-        # Of the buffers those that are saved, as when loaded. Others, as rotary frequencies, stay exact.
+        # Cast the buffers that are saved, as loading does. Others, such as rotary frequencies, stay in fp32.
         for tensor in model.state_dict(keep_vars=True).values():
             tensor.data = tensor.data if tensor.is_meta else tensor.data.to(dtype)
 
@@ -164,7 +164,7 @@ class _Recorder(TorchDispatchMode):
             self.unsupported.add(self._name(tensor))
             return tensor
 
-        # Of meta tensors, torch returns from these at once.
+        # torch skips these for meta tensors.
         substitutes = {"trunc_normal_": record_truncated} | dict.fromkeys(("orthogonal_", "dirac_", "sparse_"), refuse)
         for name, substitute in substitutes.items():
             library.TORCH_INIT_FUNCTIONS[name] = _choose(substitute, originals[name])
@@ -180,7 +180,7 @@ class _Recorder(TorchDispatchMode):
             target, *others = args or (None,)
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
             operation = func.overloadpacket.__name__
-            # Of other tensors only a copy takes rows; an argument by name, as alpha, would be lost.
+            # Only copy_ can read rows of another tensor; a keyword argument, such as alpha, would be lost.
             is_simple = operation == "copy_" or not any(
                 isinstance(leaf, torch.Tensor) and leaf.dim() for leaf in others
             )

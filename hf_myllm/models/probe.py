@@ -19,7 +19,7 @@ _ENCODER_DECODER_TASKS = ("seq2seq", "span_corruption", "denoising")
 
 
 def check_class(model, task, packing, isolates_documents=False, pads_rows=False):
-    """Check that a model does in training what a task expects of it. Of our own classes, nothing is checked.
+    """Check that a stock class does in training what a task expects of it; our own classes are not checked.
 
     Args:
         isolates_documents: whether the documents of a row must not see each other.

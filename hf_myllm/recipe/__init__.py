@@ -199,7 +199,7 @@ class Recipe(BaseModel):
     def check_sources(self, has_train_data=False, has_eval_data=False):
         """Check that there is data to train or evaluate on, from the recipe or in memory, and not from both.
 
-        Data in memory may replace what a recipe file names, which is said, but not what Python code names beside it.
+        Data in memory replace the data of a recipe file, with a warning, but not those that Python code names too.
         """
         data = self.data
         for name in ("train_file", "dataset", "datasets", "val_file"):

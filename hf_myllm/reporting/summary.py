@@ -163,22 +163,21 @@ def print_evaluation(run, metrics):
     """Print the metrics of all validation rows."""
     for line in skipped_rows(run):
         print(line)
-    has_perplexity = "perplexity" in metrics
-    num_rows = plural(sum(map(len, run.val_sets.values())), "row")
-    count = f"{metrics['tokens']:,} tokens" if has_perplexity else num_rows
-    perplexity = f", perplexity {metrics['perplexity']:.3f}" if has_perplexity else ""
+    perplexity = f", perplexity {metrics['perplexity']:.3f}" if "perplexity" in metrics else ""
     precision = run.accelerator.precision
-    loss = f"validation loss {describe_loss(run.task, metrics)}{perplexity}"
     names = ", ".join(rows.name for rows in run.val_sets.values())
-    rows = f"{_over_all(run, count)} of {names}"
-    lines = [loss, f"{rows}{'' if precision == 'fp32' else f', in {precision}'}"]
+    lines = [f"validation loss {describe_loss(run.task, metrics)}{perplexity}"]
+    lines += [f"{_over_all(run, metrics)} of {names}{'' if precision == 'fp32' else f', in {precision}'}"]
     lines += [f"{name}: loss {metrics[f'{name}_loss']:.4f}" for name in run.val_sets if name]
     for line in lines:
         print("\n".join(textwrap.wrap(line, COLUMNS, break_long_words=False, break_on_hyphens=False)))
 
 
-def _over_all(run, targets):
-    sets = len(run.val_sets)
+def _over_all(run, metrics):
+    """Return in words how many rows or targets were evaluated."""
+    sets, targets = len(run.val_sets), plural(sum(map(len, run.val_sets.values())), "row")
+    if not run.task.has_predictions:
+        targets = f"{metrics['tokens']:,} {run.task.target_name}"
     return f"over all {targets}" if sets < 2 else f"means of {sets} sets with {targets}"
 
 
@@ -203,13 +202,10 @@ def print_result(run, reporter, result, unigram):
         evaluations = plural(recipe.evaluation.patience, "evaluation")
         reporter.info(f"stopped     early, after step {step} of {run.total_steps}: {evaluations} without improvement")
     if metrics:
-        targets = plural(sum(map(len, run.val_sets.values())), "row")
-        if not run.task.has_predictions:
-            targets = f"{metrics['tokens']:,} {run.task.target_name}"
         compared = "" if unigram is None else f"; unigram loss {unigram['loss']:.4f}"
         details = describe_sets(run, metrics)
         reporter.info(f"done        validation loss {format_loss(metrics['loss'])} {run.task.unit}")
-        for line in indent(f"{details + ', ' if details else ''}{_over_all(run, targets)}{compared}"):
+        for line in indent(f"{details + ', ' if details else ''}{_over_all(run, metrics)}{compared}"):
             reporter.info(line)
     if (Path(run_dir) / "report.html").is_file():
         reporter.info(f"report      {run_dir}/report.html")
