@@ -20,7 +20,7 @@ from .models import lora
 from .models.export import is_large
 from .precision import restore_from_fp8
 from .reporting import html, plots
-from .reporting.metrics_log import amend_run
+from .reporting.metrics_log import amend_run, last_evaluation, metrics_of_weights
 from .terminal import join_command, plural
 
 _LOGS = (".log", ".out", ".err")  # a shell or a scheduler opens them before the run starts
@@ -277,6 +277,15 @@ def load_published(run):
     model = run.accelerator.unwrap_model(run.model).eval()
     load_weights(model, run.run_dir)
     return model
+
+
+def published_metrics(run, state):
+    """Return the validation metrics of the model that the run's folder holds: the best or the last, or an average."""
+    section, is_published = run.recipe.evaluation, not state.was_interrupted
+    best_step = state.best_step() if section.final_model == "best" and is_published else None
+    evaluation = last_evaluation(run.run_dir, best_step or state.step)
+    metrics = {name.removeprefix("val_"): value for name, value in evaluation.items() if name.startswith("val_")}
+    return metrics_of_weights(metrics, section.publishes_average and is_published)
 
 
 def load_weights(model, path):

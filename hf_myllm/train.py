@@ -31,7 +31,6 @@ from .evaluation import check_metric_for_best, evaluate_all, evaluate_run
 from .optim import learning_rate, step_if
 from .recipe import Recipe
 from .reporting import plots
-from .reporting.metrics_log import last_evaluation, metrics_of_weights
 from .reporting.profiling import Profiler
 from .reporting.start import start_reporting
 from .reporting.summary import print_result, resume_command
@@ -265,17 +264,8 @@ def result_of(run, state, model):
     if state.was_interrupted:  # the same on all ranks, so that their exit codes agree
         received = torch.tensor([run.signals[0] if run.signals else 0], device=run.accelerator.device)
         stop_signal = int(run.accelerator.gather(received).max())
-    metrics = {f"val_{name}": value for name, value in published_metrics(run, state).items()}
+    metrics = {f"val_{name}": value for name, value in run_folder.published_metrics(run, state).items()}
     return RunResult(model, run.tokenizer, metrics, run.run_dir, state.step, stop_signal)
-
-
-def published_metrics(run, state):
-    """Return the validation metrics of the model that the run's folder holds: the best or the last, or an average."""
-    section, is_published = run.recipe.evaluation, not state.was_interrupted
-    best_step = state.best_step() if section.final_model == "best" and is_published else None
-    evaluation = last_evaluation(run.run_dir, best_step or state.step)
-    metrics = {name.removeprefix("val_"): value for name, value in evaluation.items() if name.startswith("val_")}
-    return metrics_of_weights(metrics, section.publishes_average and is_published)
 
 
 def evaluate(run_dir, eval_data=None, **overrides):
