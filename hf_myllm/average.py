@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
-from .errors import CheckpointError, InputError, first_line, printable
+from .errors import CheckpointError, InputError, library_errors, printable
 from .files import atomic_path, flush, write_text_atomically
 from .hub import write_card
 from .hub.push import SHARED
@@ -55,14 +55,12 @@ def average(folders, output, last=None, ema=None):
         raise CheckpointError(f"{output}: it exists already; give another folder to write the average to")
     models = [_open_weights(folder) for folder in folders]
     _check_alike(folders, models)
-    try:
+    with library_errors(f"{output}: the average cannot be written", CheckpointError, OSError):
         Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as partial:
             partial.mkdir()
             _write_model(partial, folders[-1], models, ema)
             return {"folders": folders} | _describe_and_evaluate(partial, Path(output).resolve().name, folders, ema)
-    except OSError as error:
-        raise CheckpointError(f"{output}: the average cannot be written: {error}") from None
 
 
 def _find_folders(folders, last):
@@ -95,10 +93,9 @@ def _open_weights(folder):
     """Return {tensor name: open file} of a folder's model; the files are memory-mapped."""
     weights = {}
     for path in weight_files(folder, _WEIGHTS):
-        try:
+        advice = f"; leave {folder} out"
+        with library_errors(f"{path}: it cannot be read", CheckpointError, (OSError, SafetensorError), advice=advice):
             file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: it cannot be read: {first_line(error)}; leave {folder} out") from None
         weights |= dict.fromkeys(file.keys(), file)
     return weights
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from typing_extensions import Required, TypedDict
 
-from .errors import CheckpointError, first_line
+from .errors import CheckpointError, first_line, library_errors
 from .files import (
     IS_WINDOWS,
     PARTIAL,
@@ -47,6 +47,7 @@ STATE = "trainer_state/state.json"
 _OPTIMIZER = "trainer_state/optimizer"
 _WEIGHTS = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors"}
 _MODEL_FILES = _WEIGHTS | {"config.json", "generation_config.json", "adapter_config.json", "model_config.json"}
+_WRITE_ERRORS = (OSError, SafetensorError)
 
 
 class _RecipeIdentity(TypedDict):
@@ -114,7 +115,7 @@ def save(run_dir, step, files, mailbox=None, must_stop=lambda: False):
         for newer_step, path in _list(run_dir):
             if newer_step > step:  # damaged: otherwise the run would have resumed from it
                 _remove(path)
-    except (OSError, SafetensorError) as error:
+    except _WRITE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         previous = [path.name for _, path in _list(run_dir, with_marker=True)]
         advice = f"{previous[0]} stays; resume from it with --init_from resume" if previous else "start again"
@@ -146,7 +147,7 @@ def _attempt(function):
     """Return what a function returns, or its error in words, as a dict that can be sent to another rank."""
     try:
         return {"problem": None, "result": function()}
-    except (OSError, SafetensorError, torch.distributed.DistError) as error:
+    except (*_WRITE_ERRORS, torch.distributed.DistError) as error:
         return {"problem": str(error), "result": None}
 
 
@@ -391,7 +392,7 @@ def publish(checkpoint, run_dir):
     Raises:
         CheckpointError: a file cannot be written.
     """
-    try:
+    with _publishing(run_dir):
         files = regular_files(checkpoint)
         # The weights last, then their index: has_model() must not be true before everything is there.
         files.sort(key=lambda path: (path.name.endswith(".index.json"), path.suffix == ".safetensors"))
@@ -403,23 +404,19 @@ def publish(checkpoint, run_dir):
                 (link_or_copy if path.suffix == ".safetensors" else shutil.copyfile)(path, partial)
                 flush(partial)
         flush(run_dir)
-    except OSError as error:
-        raise _publish_error(run_dir, error) from None
 
 
 def publish_new(write_model, run_dir):
     """Make what `write_model(folder)` writes the model at the run's root; see [`publish`]."""
-    try:
-        with tempfile.TemporaryDirectory(PARTIAL, "checkpoint-", run_dir) as folder:
-            write_model(Path(folder))
-            share_mode(Path(folder), next(Path(folder).glob("*config.json")))  # or adapter_config.json
-            publish(folder, run_dir)
-    except (OSError, SafetensorError) as error:
-        raise _publish_error(run_dir, error) from None
+    with _publishing(run_dir), tempfile.TemporaryDirectory(PARTIAL, "checkpoint-", run_dir) as folder:
+        write_model(Path(folder))
+        share_mode(Path(folder), next(Path(folder).glob("*config.json")))  # or adapter_config.json
+        publish(folder, run_dir)
 
 
-def _publish_error(run_dir, error):
-    return CheckpointError(f"{run_dir}: the model cannot be written: {error}; try again with --init_from resume")
+def _publishing(run_dir):
+    advice = "; try again with --init_from resume"
+    return library_errors(f"{run_dir}: the model cannot be written", CheckpointError, _WRITE_ERRORS, advice=advice)
 
 
 def is_published(checkpoint, run_dir):

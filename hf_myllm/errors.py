@@ -88,19 +88,19 @@ def os_problem(error, can_resume=False):
 
 
 @contextmanager
-def library_errors(problem, passes=()):
-    """Turn the errors of `datasets`, of file systems, of parsers and of the network, which have many classes, into a
-    DataError.
+def library_errors(problem, raises=DataError, catches=Exception, passes=(), advice=""):
+    """Turn the errors of libraries, of the file system and of the network, which have many classes, into one of ours.
 
     Args:
-        passes: classes of errors to leave as they are.
+        problem: what cannot be done; the message is "<problem>: <first line of the error><advice>".
+        passes: classes of errors to leave as they are, besides ours.
     """
     try:
         yield
-    except (DataError, *passes):
+    except (InputError, *passes):
         raise
-    except Exception as error:
-        raise DataError(f"{problem}: {first_line(error.__cause__ or error)[:300]}") from None
+    except catches as error:
+        raise raises(f"{problem}: {first_line(error.__cause__ or error)[:300]}{advice}") from None
 
 
 def show(value, limit=80):

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from . import checkpoint
 from .data import tokenizer as tokenizers
 from .distributed import any_rank, gather, rank_name, wait_for_ranks
-from .errors import CheckpointError, RankError, first_line
+from .errors import CheckpointError, RankError, first_line, library_errors
 from .files import PARTIAL, read_yaml, refuse_link, write_text_atomically
 from .hub import BackgroundUploads, write_card
 from .launcher import train_command
@@ -167,7 +167,7 @@ def write_recipe(run):
     """Write recipe.yaml with all sizes resolved, and remove what a killed process left half-written."""
     run_dir = run.run_dir
     if run.accelerator.is_main_process:
-        try:
+        with library_errors(f"{run_dir}: the run's folder cannot be written", CheckpointError, OSError):
             checkpoint.remove_partial(run_dir)
             if run.is_new:
                 (run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -179,8 +179,6 @@ def write_recipe(run):
                 write_text_atomically(
                     path, f"{_RECIPE_HEADER} {command} --save_model ANOTHER_FOLDER\n{recipe.to_yaml()}"
                 )
-        except OSError as error:
-            raise CheckpointError(f"{run_dir}: the run's folder cannot be written: {error}") from None
     wait_for_ranks(run.accelerator)
 
 

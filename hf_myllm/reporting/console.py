@@ -161,7 +161,7 @@ class Reporter:
     def _show_progress(self, step, seconds, loss, learning_rate, speed):
         """Update the progress bar or, without a terminal, print a line every few seconds."""
         left = tqdm.format_interval(seconds / max(1, step - self.start_step) * (self.total_steps - step))
-        status = f"{left} left, loss {format_loss(loss)}, lr {learning_rate:.2e}, {_short(speed)} tokens/s"
+        status = f"{left} left, loss {format_loss(loss)}, lr {learning_rate:.2e}, {tqdm.format_sizeof(speed)} tokens/s"
         status += f", {speed * self.flops:.0%} MFU" if self.flops else ""
         if self.bar is not None:
             self.bar.set_description_str(status, refresh=False)
@@ -240,11 +240,3 @@ def _wrap(line, width):
             piece, used = "", 0
         piece, used = piece + character, used + columns
     yield piece
-
-
-def _short(count):
-    """Return three significant digits with k or M, so that the progress line keeps its width."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}" if count < 1000 * size else f"{count / size:,.0f}{unit}"
-    return f"{count:.0f}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, library_errors
 from ..files import write_text_atomically
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -93,20 +93,15 @@ class MetricsLog:
         if start_step == total_steps:
             lines = [line for line in lines if line["step"] < start_step or "train_loss" not in line]
         self.train_seconds = max((line.get("train_seconds", 0.0) for line in lines), default=0.0)
-        try:
+        with library_errors(f"{path}: it cannot be written", CheckpointError, OSError):
             write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = open(path, "a", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"{path}: it cannot be written: {error}") from None
 
     def append(self, line):
-        try:
+        advice = "; continue with --init_from resume"
+        with library_errors(f"{self._file.name}: it cannot be written", CheckpointError, OSError, advice=advice):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._file.name}: it cannot be written: {error}; continue with --init_from resume"
-            ) from None
 
     def close(self):
         self._file.close()
