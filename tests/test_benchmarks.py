@@ -20,7 +20,7 @@ from processes import ALONE, Forked, Item, run_items  # noqa: E402
 
 def run(name, *arguments):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
 
 
 @pytest.mark.benchmark
