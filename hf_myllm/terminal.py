@@ -19,10 +19,10 @@ def warn(text):
         print(f"warning: {printable(hide_secrets(text))}", file=sys.stderr, flush=True)
 
 
-def encodable(text, stream):
-    """Return a text with a replacement for each character that a stream's encoding does not have."""
+def showable(text, stream):
+    """Return a text with a replacement for control characters, and for characters that a stream cannot encode."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, errors="replace").decode(encoding)
+    return printable(text).encode(encoding, errors="replace").decode(encoding)
 
 
 def plural(count, noun):
@@ -60,7 +60,7 @@ class Status:
         """Show a text; without a terminal, at once only if what it says is slow."""
         if not self.is_shown:
             return
-        text = encodable(printable(text), sys.stderr)
+        text = showable(text, sys.stderr)
         if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1
             print(f"{_clear_line()}{text[:width]}", end="", file=sys.stderr, flush=True)

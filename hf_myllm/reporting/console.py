@@ -11,7 +11,7 @@ from collections import deque
 from tqdm import tqdm
 
 from ..errors import first_line, printable
-from ..terminal import PIPE_INTERVAL, Status, encodable
+from ..terminal import PIPE_INTERVAL, Status, showable
 from .metrics_log import MetricsLog, read_metrics
 
 UNTRACKED = ("step", "rows", "time")  # keys of a logged dict that are not metrics
@@ -85,7 +85,7 @@ class Reporter:
     def error(self, text):
         """Print a line on stderr: a request failed, but the run did not."""
         if self.is_main:
-            tqdm.write(encodable(printable(text), sys.stderr), file=sys.stderr)
+            tqdm.write(showable(text, sys.stderr), file=sys.stderr)
 
     def status(self, text, is_slow=False):
         """Show what goes on between steps, such as an evaluation; see [`Status`]."""
@@ -121,7 +121,7 @@ class Reporter:
                 self.info(f"  | {piece}".rstrip())
 
     def _print(self, text):
-        text = encodable(printable(text), sys.stdout)
+        text = showable(text, sys.stdout)
         self.status_line.clear()
         if self.bar is not None:
             tqdm.write(text)

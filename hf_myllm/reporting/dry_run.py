@@ -88,14 +88,10 @@ def _show_data(run, about):
         )
         if part == "training" and stats.get("bytes"):
             documents, tokens = stats["documents"], stats["tokens"]
-            length, num_bytes = tokens / max(1, documents), stats["bytes"] / tokens
-            print(
-                f"            {about}{plural(round(documents * run.scale), 'document')} of {length:,.0f} tokens",
-                end="; ",
-            )
-            print(f"{num_bytes:.2f} bytes per token")
-    lines = *mixture_lines(run), *run.task.summary_lines(run.train_rows, run.val_rows, stats), *data_warnings(run)
-    for line in lines:
+            count, length = plural(round(documents * run.scale), "document"), tokens / max(1, documents)
+            print(f"            {about}{count} of {length:,.0f} tokens; {stats['bytes'] / tokens:.2f} bytes per token")
+    lines = run.task.summary_lines(run.train_rows, run.val_rows, stats)
+    for line in (*mixture_lines(run), *lines, *data_warnings(run)):
         print(f"            {line}")
 
 

@@ -130,12 +130,13 @@ def draw(runs, files, by="step"):
         below = 0.17 * sum(2 if "val_loss" in run.evaluations else 1 for run in runs) if len(runs) > 1 else 0
         figure = Figure(figsize=(8, 5.8 + below), dpi=150, layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        if len(runs) == 1:
-            _draw_run(top, runs[0], by, size)
-            bottom.plot(*_thin(runs[0].axes[by] / size, runs[0].learning_rate), color=_SMOOTH, linewidth=1.2)
-        for index, run in enumerate(runs if len(runs) > 1 else ()):
+        for index, run in enumerate(runs):
             look = {"color": _COLORS[index % len(_COLORS)], "linestyle": _DASHES[index // len(_COLORS) % len(_DASHES)]}
-            _draw_compared(top, run, by, size, look)
+            if len(runs) == 1:
+                look = {"color": _SMOOTH}
+                _draw_run(top, run, by, size)
+            else:
+                _draw_compared(top, run, by, size, look)
             bottom.plot(*_thin(run.axes[by] / size, run.learning_rate), **look, linewidth=1.2)
         bottom.set_xlabel(label)
         bottom.set_ylabel("learning rate")
