@@ -61,8 +61,7 @@ def launch_facts(run):
     if device == "cuda":
         device = torch.cuda.get_device_name(run.accelerator.device)
     elif device == "cpu":
-        threads = torch.get_num_threads()
-        device = f"CPU ({platform.machine()}, {plural(threads, 'thread')})"
+        device = f"CPU ({platform.machine()}, {plural(torch.get_num_threads(), 'thread')})"
     packages = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
     versions = {"python": platform.python_version(), "hf_myllm": __version__}
     return {
@@ -79,24 +78,19 @@ def launch_facts(run):
 def _data_facts(run):
     """Return counts and sources of the training and of the validation data."""
     facts, stats, sources = {}, run.data_stats, run.sources
-    parts = {
-        "training": (run.train_rows, stats.get("train", {}), sources.training),
-    }
+    parts = {"training": (run.train_rows, stats.get("train", {}), sources.training)}
     for name, rows in run.val_sets.items():
         counts = stats.get(f"validation {name}", stats.get("validation", {}) if name not in sources.names else {})
         parts[f"validation {name}".rstrip()] = rows, counts, sources.val_sources(name)
-    # Token ids that were split have counts of the whole.
-    unknown_counts = (
-        {"max_id", "documents", "bytes", "unknown"} if {"held_out", "is_limited"} & set(stats) else {"max_id"}
-    )
+    left_out = {"max_id"}
+    if {"held_out", "is_limited"} & set(stats):  # token ids that were split have counts of the whole
+        left_out |= {"documents", "bytes", "unknown"}
     for part, (rows, counts, part_sources) in parts.items():
-        if rows is None:
-            continue
         is_window = run.recipe.data.streaming and part == "training"
         facts[part] = {
             "unknown_tokens" if name == "unknown" else name: value
             for name, value in counts.items()
-            if isinstance(value, int) and value and name not in unknown_counts
+            if isinstance(value, int) and value and name not in left_out
         }
         facts[part] |= {
             "tokens": run.recipe.data.streaming_window if is_window else len(rows.tokens),
