@@ -253,7 +253,7 @@ def finish(run, model, state, unigram):
     reporter.close()
     result = result_of(run, state, published)
     if prints_result:
-        print_result(run, reporter, result, unigram)
+        print_result(run, result, unigram)
     run_folder.finish_uploads(run, state)
     return result
 

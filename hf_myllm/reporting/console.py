@@ -17,6 +17,7 @@ from .metrics_log import MetricsLog, read_metrics
 UNTRACKED = ("step", "rows", "time")  # keys of a logged dict that are not metrics
 SPEED_WINDOW = 50  # steps over which tokens per second are averaged
 COLUMNS = 80
+INDENT = " " * 12  # of lines below one with a label
 
 
 class Reporter:
@@ -222,7 +223,7 @@ def describe_loss(task, metrics):
 
 def indent(text):
     """Return a text as lines of at most 80 columns, below the column of labels."""
-    return textwrap.wrap(text, COLUMNS, initial_indent=" " * 12, subsequent_indent=" " * 12)
+    return textwrap.wrap(text, COLUMNS, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
 def format_loss(value, width=0):

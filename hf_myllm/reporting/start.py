@@ -6,7 +6,7 @@ import torch
 
 from ..distributed import peak_memory, wait_for_ranks
 from ..errors import first_line
-from .console import Reporter
+from .console import INDENT, Reporter
 from .facts import launch_facts, run_facts
 from .flops import flops_per_token, peak_flops
 from .metrics_log import write_run
@@ -32,13 +32,13 @@ def start_reporting(run, state, on_log=None, on_evaluate=None):
         on_evaluate=on_evaluate,
     )
     reporter.pause()  # until the first step
-    unigram = print_summary(run, reporter)
+    unigram = print_summary(run)
     if accelerator.is_main_process:
         resumes = recipe.run.resume or not run.is_new
         run_id = write_run(run.run_dir, run_facts(run, unigram), launch_facts(run), resumes)
         start_trackers(run, run_id, state.step)
     for line in run.resume_warnings:
-        reporter.warning(f"{'':<12}{line}")
+        reporter.warning(INDENT + line)
     wait_for_ranks(accelerator)  # for rank 0, whose trackers may wait for the network
     return unigram
 

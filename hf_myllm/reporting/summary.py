@@ -9,20 +9,18 @@ from ..launcher import train_command
 from ..models import lora
 from ..precision import describe_fp8, describe_precision
 from ..terminal import join_command, plural
-from .console import COLUMNS, describe_loss, format_loss, indent
-
-_INDENT = " " * 12  # lines have a label of 12 columns; continuation lines have none
+from .console import COLUMNS, INDENT, describe_loss, format_loss, indent
 
 
-def print_summary(run, reporter):
+def print_summary(run):
     """Print what is trained, on which data, for how long.
 
     Returns:
         the metrics of a unigram model on the validation data (see [`~hf_myllm.evaluation.unigram_loss`]), or None.
     """
-    _print_model(run, reporter)
-    _print_training_data(run, reporter)
-    unigram = None
+    _print_model(run)
+    _print_training_data(run)
+    reporter, recipe, unigram = run.reporter, run.recipe, None
     held_out = f", held out: {run.data_stats['held_out']}" if "held_out" in run.data_stats else ""
     sizes = {
         name: plural(len(rows), "row") if run.task.is_labelled else f"{len(rows.tokens):,} tokens"
@@ -37,13 +35,12 @@ def print_summary(run, reporter):
         unigram["loss"] = unigram["loss"] * run.task.text_share + run.task.chance_loss
         reporter.info(f"unigram     loss {describe_loss(run.task, unigram)} from token frequencies alone")
     for line in run.task.summary_lines(run.train_rows, run.val_rows, run.data_stats["train"]):
-        reporter.info(_INDENT + line)
-    recipe = run.recipe
+        reporter.info(INDENT + line)
     if branch := run.branched_from:
         reporter.info(f"branched    from step {branch['step']:,} of {branch['run']}, with its optimizer state")
-        reporter.info(f"{_INDENT}SHA-256 {branch['digest']}")
+        reporter.info(f"{INDENT}SHA-256 {branch['digest']}")
         for change in branch["changed"]:
-            reporter.info(_INDENT + change)
+            reporter.info(INDENT + change)
     if recipe.run.resume and run.resume_from is None:
         reporter.warning(f"resume      {recipe.run.save_model} has no checkpoint yet; starting from the beginning")
     rows = recipe.training.total_batch_size
@@ -54,16 +51,16 @@ def print_summary(run, reporter):
     return unigram
 
 
-def _print_model(run, reporter):
-    recipe, model, accelerator = run.recipe, run.model, run.accelerator
+def _print_model(run):
+    recipe, model, accelerator, reporter = run.recipe, run.model, run.accelerator, run.reporter
     reporter.info(f"model       {recipe.model}, {model.num_parameters():,} parameters, task {recipe.task}")
     if lora.is_added(model):
         count = model.num_parameters(only_trainable=True)
-        reporter.info(f"{_INDENT}LoRA of rank {recipe.lora.r}: {count:,} parameters are trained")
+        reporter.info(f"{INDENT}LoRA of rank {recipe.lora.r}: {count:,} parameters are trained")
     if names := run.newly_initialized:
-        reporter.info(f"{_INDENT}not in {recipe.run.init_from}, newly initialized: {', '.join(names)}")
+        reporter.info(f"{INDENT}not in {recipe.run.init_from}, newly initialized: {', '.join(names)}")
     if averaging := recipe.evaluation.weight_averaging:
-        reporter.info(f"{_INDENT}moving average of the weights with a decay of {averaging['ema']}")
+        reporter.info(f"{INDENT}moving average of the weights with a decay of {averaging['ema']}")
     precision = describe_precision(accelerator, recipe.training.precision)
     if recipe.training.dtype != "float32":
         precision += f", weights in {recipe.training.dtype}"
@@ -74,8 +71,8 @@ def _print_model(run, reporter):
             reporter.info(line)
 
 
-def _print_training_data(run, reporter):
-    recipe, rows, stats = run.recipe, run.train_rows, run.data_stats["train"]
+def _print_training_data(run):
+    recipe, reporter, rows, stats = run.recipe, run.reporter, run.train_rows, run.data_stats["train"]
     size = f"{len(rows.tokens):,} tokens" if not recipe.data.streaming else run.sources.name
     if names := [source.data.text_name for source in run.sources.training if source.format == "shards"]:
         size += f", token shards of {', '.join(names[:3])}{' ...' if names[3:] else ''}"
@@ -86,13 +83,13 @@ def _print_training_data(run, reporter):
         window = f" per window of {rows.windows.size:,} tokens{several}"
     reporter.info(f"training    {size}; {plural(getattr(rows, 'num_rows', len(rows)), 'row')} of {row_length}{window}")
     if duplicates := sum(source.num_duplicates for source in run.sources.all):
-        reporter.warning(f"{_INDENT}{plural(duplicates, 'file')} named more than once, read once")
+        reporter.warning(f"{INDENT}{plural(duplicates, 'file')} named more than once, read once")
     for line in mixture_lines(run):
-        reporter.info(_INDENT + line)
+        reporter.info(INDENT + line)
     if stats.get("repeated"):
-        reporter.info(f"{_INDENT}{plural(stats['repeated'], 'equal document')} left out")
+        reporter.info(f"{INDENT}{plural(stats['repeated'], 'equal document')} left out")
     for line in data_warnings(run):
-        reporter.warning(_INDENT + line)
+        reporter.warning(INDENT + line)
 
 
 def data_warnings(run):
@@ -189,14 +186,14 @@ def resume_command(run):
     return f"{train_command(run.accelerator.num_processes)} {join_command([recipe])} --resume"
 
 
-def print_result(run, reporter, result, unigram):
+def print_result(run, result, unigram):
     """Print the final metrics, and commands to use the model.
 
     Args:
         result: a [`~hf_myllm.train.RunResult`].
         unigram: the metrics of a unigram model, or None.
     """
-    recipe, step, run_dir = run.recipe, result.step, run.recipe.run.save_model
+    recipe, reporter, step, run_dir = run.recipe, run.reporter, result.step, run.recipe.run.save_model
     metrics = {name.removeprefix("val_"): value for name, value in result.metrics.items()}
     if step < run.total_steps:
         evaluations = plural(recipe.evaluation.patience, "evaluation")
