@@ -6,8 +6,8 @@ from typing import NamedTuple
 from ..errors import ModelError
 from . import auto
 from .bart import MyBartConfig, MyBartForConditionalGeneration
-from .bert import MyBertConfig
-from .bert_heads import (
+from .bert import (
+    MyBertConfig,
     MyBertForMaskedLM,
     MyBertForPreTraining,
     MyBertForQuestionAnswering,

@@ -11,9 +11,8 @@ from families import CASES
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from hf_myllm.models import bert_heads
-from hf_myllm.models.bert import MyBertConfig, MyBertModel
-from hf_myllm.models.bert_heads import MyBertForMaskedLM, MyBertForPreTraining
+from hf_myllm.models import bert
+from hf_myllm.models.bert import MyBertConfig, MyBertForMaskedLM, MyBertForPreTraining, MyBertModel
 
 SIZES = {**CASES["bert"].sizes, **CASES["bert"].no_dropout}
 
@@ -40,7 +39,7 @@ heads = pytest.mark.parametrize("head", LABELS)
 
 
 def make(head, **changed):
-    return CASES["bert"].make_model(getattr(bert_heads, f"MyBert{head}"), **{**LABELS[head][0], **changed})
+    return CASES["bert"].make_model(getattr(bert, f"MyBert{head}"), **{**LABELS[head][0], **changed})
 
 
 def load_stock(head, folder, **settings):
@@ -96,7 +95,7 @@ def test_saved_folder_is_a_stock_checkpoint(tmp_path, head):
     torch.manual_seed(0)
     stock = stock_class(transformers.BertConfig(**{**SIZES, **LABELS[head][0]})).eval()
     stock.save_pretrained(tmp_path / "stock")
-    ours, loading = getattr(bert_heads, f"MyBert{head}").from_pretrained(tmp_path / "stock", output_loading_info=True)
+    ours, loading = getattr(bert, f"MyBert{head}").from_pretrained(tmp_path / "stock", output_loading_info=True)
     assert not any(loading.values())
     assert_same(ours(batch()), stock(batch()), ours(batch()))
     ours.save_pretrained(tmp_path / "ours")
