@@ -4,21 +4,8 @@ import functools
 from typing import NamedTuple
 
 from ..errors import ModelError
-from . import auto
-from .bart import MyBartConfig, MyBartForConditionalGeneration
-from .bert import (
-    MyBertConfig,
-    MyBertForMaskedLM,
-    MyBertForPreTraining,
-    MyBertForQuestionAnswering,
-    MyBertForSequenceClassification,
-    MyBertForTokenClassification,
-)
-from .gpt import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
-from .llama import MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification
-from .qwen3 import MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification
+from . import auto, bart, bert, gpt, llama, qwen3, t5
 from .stock import StockConfigMixin, check_values
-from .t5 import MyT5Config, MyT5ForConditionalGeneration
 
 
 class Family(NamedTuple):
@@ -113,31 +100,32 @@ def _decoder(display_name, config, causal_lm, sequence_classifier):
     return Family(display_name, config, tasks)
 
 
-FAMILIES = {  # recipe's `model` -> family
-    "gpt": _decoder("GPT-2", GPTConfig, GPTForCausalLM, GPTForSequenceClassification),
-    "llama": _decoder("Llama", MyLlamaConfig, MyLlamaForCausalLM, MyLlamaForSequenceClassification),
-    "qwen3": _decoder("Qwen3", MyQwen3Config, MyQwen3ForCausalLM, MyQwen3ForSequenceClassification),
-    "bert": Family(
+FAMILIES = Families(  # recipe's `model` -> family
+    gpt=_decoder("GPT-2", gpt.GPTConfig, gpt.GPTForCausalLM, gpt.GPTForSequenceClassification),
+    llama=_decoder("Llama", llama.MyLlamaConfig, llama.MyLlamaForCausalLM, llama.MyLlamaForSequenceClassification),
+    qwen3=_decoder("Qwen3", qwen3.MyQwen3Config, qwen3.MyQwen3ForCausalLM, qwen3.MyQwen3ForSequenceClassification),
+    bert=Family(
         "BERT",
-        MyBertConfig,
+        bert.MyBertConfig,
         {
-            "mlm": MyBertForMaskedLM,
-            "mlm_nsp": MyBertForPreTraining,
-            "classification": MyBertForSequenceClassification,
-            "token_classification": MyBertForTokenClassification,
-            "question_answering": MyBertForQuestionAnswering,
+            "mlm": bert.MyBertForMaskedLM,
+            "mlm_nsp": bert.MyBertForPreTraining,
+            "classification": bert.MyBertForSequenceClassification,
+            "token_classification": bert.MyBertForTokenClassification,
+            "question_answering": bert.MyBertForQuestionAnswering,
         },
         tokenizer="wordpiece",
     ),
-    "t5": Family(
+    t5=Family(
         "T5",
-        MyT5Config,
-        dict.fromkeys(("span_corruption", "seq2seq"), MyT5ForConditionalGeneration),
+        t5.MyT5Config,
+        dict.fromkeys(("span_corruption", "seq2seq"), t5.MyT5ForConditionalGeneration),
         tokenizer="unigram",
     ),
-    "bart": Family("BART", MyBartConfig, dict.fromkeys(("denoising", "seq2seq"), MyBartForConditionalGeneration)),
-}
-FAMILIES = Families(FAMILIES)
+    bart=Family(
+        "BART", bart.MyBartConfig, dict.fromkeys(("denoising", "seq2seq"), bart.MyBartForConditionalGeneration)
+    ),
+)
 
 
 def find_family(model_type):
