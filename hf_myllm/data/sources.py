@@ -270,20 +270,18 @@ def _file_state(file):
 
 def _digests(source):
     """Return a digest of the content of each file."""
-    if any(map(remote.is_remote, source.files)):
+
+    def measure():
         return list(map(remote.content_key, source.files))
-    states, digests = file_states(source), []
 
-    def measure(folder):
-        digests.extend(map(remote.content_key, source.files))
-        (folder / "digests.json").write_text(json.dumps(digests))
-
+    if any(map(remote.is_remote, source.files)):
+        return measure()
+    states = file_states(source)
     # a second write within one tick of the clock would leave the same times
     is_final = time.time_ns() - max((changed for *_, changed, _ in states), default=0) > _CLOCK_TICK
-    folder = cached_folder(["digests", states, is_final], measure)
-    if is_final:
-        return json.loads((folder / "digests.json").read_text())
-    return digests or list(map(remote.content_key, source.files))
+    key = ["digests", states, is_final]
+    folder = cached_folder(key, lambda folder: (folder / "digests.json").write_text(json.dumps(measure())))
+    return json.loads((folder / "digests.json").read_text()) if is_final else measure()
 
 
 def total_size(source):
