@@ -13,7 +13,7 @@ import torch
 
 from .data.sampler import derive_seed, evenly_spaced, micro_batches
 from .distributed import StopQuestion, gather, sum_over_ranks, to_device, wait_for_ranks
-from .errors import InputError, RecipeError, first_line
+from .errors import InputError, RecipeError, library_errors
 from .sharding import shard_model
 from .tasks.base import language_metrics
 from .terminal import Status
@@ -133,10 +133,8 @@ def load_metrics(names, trusts_code):
 
     metrics = {}
     for name in names:
-        try:
+        with library_errors(f"metric {name} cannot be loaded", InputError):
             metrics[name] = evaluate.load(name, keep_in_memory=True)
-        except Exception as error:  # of the network, of the library, of the metric
-            raise InputError(f"metric {name} cannot be loaded: {first_line(error)[:300]}") from None
     return metrics
 
 
@@ -151,14 +149,10 @@ def library_metrics(loaded, predictions, references, known=()):
     """
     metrics = {}
     for name, metric in loaded.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about values that a few rows do not define
-                values = metric.compute(predictions=predictions, references=references)
-        except Exception as error:  # of the metric, which is a program
-            raise InputError(
-                f"metric {name} does not accept the task's predictions: {first_line(error)[:300]}; leave it out"
-            ) from None
+        problem = f"metric {name} does not accept the task's predictions"
+        with library_errors(problem, InputError, advice="; leave it out"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about values that a few rows do not define
+            values = metric.compute(predictions=predictions, references=references)
         for key, value in values.items():
             if isinstance(value, (int, float, np.number)):
                 metrics[f"{Path(name).stem}_{key}" if key in {*known, *metrics} else key] = float(value)

@@ -23,7 +23,7 @@ import torch
 
 from . import checkpoint, tasks
 from .data.sources import file_source
-from .errors import CONTROL, DataError, InputError, ModelError
+from .errors import CONTROL, InputError, ModelError, library_errors
 from .files import atomic_path, open_new
 from .generate import load_tokenizer, read_recipe
 from .models import loading
@@ -168,8 +168,9 @@ def _opened(path):
     if path is None:
         yield sys.stdout
         return
-    try:
-        with atomic_path(path) as temporary, open_new(temporary) as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"--output {path} cannot be written: {error}") from None
+    with (
+        library_errors(f"--output {path} cannot be written", catches=OSError),
+        atomic_path(path) as temporary,
+        open_new(temporary) as file,
+    ):
+        yield file

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 from filelock import FileLock
 
-from ..errors import DataError
+from ..errors import library_errors
 from ..files import atomic_path, digest_file
 
 _FILES = "files.json"  # written last: name of each file -> its size and a digest of its content
@@ -39,7 +39,8 @@ def cached_folder(key, make):
     folder = cached_path(key)
     if _is_whole(folder):
         return folder
-    try:
+    problem = f"the cache {folder.parent} cannot be written"
+    with library_errors(problem, catches=OSError, advice="; change HF_HOME"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
@@ -50,8 +51,6 @@ def cached_folder(key, make):
                     files = _list_files(partial)
                     known = {name: [path.stat().st_size, digest_file(path)] for name, path in files.items()}
                     (partial / _FILES).write_text(json.dumps(known))
-    except OSError as error:
-        raise DataError(f"the cache {folder.parent} cannot be written: {error}; change HF_HOME") from None
     return folder
 
 

@@ -187,14 +187,13 @@ def _open_text(file, progress):
         progress(position - reported)
         reported = position
 
+    damaged = EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError
     try:
-        with remote.open_file(file) as raw:
+        with library_errors(f"{file} cannot be read", catches=damaged), remote.open_file(file) as raw:
             yield io.TextIOWrapper(decompress(raw), encoding="utf-8-sig", newline="\n"), report
     except (UnicodeDecodeError, _NulByte):
         with remote.open_file(file) as raw:
             _raise_encoding_error(file, decompress(raw))
-    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read: {first_line(error)}") from None
 
 
 class _NulByte(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from ..errors import DataError, first_line, hide_secrets, show
+from ..errors import DataError, hide_secrets, library_errors, show
 from . import discovery, remote, shards
 from .cache import cached_folder, cached_path
 from .columns import template_columns
@@ -255,10 +255,8 @@ def known_whole(source):
 def file_states(source):
     """Return (path, size, times of modification and of any change, inode) of each file, which are quick to look up; of
     a remote file what identifies its content."""
-    try:
+    with library_errors(f"{source.name} cannot be read", catches=OSError):
         return [_file_state(file) for file in source.files]
-    except OSError as error:
-        raise DataError(f"{source.name} cannot be read: {error}") from None
 
 
 def _file_state(file):
@@ -317,10 +315,6 @@ def stream_hub(source):
 @functools.cache
 def load_hub(source):
     """Return a Hub data set as a `datasets.Dataset`, downloaded or from the cache of `datasets`."""
-    try:
+    advice = "; to train without the Hub, pass --train_file FILE (.txt, .jsonl, .csv, .parquet or .bin)"
+    with library_errors(f"data set '{source.name}' cannot be loaded from the Hugging Face Hub", advice=advice):
         return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # the network and the library raise many classes of errors
-        raise DataError(
-            f"data set '{source.name}' cannot be loaded from the Hugging Face Hub ({first_line(error)[:200]}); to "
-            "train without the Hub, pass --train_file FILE (.txt, .jsonl, .csv, .parquet or .bin)"
-        ) from None

@@ -15,7 +15,7 @@ import numpy as np
 from ..data.columns import BadRowError, check_text, read_text
 from ..data.packing import DocumentRows, best_fit, group_offsets
 from ..data.tokenizer import end_of_document, render_chat
-from ..errors import InputError
+from ..errors import InputError, library_errors
 from ..terminal import plural
 from . import row_shapes
 from .base import IGNORE_INDEX
@@ -56,11 +56,9 @@ class Instruction(LabelledTask, CausalLM):
         LabelledTask.prepare_tokenizer(self, is_trained)
         path = self.settings.chat_template
         if path and (not is_trained or self.tokenizer.chat_template is None):
-            try:
-                with open(path, encoding="utf-8") as file:
-                    self.tokenizer.chat_template = file.read()
-            except (OSError, ValueError) as error:
-                raise InputError(f"chat_template {path[:100]!r} is not a file that can be read: {error}") from None
+            problem = f"chat_template {path[:100]!r} is not a file that can be read"
+            with library_errors(problem, InputError, (OSError, ValueError)), open(path, encoding="utf-8") as file:
+                self.tokenizer.chat_template = file.read()
 
     def cache_key(self):
         return [*super().cache_key(), self.tokenizer.chat_template, "row shapes"]
