@@ -65,10 +65,7 @@ def find_sources(recipe, train_data=None, eval_data=None):
     found, template = _find_sources(recipe, train_data, eval_data), recipe.data.template or {}
     is_text = isinstance(template, str) and not tasks.TASKS[recipe.task].is_labelled
     for text in [template] if isinstance(template, str) else template.values():
-        try:
-            check_template(text)
-        except ValueError as error:
-            raise DataError(f"template: {error}") from None
+        check_template(text)
     if recipe.data.deduplicate:
         if token_ids := [source.name for source in found.training if source.format in TOKEN_ID_FORMATS]:
             raise DataError(f"deduplicate: {token_ids[0]} holds token ids, not documents; remove deduplicate")

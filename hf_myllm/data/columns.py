@@ -9,12 +9,12 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 
 def check_template(template):
-    """Raise ValueError if a template has a brace without its other half, or names no column."""
+    """Raise DataError if a template has a brace without its other half, or names no column."""
     matches = list(_FIELD.finditer(template))
     if single := next((match[0] for match in matches if match[0] in "{}"), None):
-        raise ValueError(f"'{single}' stands alone; write {single * 2} for the character")
+        raise DataError(f"template: '{single}' stands alone; write {single * 2} for the character")
     if not any(match[1] for match in matches):
-        raise ValueError(f"{template!r:.60} names no column; write its name in braces, such as {{question}}")
+        raise DataError(f"template: {template!r:.60} names no column; write its name in braces, such as {{question}}")
 
 
 def template_columns(template):

@@ -221,7 +221,7 @@ def test_a_template_makes_text_of_columns():
         with pytest.raises(DataError, match=message):
             fill_template(row, "row 1", template)
     for template, message in (("{q", "'{' stands alone"), ("q}", "'}' stands alone"), ("plain", "names no column")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DataError, match=message):
             check_template(template)
 
 
