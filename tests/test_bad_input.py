@@ -84,7 +84,7 @@ CASES = {
     "tokenizer not on the Hub": ({"tokenizer": "no-such-tokenizer"}, "'no-such-tokenizer' cannot be found"),
     "data set out of reach": (
         {"train_file": None, "dataset": "someone/some-corpus", "tokenizer": "PLACE/tokenizer"},
-        "'someone/some-corpus' cannot be loaded from the Hugging Face Hub .*--train_file FILE",
+        "'someone/some-corpus' cannot be loaded from the Hugging Face Hub: .*--train_file FILE",
     ),
     "a model of another family": (
         {"model": "gpt", "init_from": "PLACE/bert", "tokenizer": "PLACE/tokenizer"},
