@@ -161,8 +161,6 @@ def build_run(recipe, accelerator, resume_from, cleanup, train_data=None, eval_d
         cleanup: an ExitStack, which closes the stream of a streaming run, also if building it fails.
     """
     section, eval_only = recipe.run, recipe.evaluation.eval_only
-    if recipe.lora.r and accelerator.is_fsdp2:
-        raise InputError("lora: it does not work with FSDP2; launch with accelerate_configs/ddp.yaml")
     metrics = load_metrics(recipe.evaluation.metrics or [], recipe.evaluation.trust_metric_code)
     data_sources = find_sources(recipe, train_data, eval_data)
     pretrained = resume_from or (None if section.init_from == "scratch" else revisions.resolve(section.init_from))

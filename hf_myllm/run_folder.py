@@ -7,6 +7,7 @@ import stat
 import sys
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from . import checkpoint
@@ -18,9 +19,11 @@ from .hub import BackgroundUploads, write_card
 from .launcher import train_command
 from .models import lora
 from .models.export import is_large
+from .models.loading import load_stock_model
 from .precision import restore_from_fp8
 from .reporting import html, plots
 from .reporting.metrics_log import amend_run, last_evaluation, metrics_of_weights
+from .sharding import to_full
 from .terminal import join_command, plural
 
 _LOGS = (".log", ".out", ".err")  # a shell or a scheduler opens them before the run starts
@@ -211,10 +214,12 @@ def publish_model(run, state):
             run.weight_average.load(checkpoint.OptimizerFiles(source))
         run.weight_average.apply()
         weights = _gather_weights(run) if accelerator.is_fsdp2 else None
-    if merges:
+    if merges and not accelerator.is_fsdp2:
         model = lora.merge(model)
     if accelerator.is_main_process and chosen is not None:
-        if merges or averages:
+        if merges and accelerator.is_fsdp2:
+            checkpoint.publish_new(lambda folder: _write_merged(run, model, folder, weights, chosen), run_dir)
+        elif merges or averages:
             checkpoint.publish_new(lambda folder: _write_model(run, model, folder, weights), run_dir)
         else:
             checkpoint.publish(chosen, run_dir)
@@ -228,7 +233,12 @@ def publish_model(run, state):
 
 
 def _gather_weights(run):
-    """Return the weights of a sharded model, gathered on rank 0; elsewhere {}. A collective."""
+    """Return the weights of a sharded model, gathered on rank 0; elsewhere {}. A collective.
+
+    Of a model with an adapter only the trained weights.
+    """
+    if lora.is_added(run.model):
+        return {name: to_full(p.detach()).cpu() for name, p in run.model.named_parameters() if p.requires_grad}
     weights = run.accelerator.get_state_dict(run.model)
     return weights | {tied: weights[source] for tied, source in run.model.all_tied_weights_keys.items() if weights}
 
@@ -236,11 +246,24 @@ def _gather_weights(run):
 def _write_model(run, model, folder, weights=None):
     """Write a model or an adapter with the run's tokenizer; of a sharded model, its gathered weights."""
     if lora.is_added(model):
-        lora.save(model, folder)
+        lora.save(model, folder, weights)
     else:
         model.save_pretrained(folder, state_dict=weights)
     if run.tokenizer is not None:
         tokenizers.save(run.tokenizer, folder)
+
+
+def _write_merged(run, model, folder, weights, adapter):
+    """Write the whole model of a sharded one with an adapter, which is loaded and merged on this rank.
+
+    Args:
+        weights: of the adapter; None: those in the folder `adapter`.
+    """
+    if weights is not None:
+        adapter = folder / "adapter"
+        lora.save(model, adapter, weights)
+    merged = lora.merge(load_stock_model(adapter, getattr(torch, run.recipe.training.dtype)))
+    _write_model(run, merged, folder)
 
 
 def _choose_checkpoint(run, state):

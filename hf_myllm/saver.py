@@ -18,7 +18,7 @@ from . import checkpoint
 from .data import tokenizer as tokenizers
 from .distributed import any_rank, gather
 from .errors import CheckpointError, InputError
-from .models import export
+from .models import export, lora
 from .optim import all_finite, optimizer_tensors
 from .sharding import num_shards, to_full, to_local
 
@@ -101,7 +101,7 @@ class Saver:
         """
         part, name, suffix = None, export.weights_file(model), ""
         if mailbox is not None:
-            parts = export.partition(weights, mailbox.world_size)
+            parts = export.partition(weights, 1 if lora.is_added(model) else mailbox.world_size)
             part = parts[mailbox.rank] if mailbox.rank < len(parts) else []
             if len(parts) > 1:
                 name = f"model-{mailbox.rank + 1:05}-of-{len(parts):05}.safetensors"

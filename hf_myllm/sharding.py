@@ -31,13 +31,16 @@ def shard_model(accelerator, model, compile_model):
     mesh = accelerator.torch_device_mesh
     if mesh is not None and {"dp_replicate", "dp_shard"} <= set(mesh.mesh_dim_names or ()):  # HSDP
         options["mesh"] = mesh["dp_replicate", "dp_shard"]
-    for layer in layers(model):
+    whole = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # without the adapter of LoRA around it
+    for layer in layers(whole):
         if compile_model:
             layer.compile()
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
-    if compile_model and hasattr(model, "compute_loss"):  # uncompiled, it stores logits and their gradient in fp32
-        model.compute_loss = torch.compile(model.compute_loss)
-    fully_shard(model, **options)
+    if compile_model and hasattr(whole, "compute_loss"):  # uncompiled, it stores logits and their gradient in fp32
+        whole.compute_loss = torch.compile(whole.compute_loss)
+    fully_shard(whole, **options)
     if "read_rows" in vars(model):
         device = torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device
         _fill(model, vars(model).pop("read_rows"), device)

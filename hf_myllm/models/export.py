@@ -28,7 +28,7 @@ _DTYPES = {  # in the order in which safetensors stores them, last first: the la
 def save_without_weights(model, folder):
     """Write all files of a model or an adapter but its weights."""
     if lora.is_added(model):
-        lora.save(model, folder)
+        lora.save(model, folder, {name: torch.empty(0) for name in model.state_dict()})
         (folder / lora.WEIGHTS).unlink()
     else:
         model.save_pretrained(folder, state_dict={})

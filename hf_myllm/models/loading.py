@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, first_line
-from ..terminal import first_of, plural
+from ..terminal import first_of, plural, warn
 from . import FAMILIES, auto, lora, weights
 from .initialization import InitialWeights, grow_vocabulary, make_on_meta, reinitialize
 from .stock import check_sizes
@@ -221,12 +221,13 @@ def build_model(
     base = lora.base_of(pretrained)
     if lora_settings:
         _check_lora(pretrained, base, is_trained)
-    torch.manual_seed(seed)  # of LoRA's matrices
     if not pretrained:
         return _initialize(family, task, config, seed, dtype, on_meta), []
     try:  # what a base model lacks, its adapter has
         source, must_be_whole = base or pretrained, is_trained and not base
-        by_rows = on_meta and not base
+        if on_meta and base and not is_trained:
+            warn(f"{pretrained}: each rank reads the whole model, because its adapter is merged")
+        by_rows = on_meta and (is_trained or not base)
         model, new = _load(family, task, config, source, must_be_whole, replaces_head, dtype, seed, by_rows)
         reinitialize(model, new, seed)
     except ModelError as error:
@@ -244,7 +245,7 @@ def build_model(
     if has_head and not labels_fit and not is_trained:
         new += [f"{name}.{weight}" for name, head in _heads(model).items() for weight, _ in head.named_parameters()]
         reinitialize(model, new, seed)
-    return lora.add(model, task, new, **lora_settings) if lora_settings else model, new
+    return lora.add(model, task, new, seed, **lora_settings) if lora_settings else model, new
 
 
 def load_stock_model(folder, dtype="auto"):

@@ -7,14 +7,19 @@ transformers takes a folder with a config.json for a whole model.
 """
 
 import json
+import math
 import os
+import re
 import warnings
 from pathlib import Path
 
+import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, first_line
+from ..seeds import derive_seed
 from . import find_family
+from .initialization import materialize
 from .revisions import resolve
 
 _TASK_TYPES = {  # end of the model's class name -> peft's task type, which selects the peft class
@@ -30,12 +35,13 @@ WEIGHTS = "adapter_model.safetensors"
 _PEFT_HEADS = {"classifier", "score"}  # heads that peft itself trains and saves
 
 
-def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modules=None):
+def add(model, task, newly_initialized, seed, r, alpha=None, dropout=0.0, target_modules=None):
     """Return the model with trainable LoRA matrices; all other weights are frozen, except the newly initialized ones.
 
     Args:
         task: name of the task, for messages.
         newly_initialized: names of weights that the base model lacks; they are trained and saved as a whole.
+        seed: of the matrices, each of which is drawn by its name.
         r: rank of the matrices.
         alpha: numerator of the scale alpha / r; default: 2 * r.
         target_modules: names of modules, ["all-linear"], or None for peft's default of the model type, all-linear if it
@@ -79,7 +85,41 @@ def add(model, task, newly_initialized, r, alpha=None, dropout=0.0, target_modul
         raise ModelError(f"lora: {first_line(error)[:300]}") from None
     if name := _find_tied(model):
         raise ModelError(f"lora: {name} shares its weight with another; remove it from target_modules")
+    _read_by_rows(peft_model)
+    for name, parameter in peft_model.named_parameters():  # from the distributions of peft; their partners are zeros
+        generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        if ".lora_A." in name:
+            torch.nn.init.kaiming_uniform_(parameter, math.sqrt(5), generator=generator)
+        elif ".lora_embedding_B." in name:
+            torch.nn.init.normal_(parameter, generator=generator)
     return peft_model
+
+
+def _read_by_rows(peft_model):
+    """Give a peft model its trained weights, which are small, and a `read_rows`, if its base is on the meta device.
+
+    Returns:
+        whether it is.
+    """
+    if "read_rows" not in vars(base := peft_model.get_base_model()):
+        return False
+    read_rows = vars(base).pop("read_rows")
+
+    def read_base(name, start=0, stop=None):
+        name = re.sub(r"\.(base_layer|original_module|modules_to_save\.default)\b", "", name)
+        return read_rows(name.removeprefix("base_model.model."), start, stop)
+
+    def read(name, start=0, stop=None):
+        return values[name][start:stop] if name in values else read_base(name, start, stop)
+
+    values = {name: p.detach() for name, p in peft_model.named_parameters() if p.requires_grad}
+    for name, value in values.items():
+        if value.is_meta:
+            new = torch.zeros_like(value, device="cpu") if ".lora_" in name else read_base(name).to(value.dtype)
+            values[name] = new
+    materialize(peft_model, values)
+    peft_model.read_rows = read
+    return True
 
 
 def merge(peft_model):
@@ -173,9 +213,14 @@ def load(model, folder):
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*a no-op")  # on the meta device; see below
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:
         raise ModelError(f"the adapter in {folder} does not fit its model: {first_line(error)[:300]}") from None
+    if _read_by_rows(peft_model):
+        load_weights(peft_model, folder)
+    return peft_model
 
 
 def is_added(model):
@@ -183,9 +228,13 @@ def is_added(model):
     return hasattr(model, "get_base_model")
 
 
-def save(model, folder):
-    """Write the adapter of a peft model, and the configuration of the whole model."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+def save(model, folder, weights=None):
+    """Write the adapter of a peft model, and the configuration of the whole model.
+
+    Args:
+        weights: in place of those of the model, by the names of its `state_dict`.
+    """
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     path = Path(folder) / _ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_mapping"] = None  # would name our classes instead of the stock ones
@@ -193,7 +242,7 @@ def save(model, folder):
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
     (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's card contains local paths
     whole_model = model.get_base_model()
-    whole_model.config.architectures = [type(whole_model).__name__]
+    whole_model.config.architectures = [type(whole_model).__name__.removeprefix("FSDP")]
     whole_model.config.to_json_file(Path(folder) / _MODEL_CONFIG)
     if whole_model.can_generate():
         whole_model.generation_config.save_pretrained(folder)

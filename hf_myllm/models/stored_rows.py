@@ -87,6 +87,7 @@ def open_model(model_class, path, config, dtype, seed):
         model, {name: files[name] for name in set(state) & set(shapes) - {name for name, *_ in mismatched}}, info
     )
     model._adjust_missing_and_unexpected_keys(info)
+    model.name_or_path = str(path)  # an adapter names its base model so
     model.read_rows = StoredRows(stored, initial)
     for name, buffer in model.named_buffers():
         if name in stored:

@@ -24,6 +24,7 @@ from families import CASES
 from launching import GLOO, accelerate_launch, has_reached, ranks_of, run_ranks, start, start_ranks, wait_for
 from models.stock_types import DECODERS, stock_flags
 from patches import fail_in_step_4, fail_while_building, shard_on_cpu
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -398,6 +399,48 @@ def test_sharded_compiled_training_is_the_same_run(tiny, tmp_path):
         assert read_metrics(tmp_path / "sharded", key) == expected
 
 
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_a_sharded_model_with_an_adapter_is_the_same_run(tiny_family, tmp_path, name):
+    """Each rank reads rows of the base. Resumed by two ranks: the same bytes; by others: the same losses. peft reads
+    the adapter, and merged it is the same model."""
+    base, steps = tmp_path / "base", {"epochs": None, "max_steps": 16, "save_freq": 8, "eval_freq": 8}
+    assert train(*tiny_family(name)(epochs=None, max_steps=8), "--save_model", base) == 0
+    flags = tiny_family(name)(**steps, tokenizer=None, init_from=base, learning_rate=1e-2, r=4)
+    flags += ["--lora_dropout", "0.1"] if name == "gpt" else []
+    one, run, resumed = tmp_path / "one", tmp_path / "sharded", tmp_path / "resumed"
+    assert train(*flags, "--save_model", one) == 0
+    result = run_sharded("cpu", 2, *flags, "--save_model", run)
+    assert result.returncode == 0, result.stderr
+    assert "reads the whole model" not in result.stderr
+    assert_same_run(run, one, 1e-6)
+    for weights in (load_file(folder / "adapter_model.safetensors") for folder in (run, run / "checkpoint-16")):
+        expected = load_file(one / "adapter_model.safetensors")
+        assert weights.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(weights[key], tensor, atol=1e-4, rtol=1e-3)
+    assert not list(run.rglob("model*.safetensors"))
+    names = ("adapter_config.json", "model_config.json", "adapter_model.safetensors")
+    for count in (2, 1) if name == "gpt" else (2, 3, 1):  # three ranks have other micro-batches, and so other dropout
+        copy_until_step_8(run, resumed)
+        words = [*flags, "--save_model", resumed, "--init_from", "resume"]
+        if count > 1:
+            result = run_sharded("cpu", count, *words)
+            assert result.returncode == 0, result.stderr
+        else:
+            assert train(*words) == 0
+        assert_same_run(resumed, run, 1e-6)
+        for file in names[: 2 + (count == 2)]:
+            assert (resumed / file).read_bytes() == (run / file).read_bytes(), file
+        shutil.rmtree(resumed)
+    model = AutoPeftModelForCausalLM.from_pretrained(run).eval()
+    merged = [*flags, "--merge_lora", "true", "--save_model", tmp_path / "merged"]
+    result = run_sharded("cpu", 2, *merged)
+    assert result.returncode == 0, result.stderr
+    whole, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), torch.arange(9)[None]
+    torch.testing.assert_close(whole(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def load_weights(run):
     return {name: tensor for file in run.glob("model*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -406,7 +449,7 @@ def copy_until_step_8(run, target):
     """Copy a run as it was after step 8 of 16."""
     shutil.copytree(run, target)
     shutil.rmtree(target / "checkpoint-16")
-    for path in target.glob("model*.safetensors*"):
+    for path in target.glob("*model*.safetensors*"):
         path.unlink()
 
 

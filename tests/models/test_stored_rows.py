@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_myllm import checkpoint
 from hf_myllm.errors import ModelError
-from hf_myllm.models import FAMILIES, initialization, loading, weights
+from hf_myllm.models import FAMILIES, initialization, loading, lora, weights
 from hf_myllm.models.export import weights_to_save
 from hf_myllm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from hf_myllm.saver import Saver
@@ -203,3 +203,38 @@ def test_a_vocabulary_that_grows_is_read_by_rows_too(name, tmp_path, monkeypatch
         assert grown
         for key, buffer in model.named_buffers():
             assert torch.equal(read.get_buffer(key), buffer), key
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "target_modules"),
+    [
+        ("llama", "causal", None),
+        ("gpt", "causal", ["all-linear"]),
+        ("bert", "classification", None),
+        ("gpt", "classification", ["wte"]),
+        ("bert", "question_answering", None),
+    ],
+)
+def test_an_adapter_on_a_model_that_is_read_by_rows(name, task, target_modules, tmp_path):
+    """New, and loaded: each parameter, frozen or trained, has the values that one process gives it."""
+    case = CASES[name]
+    case.make_model().save_pretrained(tmp_path / "base")
+    settings = {"task": task, "seed": 3, "lora_settings": {"r": 2, "target_modules": target_modules}}
+    for folder in (tmp_path / "base", tmp_path / "adapter"):
+        is_trained = folder.name == "adapter"
+        options = settings | {"pretrained": folder, "is_trained": is_trained, "replaces_head": not is_trained}
+        model, read = (
+            loading.build_model(name, config=loading.build_config(name, {}, folder), on_meta=on_meta, **options)[0]
+            for on_meta in (False, True)
+        )
+        parameters = dict(read.named_parameters())
+        assert list(parameters) == [key for key, _ in model.named_parameters()]
+        for key, parameter in model.named_parameters():
+            assert parameters[key].is_meta != parameter.requires_grad, key
+            assert parameters[key].requires_grad == parameter.requires_grad, key
+            middle = len(parameter) // 2
+            rows = torch.cat([read.read_rows(key, 0, middle), read.read_rows(key, middle, len(parameter))])
+            assert torch.equal(rows, parameter), key
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+        lora.save(model, tmp_path / "adapter")
