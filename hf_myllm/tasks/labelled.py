@@ -229,7 +229,7 @@ class PredictionTask(LabelledTask):
         """Return input_ids and attention_mask (rows, length of the longest), token_type_ids if the model has them, and
         labels, whose shape is the task's."""
         texts = [rows.read(int(index)) for index in indices]
-        width = padded_width([len(ids) for ids, _ in texts], longest_exact=8)
+        width = padded_width([len(ids) for ids, _ in texts], self.max_len, longest_exact=8)
         ids, segments = join_segments([[ids[:second], ids[second:]] for ids, second in texts], width, self.pad)
         batch = {"input_ids": ids, "attention_mask": segments > 0}
         if self.has_token_types:

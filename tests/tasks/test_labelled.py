@@ -143,7 +143,7 @@ def test_texts_are_tokenized_as_by_the_stock_tokenizer(tmp_path, wordpiece, pair
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         width = stock[name].shape[1]
         assert torch.equal(batch[name][:45, :width], stock[name]), name
-    assert batch["input_ids"].shape[1] % 8 == 0
+    assert batch["input_ids"].shape[1] in (8, 16, 20)  # a model from scratch has max_len positions
     assert training.stats["cut"] > 0
     assert training.lengths(np.arange(3)).tolist() == stock["attention_mask"].sum(1)[:3].tolist()
 
