@@ -7,9 +7,9 @@ copy need not be passed to another process.
 import itertools
 import json
 import math
+import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -85,7 +85,6 @@ class Saver:
     def __init__(self, accelerator):
         self.accelerator, self.model_files, self._in_flight = accelerator, None, None
         self._weights, self._optimizer_state = HostMemory(), HostMemory()
-        self._executor = ThreadPoolExecutor(1, "hf_myllm.saver")
         self._must_stop, self._peer_deadline = False, math.inf
 
     def must_stop(self):
@@ -116,11 +115,20 @@ class Saver:
         return files
 
     def begin(self, write):
-        """Call `write` in the thread. Call [`wait`] before."""
-        self._in_flight = self._executor.submit(write)
+        """Call `write` in a thread. Call [`wait`] before."""
+
+        def call():
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        # no executor: those take no work once the main thread has ended, and a run may be in another thread
+        self._in_flight, self._error = threading.Thread(target=call, name="hf_myllm.saver"), None
+        self._in_flight.start()
 
     def is_writing(self):
-        return self._in_flight is not None and not self._in_flight.done()
+        return self._in_flight is not None and self._in_flight.is_alive()
 
     def wait(self):
         """Wait for the checkpoint in flight. A collective.
@@ -130,10 +138,10 @@ class Saver:
         """
         problem = None
         if self._in_flight is not None:
-            error = self._in_flight.exception()
-            if error is not None and not isinstance(error, CheckpointError):
-                raise error
-            problem, self._in_flight = error and str(error), None
+            self._in_flight.join()
+            if self._error is not None and not isinstance(self._error, CheckpointError):
+                raise self._error
+            problem, self._in_flight = self._error and str(self._error), None
         problem = next(filter(None, gather(self.accelerator, problem)), None)
         return CheckpointError(problem) if problem else None
 
@@ -154,13 +162,11 @@ class Saver:
         if error_type is not None:
             self._must_stop = not issubclass(error_type, Exception)
         self._complete(math.inf if error_type is None else _PEER_SECONDS)
-        self._executor.shutdown()
 
     def _complete(self, seconds=_PEER_SECONDS):
         self._peer_deadline = time.monotonic() + seconds
         if self._in_flight is not None:
-            with suppress(Exception):  # the first error is reported
-                self._in_flight.result()
+            self._in_flight.join()  # of its error and that of the training, the first one is reported
 
 
 class Mailbox:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hf_myllm.errors import CheckpointError, InputError
 from hf_myllm.models import export
 from hf_myllm.models.gpt import GPTConfig, GPTForCausalLM
 from hf_myllm.recipe import Recipe
-from hf_myllm.saver import HostMemory
+from hf_myllm.saver import HostMemory, Saver
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -62,6 +63,15 @@ def test_parts_of_the_weights_make_up_the_stock_weights(tmp_path):
             assert all(torch.equal(tensor, expected[name]) for name, tensor in part.items())
     sizes = [sum(weights[name].nbytes for name in part) for part in export.partition(weights, 3)]
     assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_a_run_in_a_thread_saves_after_the_main_thread_has_ended(monkeypatch):
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)  # as Python sets it while it waits for the thread
+    written, accelerator = [], SimpleNamespace(num_processes=1)
+    with Saver(accelerator) as saver:
+        saver.begin(lambda: written.append(1))
+        assert saver.wait() is None
+    assert written == [1]
 
 
 # ---- runs
