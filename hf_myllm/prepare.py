@@ -18,7 +18,7 @@ from .data import shards, tokenization
 from .data import tokenizer as tokenizers
 from .data.cache import key_digest
 from .data.discovery import TOKEN_ID_FORMATS
-from .data.remote import is_remote
+from .data.remote import is_remote, without_file_scheme
 from .data.sources import source_key
 from .distributed import silence_libraries
 from .errors import DataError
@@ -42,6 +42,7 @@ def prepare_data(recipe, to=None, part=(1, 1)):
     pretrained = None if init_from == "scratch" else revisions.resolve(init_from, with_weights=False)
     data_sources = find_sources(recipe)
     if to:
+        to = without_file_scheme(to)
         _check_writable(recipe, data_sources, to)
     stored_config = loading.read_config(recipe.family, pretrained) if pretrained else None
     tokenizer = find_tokenizer(recipe, data_sources, pretrained, recipe.run.with_optimizer)

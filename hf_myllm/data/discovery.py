@@ -85,7 +85,7 @@ def find_files(spec):
 
 def _expand(pattern):
     """Return the paths that a file, folder or glob stands for."""
-    path = pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])
+    path = remote.without_file_scheme(pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"]))
     if remote.is_remote(path):
         return remote.list_files(path, _is_data)
     if os.path.isdir(path):

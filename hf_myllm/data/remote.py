@@ -33,6 +33,11 @@ def is_remote(path):
     return bool(re.match(r"[a-z][a-z0-9+.-]+://", path))
 
 
+def without_file_scheme(path):
+    """Return the path that a file:// URL names; any other path or URL as it is."""
+    return fsspec.core.url_to_fs(path)[1] if path.startswith(("file://", "local://")) else path
+
+
 def file_name(path):
     """Return the last part of a path, or of a URL without its query."""
     return Path(re.sub(r"[?#].*", "", path) if is_remote(path) else path).name
@@ -111,7 +116,15 @@ def open_file(path):
     if not is_remote(path):
         return open(path, "rb")
     with _remote_errors(path):
-        return xopen(path, "rb")
+        file = xopen(path, "rb")
+    read = file.read
+
+    def read_or_explain(*args):
+        with _remote_errors(path):
+            return read(*args)
+
+    file.read = read_or_explain
+    return file
 
 
 def open_parquet(path):

@@ -79,7 +79,8 @@ class Folder:
     """A folder by its path, or elsewhere by a URL that fsspec knows."""
 
     def __init__(self, path):
-        self.path, self.is_local = str(path), not remote.is_remote(str(path))
+        self.path = remote.without_file_scheme(str(path))
+        self.is_local = not remote.is_remote(self.path)
         if not self.is_local:
             with _errors(f"{self.path} cannot be read"):
                 self.files, self.root = remote.open_system(self.path)

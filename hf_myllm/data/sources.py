@@ -103,6 +103,7 @@ def index_path(spec):
     """Return the path or URL of an index of token shards if `train_file` is one, or a folder with one; else None."""
     if isinstance(spec, (list, tuple)):
         (spec,) = spec if len(spec) == 1 else ("",)
+    spec = remote.without_file_scheme(spec)
     if remote.is_remote(spec):
         return spec if remote.file_name(spec) == shards.INDEX else None
     return next((path for path in (spec, os.path.join(spec, shards.INDEX)) if shards.is_index(path)), None)

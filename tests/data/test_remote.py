@@ -5,6 +5,7 @@ import gzip
 import json
 from contextlib import contextmanager
 from hashlib import md5
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -95,6 +96,22 @@ def test_a_source_counts_by_the_content_of_its_remote_files(memory):
     changed = sources.file_source("memory://books")
     assert sources.source_key(changed) != first
     assert read("memory://books")[1] == "something else"
+
+
+def test_a_file_url_is_the_path(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    assert sources.file_source(f"file://{tmp_path}/a.txt").files == (str(tmp_path / "a.txt"),)
+    assert read([f"file://{tmp_path}/*.txt"]) == ["a text"]
+
+
+def test_an_error_while_a_file_is_read_names_its_url(memory, monkeypatch):
+    def disconnected(*_):
+        raise ConnectionError("Server Disconnected")
+
+    forget()
+    monkeypatch.setattr(remote, "xopen", lambda *_: SimpleNamespace(read=disconnected))
+    with pytest.raises(DataError, match="memory://books/1.txt cannot be read: Server Disconnected; check the URL"):
+        remote.open_file("memory://books/1.txt").read(3)
 
 
 @pytest.mark.parametrize("has_tags", [True, False])
