@@ -32,7 +32,7 @@ def average(folders, output, last=None, ema=None):
 
     Args:
         folders: the folder of a run, whose complete checkpoints are averaged, or a list of at least two folders of
-            checkpoints or other models of one architecture.
+            checkpoints or other models of one architecture; checkpoints of one run in the order of their steps.
         output: the new folder, which is complete or absent.
         last: of a run, how many of its newest checkpoints; default: all.
         ema: weigh them as an exponential moving average, the oldest or first folder first: 0.9 keeps nine tenths of the
@@ -79,6 +79,8 @@ def _find_folders(folders, last):
         folders = folders if last is None else folders[max(0, len(folders) - last) :]
     elif last is not None:
         raise CheckpointError("last: it chooses among the checkpoints of one run; give its folder alone")
+    if len({folder.resolve().parent for folder in folders}) == 1 and min(map(checkpoint.step_of, folders)) >= 0:
+        folders.sort(key=checkpoint.step_of)  # of one run: a shell lists checkpoint-10 before checkpoint-8
     if len(folders) < 2:
         raise CheckpointError("average: it needs at least two checkpoints; give a run that has them, or their folders")
     for folder in folders:

@@ -52,17 +52,17 @@ def test_the_last_checkpoints_are_averaged_and_evaluated(run, tmp_path, capsys):
     assert train(output / "recipe.yaml", "--save_model", output, "--resume") == 2  # it is no run
 
 
-def test_an_exponential_average_and_the_order_of_explicit_folders(run, tmp_path):
-    folders = [run / f"checkpoint-{step}" for step in (4, 1, 2)]
-    result = hf_myllm.average(folders, tmp_path / "average", ema=0.75)
+def test_an_exponential_average_takes_the_checkpoints_of_a_run_by_their_steps(run, tmp_path):
+    folders = [run / f"checkpoint-{step}" for step in (1, 2, 4)]
+    result = hf_myllm.average([folders[2], *folders[:2]], tmp_path / "average", ema=0.75)  # as a shell may order them
     expected = weights(folders[0])
     for folder in folders[1:]:
         expected = {name: value.lerp(weights(folder)[name], 0.25) for name, value in expected.items()}
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "average").items())
     assert result["folders"] == folders
-    shutil.copytree(folders[1], tmp_path / "other" / "checkpoint-1")
-    hf_myllm.average([tmp_path / "other" / "checkpoint-1", folders[0]], tmp_path / "two")
-    assert "the average of `other/checkpoint-1`, `run/checkpoint-4`.\n" in (tmp_path / "two" / "README.md").read_text()
+    shutil.copytree(folders[1], tmp_path / "other" / "checkpoint-9")
+    hf_myllm.average([tmp_path / "other" / "checkpoint-9", folders[2]], tmp_path / "two")
+    assert "the average of `other/checkpoint-9`, `run/checkpoint-4`.\n" in (tmp_path / "two" / "README.md").read_text()
     assert result["last"] == hf_myllm.evaluate(folders[-1])
 
 
