@@ -1,4 +1,4 @@
-"""Train and fine-tune GPT, Llama, Qwen3 and BERT; the results are stock Hugging Face models."""
+"""Train and fine-tune GPT, Llama, Qwen3, BERT, T5 and BART; the results are stock Hugging Face models."""
 
 import importlib
 import os

@@ -128,7 +128,7 @@ def build_parser(with_flags=False):
     """
     parser = Parser(
         prog="hf-myllm",
-        description="Train, fine-tune and evaluate GPT, Llama, Qwen3 and BERT models.",
+        description="Train, fine-tune and evaluate GPT, Llama, Qwen3, BERT, T5, BART and other models of transformers.",
         epilog="`hf-myllm RECIPE --key value` is short for `hf-myllm train RECIPE --key value`.",
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -235,6 +235,8 @@ def _require_metric_for_best(run, metrics):
     metric = run.recipe.evaluation.metric_for_best
     if metric and metric.removeprefix("val_") not in metrics:
         known = ", ".join(f"val_{name}" for name in metrics)
+        if metric.startswith("val_ema_") and run.weight_average is None:
+            known += "; of an average of the weights there are more: weight_averaging {ema: 0.999}"
         raise RecipeError(f"metric_for_best: {metric} is not a metric of task {run.recipe.task}; choose one of {known}")
 
 

@@ -37,7 +37,7 @@ def read_column(row, where, name, flag=None):
     """
     if name not in row:
         hint = f"; name it with --{flag}" if flag else ""
-        raise BadRowError(f"{where} has no column {name!r}, but {', '.join(map(repr, row))}{hint}")
+        raise BadRowError(f"{where} has no column {name!r}, but {', '.join(map(repr, row)) or 'none'}{hint}")
     return row[name]
 
 

@@ -70,7 +70,7 @@ def as_trained(tokenizer, folder):
     text in another way than the run's, that of the run."""
     if any((Path(folder) / parent / "recipe.yaml").is_file() for parent in (".", "..")):
         saved = PreTrainedTokenizerFast.from_pretrained(folder)
-        if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
+        if saved.encode(_SAMPLE, verbose=False) != tokenizer.encode(_SAMPLE, verbose=False):
             return saved
     return tokenizer
 
@@ -86,7 +86,7 @@ def differs_when_loaded(tokenizer, folder):
     The library replaces the splitting rules of the tokenizer's file by those of a class that it chooses.
     """
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return loaded(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]
+    return loaded.encode(_SAMPLE, verbose=False) != tokenizer.encode(_SAMPLE, verbose=False)
 
 
 def train_bpe(texts, vocab_size):
