@@ -142,6 +142,8 @@ def test_weights_may_be_shares_of_tokens(tiny, tmp_path, capsys):
         ({"mixture_schedule": [{"step": 1, "weights": {"a": 0}}]}, "mixture_schedule at step 1: all weights are 0"),
         ({"mixture_schedule": [{"step": 2, "weights": {}}] * 2}, "step 2 does not come after step 2"),
         ({"mixture_schedule": [{"step": 0, "weights": {}}]}, "'step' must be at least 1"),
+        ({"mixture_schedule": [{"steps": 1, "weights": {}}]}, "unknown key 'steps'; did you mean 'step'"),
+        ({"mixture_schedule": [{"step": 1}]}, "'weights' is missing; give it"),
     ],
 )
 def test_an_impossible_mixture_is_refused(data, message):

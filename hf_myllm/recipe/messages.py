@@ -111,7 +111,8 @@ def explain(error, origins, fields=FIELDS):
     """
     problems = error.errors(include_url=False)
     same_key = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
-    problem = max(same_key, key=lambda problem: len(problem["loc"]))  # a mapping's, of a key that may also be text
+    # a mapping's, of a key that may also be text; a misspelled key before the one that is missing for it
+    problem = max(same_key, key=lambda problem: (len(problem["loc"]), problem["type"] == "extra_forbidden"))
     path, code, value = list(problem["loc"]), problem["type"], problem["input"]
     name = path[min(1, len(path) - 1)] if path[0] in (*SECTIONS, "config") else path[0]
     where = origins.get(name, "Recipe")
@@ -130,6 +131,8 @@ def _requirement(path, code, value, hint, details):
     """Return what a value must be, and what it is."""
     if len(path) == 1 and code in ("model_type", "dict_type") and path[0] in (*SECTIONS, "config"):
         return f"is a section and must hold keys, not {show(value)}"
+    if code == "missing":
+        return "is missing; give it"
     if code == "not_text":
         return "is not text that UTF-8 can hold; correct it"
     if code == "control":  # "C:\new"
