@@ -171,10 +171,12 @@ def print_evaluation(run, metrics):
 
 
 def _over_all(run, metrics):
-    """Return in words how many rows or targets were evaluated."""
-    sets, targets = len(run.val_sets), plural(sum(map(len, run.val_sets.values())), "row")
+    """Return in words how many targets were evaluated, or rows of the data: a long text may be several windows."""
+    sets = len(run.val_sets)
     if not run.task.has_predictions:
         targets = f"{metrics['tokens']:,} {run.task.target_name}"
+    else:
+        targets = plural(sum(rows.num_examples for rows in run.val_sets.values()), "row")
     return f"over all {targets}" if sets < 2 else f"means of {sets} sets with {targets}"
 
 

@@ -98,6 +98,7 @@ def test_predictions_are_means_over_the_windows_of_a_text(tmp_path, capsys):
     assert "validation: " in shown
     model, stock = AutoModelForSequenceClassification.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
     rows, means = read_lines(val), []
+    assert f"over all {len(rows)} rows" in " ".join(shown.split())
     for row in rows:
         options = {"truncation": True, "max_length": 16, "stride": 7, "return_overflowing_tokens": True}
         windows = stock(f"{row['title']}: {row['body']}", **options)["input_ids"]
