@@ -66,6 +66,7 @@ class _TrainerState(TypedDict, total=False):
     skipped: Required[NonNegativeInt]
     mixed_precision: str
     best_since: NonNegativeInt
+    milestone: bool
     scaler: dict
     stream: dict
 
@@ -124,15 +125,18 @@ def save(run_dir, step, files, mailbox=None, must_stop=lambda: False):
 
 
 def remove_old(run_dir, limit, keep=None, keep_every=None):
-    """Remove all checkpoints but the newest `limit`, that of step `keep`, and those of every `keep_every` steps.
+    """Remove all checkpoints but the newest `limit`, that of step `keep`, and the milestones.
 
     Args:
         limit: None keeps all.
+        keep_every: steps between milestones. Those of an earlier value stay milestones.
+
     Raises:
         CheckpointError: one cannot be removed.
     """
     for step, path in _list(run_dir, with_marker=True)[limit:] if limit else ():
-        if step != keep and (keep_every is None or step % keep_every):
+        is_milestone = (keep_every and step % keep_every == 0) or _was_milestone(path)
+        if step != keep and not is_milestone:
             try:
                 _remove(path)
             except OSError as error:
@@ -345,6 +349,13 @@ def load_trainer_state(path):
         return _STATE_TYPE.validate_json((Path(path) / STATE).read_bytes(), strict=True)
     except (OSError, ValidationError) as error:
         raise CheckpointError(f"{path}/{STATE}: it cannot be used: {_problem(error)}; remove {path}") from None
+
+
+def _was_milestone(path):
+    """Return whether a checkpoint was a milestone when it was saved."""
+    with suppress(CheckpointError):
+        return load_trainer_state(path).get("milestone", False)
+    return False
 
 
 def _problem(error):

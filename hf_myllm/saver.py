@@ -279,6 +279,8 @@ def _trainer_state(run, state):
         "skipped": state.skipped_steps,
         "best_since": state.best_since,
     }
+    if run.recipe.run.keep_every is not None:
+        content["milestone"] = state.step % run.recipe.run.keep_every == 0
     if run.branched_from is not None:
         content["branched_from"] = run.branched_from
     if run.recipe.data.streaming:

@@ -430,5 +430,8 @@ def test_milestones_are_saved_and_kept(tiny, tmp_path):
     flags = tiny(max_steps=11, save_freq=4, save_total_limit=1, eval_freq=None)
     assert train(*flags, "--keep_every", 3) == 0
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (3, 6, 9, 11)}
+    assert train(*flags, "--init_from", "resume", "--allow_changed", "--max_steps", 15, "--keep_every", 7) == 0
+    kept = {f"checkpoint-{n}" for n in (3, 6, 9, 14, 15)}  # the milestones of the first value stay
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == kept
     assert train(*flags, "--save_model", tmp_path / "all", "--save_total_limit", "null") == 0
     assert {path.name for path in (tmp_path / "all").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (4, 8, 11)}
