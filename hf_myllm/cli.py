@@ -271,7 +271,7 @@ def _reference(form, output):
     from .recipe.reference import render
 
     text = render(form, FAMILIES)
-    if not output:
+    if output in (None, "-"):
         return print(text)
     try:
         write_text_atomically(output, text + "\n")

@@ -69,8 +69,8 @@ def push(run, repo, private=False, revision=None):
     Raises:
         HubError: the folder holds no valid model, stock transformers does not reproduce it, or the Hub refuses it.
     """
-    check_target(repo)
     folder = checkpoint.find_model(run)
+    check_target(repo)
     if (folder / "trainer_state").is_dir() and (problem := checkpoint.find_corruption(folder)):
         raise HubError(f"{folder}: it is damaged and was not pushed: {problem}")
     if os.environ.get(_CHECKED) != layout(folder):
