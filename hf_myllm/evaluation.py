@@ -243,7 +243,7 @@ def _require_metric_for_best(run, metrics):
 def evaluate_all(run):
     """Return the metrics of all validation rows of a run that is opened for evaluation only."""
     if not run.val_sets:
-        raise InputError("val_file: there is nothing to evaluate on; give --val_file FILE, or a val_fraction above 0")
+        raise InputError("val_file: there is nothing to evaluate on; give --val_file (eval_data) or a val_fraction")
     wait_for_ranks(run.accelerator)  # the data of one machine may take longer
     if run.accelerator.is_fsdp2:
         shard_model(run.accelerator, run.model, run.recipe.training.compile)
