@@ -61,9 +61,11 @@ class Phases:
 
         thread = threading.Thread(target=sample)
         thread.start()
-        yield
-        ends.set()
-        thread.join()
+        try:
+            yield
+        finally:  # a process does not end before its threads
+            ends.set()
+            thread.join()
         own, with_files = (value - start for value, start in zip(peak[0], self.start, strict=True))
         self.rows[name] = {"share": share(), "peak": own, "peak with file pages": with_files}
 
@@ -126,7 +128,9 @@ def save(accelerator, model, optimizer, run_dir):
         state = json.dumps({"step": 1}).encode()
         files |= {"config.json": config, checkpoint.STATE: state}
     saver.begin(lambda: checkpoint.save(run_dir, 1, files, mailbox))
-    saver._in_flight.result()
+    saver._in_flight.join()
+    if saver._error is not None:
+        raise saver._error
 
 
 def run(size, world_size, with_step, folder=None):
