@@ -135,16 +135,14 @@ def remove_old(run_dir, limit, keep=None, keep_every=None):
         CheckpointError: one cannot be removed.
     """
     for step, path in _list(run_dir, with_marker=True)[limit:] if limit else ():
-        is_milestone = (keep_every and step % keep_every == 0) or _was_milestone(path)
-        if step != keep and not is_milestone:
-            try:
-                _remove(path)
-            except OSError as error:
-                if IS_WINDOWS and isinstance(error, PermissionError):
-                    continue  # this run resumed from it and still maps a file; the next save tries again
-                raise CheckpointError(
-                    f"{path}: it cannot be removed: {error}; remove it, then use --init_from resume"
-                ) from None
+        if step == keep or (keep_every and step % keep_every == 0) or _was_milestone(path):
+            continue
+        try:
+            _remove(path)
+        except OSError as error:
+            if IS_WINDOWS and isinstance(error, PermissionError):
+                continue  # this run resumed from it and still maps a file; the next save tries again
+            raise CheckpointError(f"{path}: it cannot be removed: {error}; remove it, then resume") from None
 
 
 def _attempt(function):
